@@ -1,0 +1,120 @@
+"""The process that compiles: a task as JSON on stdin, the answer as JSON in stdout's last line.
+
+Run by `attnsel_jax.aot.compile_for`, with the environment that it sets.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from attnsel_jax.aot.arguments import read_back
+from attnsel_jax.aot.report import cost_of, memory_of
+from attnsel_jax.qualnames import resolve_obj_by_qualname
+
+DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
+CACHES = ("kv_pages", "latent_pages")  # donated, as a server does
+_COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
+
+
+def main() -> None:
+    """Answers the task on stdin; a refusal is an answer like any other."""
+    start = time.perf_counter()
+
+    def answer(**said: Any) -> None:
+        said |= {"seconds": time.perf_counter() - start, "versions": _versions()}
+        sys.stdout.write("\n" + json.dumps(said) + "\n")
+
+    def refuse(kind: type[BaseException], error: BaseException, _: Any) -> None:
+        answer(refusal=f"{kind.__name__}: {error}")
+
+    # Whatever the lowering or the compiler says, in whatever type it says it, is the answer.
+    sys.excepthook = refuse
+    program = _compile(json.load(sys.stdin))
+    answer(memory=memory_of(program), cost=cost_of(program))
+
+
+def _compile(task: dict[str, Any]) -> Any:
+    """The program of a task, for one device of its target."""
+    target = task["target"]
+    sharding = _device_sharding(target)
+    arrays, static = read_back(task["arguments"], sharding)
+    function = _forward(task["kernel"], static)
+    if task["gradients"]:
+        function, arrays = _with_gradients(function, arrays, sharding)
+    caches = {name: arrays.pop(name) for name in CACHES if name in arrays}
+
+    def program(caches: dict[str, jax.Array], arrays: dict[str, jax.Array]) -> Any:
+        return function(**caches, **arrays)
+
+    with _abstract_device(target):
+        traced = jax.jit(program, donate_argnums=0).trace(caches, arrays)
+        return traced.lower().compile()
+
+
+def _device_sharding(target: dict[str, Any]) -> Any:
+    """One device of the target's topology; None for the processor that is here."""
+    if target["platform"] == "cpu":
+        return None
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform=target["platform"], **target["topology"])
+    return jax.sharding.SingleDeviceSharding(topology.devices[0])
+
+
+def _forward(kernel: str, static: dict[str, Any]) -> Callable[..., Any]:
+    lowering = resolve_obj_by_qualname(kernel)
+
+    def forward(**arrays: jax.Array) -> Any:
+        return lowering(**arrays, **static)
+
+    return forward
+
+
+def _with_gradients(
+    forward: Callable[..., Any], arrays: dict[str, Any], sharding: Any
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """A function that gives out and the gradients of what is differentiable in it."""
+    out = jax.eval_shape(forward, **arrays)[0]
+    wanted = [name for name in DIFFERENTIABLE if name in arrays]
+
+    def forward_and_backward(dout: jax.Array, **given: jax.Array) -> Any:
+        fixed = {name: value for name, value in given.items() if name not in wanted}
+
+        def of_wanted(values: dict[str, jax.Array]) -> jax.Array:
+            return forward(**values, **fixed)[0]
+
+        value, pull_back = jax.vjp(of_wanted, {name: given[name] for name in wanted})
+        return value, pull_back(dout)
+
+    dout = jax.ShapeDtypeStruct(out.shape, out.dtype, sharding=sharding)
+    return forward_and_backward, {**arrays, "dout": dout}
+
+
+@contextlib.contextmanager
+def _abstract_device(target: dict[str, Any]) -> Iterator[None]:
+    """Tells kernels that ask for the GPU's core count what it is."""
+    if target["platform"] != "cuda":
+        yield
+        return
+    device = jax.sharding.AbstractDevice(target["kind"], target["num_cores"], "gpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        yield
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _COMPILERS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+if __name__ == "__main__":
+    main()

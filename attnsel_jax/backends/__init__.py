@@ -1,0 +1,1 @@
+"""The backends' declarations: one file each, named as in the registry."""

@@ -1,0 +1,10 @@
+"""MOSAIC_TPU_MLA_SPARSE: sparse multi-head latent attention by Pallas kernels, Mosaic TPU."""
+
+from attnsel_jax.backend import AttentionBackend
+
+
+class MosaicTpuMlaSparseBackend(AttentionBackend):
+    """Declares no op until its kernels are written: selection refuses it with that reason."""
+
+    name = "MOSAIC_TPU_MLA_SPARSE"
+    family = "sparse_mla"

@@ -1,0 +1,19 @@
+"""XLA_MLA_SPARSE: sparse multi-head latent attention in plain JAX; runs on every platform."""
+
+from attnsel_jax.backend import AttentionBackend
+from attnsel_jax.backends.xla_mla import XLA_LATENT
+
+
+class XlaMlaSparseBackend(AttentionBackend):
+    """Attends to each token's top-k positions; has the indexer that finds them."""
+
+    name = "XLA_MLA_SPARSE"
+    family = "sparse_mla"
+    capabilities = {"sparse_mla": XLA_LATENT}
+    kernels = {
+        "sparse_mla": "attnsel_jax.xla.sparse_mla:sparse_mla_attention",
+        "indexer_scores": "attnsel_jax.xla.indexer:indexer_scores",
+        "topk_positions": "attnsel_jax.xla.indexer:topk_positions",
+    }
+    impl = "attnsel_jax.impls.sparse_mla:SparseMLAImpl"
+    preferred_block_size = 64

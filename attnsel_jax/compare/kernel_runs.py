@@ -1,0 +1,104 @@
+"""One jitted call of a kernel: its results, and gradients if wanted, by name."""
+
+from collections.abc import Callable, Container, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from attnsel_jax.compare.expected import gradient_names
+from attnsel_jax.kv_cache import LAYOUTS
+
+RESULTS = {
+    "dense": ("out", "lse"),
+    "paged": ("out", "lse", "kv_pages"),
+    "mla": ("out", "lse", "latent_pages"),
+    "mla_materialized": ("out", "lse", "latent_pages"),
+    "sparse_mla": ("out", "lse", "latent_pages"),
+    "indexer_scores": ("scores",),
+    "topk_positions": ("positions",),
+}
+
+
+def run(
+    kernel: Callable[..., Any],
+    op: str,
+    arguments: Mapping[str, Any],
+    cotangents: tuple[NDArray, NDArray] | None = None,
+    *,
+    layout: str = "stacked",
+    without: Container[str] = (),
+) -> dict[str, NDArray]:
+    """Calls a kernel once, jitted.
+
+    Args:
+        kernel: has the signature of the op's contract.
+        op: a key of `RESULTS`.
+        arguments: the contract's, by name; what is no NumPy array is static.
+        cotangents: of out and lse, if gradients are wanted.
+        layout: of the paged cache that the kernel takes; the arguments and results are "stacked".
+        without: "lse" or "gradients", where the kernel has none.
+
+    Returns:
+        The results by name, and gradients as "grad q", ...
+
+    Raises:
+        ValueError: a result's dtype is not the contract's.
+    """
+    static = {n: x for n, x in arguments.items() if not isinstance(x, np.ndarray)}
+    arrays = {n: jnp.asarray(x) for n, x in arguments.items() if isinstance(x, np.ndarray)}
+    cotangents = None if "gradients" in without else cotangents
+    if cotangents is not None:
+        if "lse" in without:
+            cotangents = (cotangents[0], np.zeros_like(cotangents[1]))
+        wrt = {name: arrays.pop(name) for name in gradient_names(arguments)}
+    else:
+        wrt = {}
+
+    def call(wrt: dict[str, jax.Array], arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        results = kernel(**_in_layout(arrays, layout), **wrt, **static)
+        results = results if isinstance(results, tuple) else (results,)
+        return _stacked(dict(zip(RESULTS[op], results, strict=True)), layout)
+
+    def call_and_differentiate(wrt, arrays, cotangents):
+        results, pull_back = jax.vjp(lambda x: call(x, arrays), wrt)
+        (gradients,) = pull_back(dict(zip(("out", "lse"), cotangents, strict=True)))
+        return results | {f"grad {name}": gradient for name, gradient in gradients.items()}
+
+    if cotangents is None:
+        results = jax.jit(call)(wrt, arrays)
+    else:
+        results = jax.jit(call_and_differentiate)(
+            wrt, arrays, jax.tree.map(jnp.asarray, cotangents)
+        )
+    _check_dtypes(results, arguments)
+    return {name: np.asarray(x) for name, x in results.items() if name not in without}
+
+
+def _check_dtypes(results: Mapping[str, jax.Array], arguments: Mapping[str, Any]) -> None:
+    """Outputs in the queries' dtype, lse in float32, gradients and caches in their argument's."""
+    q = next((arguments[n] for n in ("q", "ql_nope", "q_nope") if n in arguments), None)
+    for name, result in results.items():
+        of = {"out": q, "scores": np.zeros((), np.float32), "lse": np.zeros((), np.float32),
+              "positions": np.zeros((), np.int32)}  # fmt: skip
+        wanted = of.get(name, arguments.get(name.removeprefix("grad ")))
+        if result.dtype != wanted.dtype:
+            raise ValueError(f"{name} has dtype {result.dtype}, must be {wanted.dtype}")
+
+
+def _in_layout(arrays: dict[str, jax.Array], layout: str) -> dict[str, jax.Array]:
+    """The arguments with the cache as the backend wants it."""
+    if layout == "stacked" or "kv_pages" not in arrays:
+        return arrays
+    return arrays | {"kv_pages": LAYOUTS[layout].join(*arrays["kv_pages"])}
+
+
+def _stacked(results: dict[str, jax.Array], layout: str) -> dict[str, jax.Array]:
+    """The results with the cache as the oracle has it."""
+    if layout == "stacked" or "kv_pages" not in results:
+        return results
+    return results | {
+        "kv_pages": LAYOUTS["stacked"].join(*LAYOUTS[layout].split(results["kv_pages"]))
+    }

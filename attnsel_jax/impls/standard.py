@@ -1,0 +1,147 @@
+"""The impl of the standard family: one layer's attention over a paged cache, in vLLM's manner."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnsel_jax.backend import AttentionImpl
+from attnsel_jax.config import AttentionType, attention_type, kv_cache_dtype_name
+from attnsel_jax.jitted_kernels import jitted_kernel
+from attnsel_jax.kv_cache import KVCache, check_stored
+from attnsel_jax.metadata import AttentionMetadata
+from attnsel_jax.static_arguments import count, number, window
+from pallas_kernels.shape_checks import check_groups
+
+
+class StandardImpl(AttentionImpl):
+    """Holds what a layer knows when it is built; see `paged_attention`'s contract for the rest.
+
+    Args:
+        num_heads: query heads.
+        head_size: size of a head.
+        scale: factor on the logits.
+        num_kv_heads: kv heads; None = num_heads.
+        alibi_slopes: float [num_heads], or None.
+        sliding_window: keys a query sees, its own included; None = all.
+        kv_cache_dtype: the cache's, as the selector was asked.
+        logits_soft_cap: soft cap of the logits; None = none (0, vLLM's word for none, too).
+        attn_type: an `AttentionType`.
+        sinks: float32 [num_heads], or None.
+        attention_chunk_size: chunked-local attention; None = one chunk.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: Sequence[float] | jax.Array | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: Any = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        *,
+        sinks: jax.Array | None = None,
+        attention_chunk_size: int | None = None,
+    ):
+        self.num_heads = count("num_heads", num_heads, optional=False)
+        self.head_size = count("head_size", head_size, optional=False)
+        self.scale = number("scale", scale)
+        self.num_kv_heads = count("num_kv_heads", num_kv_heads) or self.num_heads
+        check_groups(self.num_heads, self.num_kv_heads)
+        self.alibi_slopes = _per_head("alibi_slopes", alibi_slopes, num_heads)
+        self.sinks = _per_head("sinks", sinks, num_heads)
+        self.sliding_window = window("sliding_window", sliding_window)
+        self.attention_chunk_size = count("attention_chunk_size", attention_chunk_size)
+        self.kv_cache_dtype = kv_cache_dtype_name(kv_cache_dtype)
+        self.logits_soft_cap = number("logits_soft_cap", logits_soft_cap or None, positive=True)
+        self.attn_type = attention_type(attn_type)
+        self._check_features()
+
+    def _check_features(self) -> None:
+        """Refuses what the backend does not declare: the selector may not have been asked."""
+        asked = {
+            "head_size": self.head_size,
+            "attn_type": self.attn_type,
+            "has_sliding_window": self.sliding_window is not None,
+            "has_attention_chunk": self.attention_chunk_size is not None,
+            "has_soft_cap": self.logits_soft_cap is not None,
+            "has_alibi": self.alibi_slopes is not None,
+            "has_sink": self.sinks is not None,
+        }
+        declared = self.backend.capabilities["paged"]
+        for name, value in asked.items():
+            allowed = getattr(declared, name)
+            if value not in allowed:
+                raise ValueError(
+                    f"{name} is {value}, must be {allowed} with backend {self.backend.name}: ask "
+                    f"get_attn_backend for it"
+                )
+
+    def forward(
+        self,
+        q: jax.Array,
+        k: jax.Array | None,
+        v: jax.Array | None,
+        kv_cache: KVCache | jax.Array,
+        metadata: AttentionMetadata,
+    ) -> tuple[jax.Array, KVCache | jax.Array]:
+        """Writes this step's k and v, attends, and returns (output, cache).
+
+        Args:
+            q: [num_tokens, num_heads, head_size], or [num_tokens, num_heads * head_size].
+            k, v: [num_tokens, num_kv_heads, head_size], or flat likewise; None = nothing to write.
+            kv_cache: a `KVCache`, or its bare array in the shape of `get_kv_cache_shape`.
+            metadata: the batch.
+
+        Returns:
+            output in q's shape and dtype, and the cache as it came, with this step written.
+        """
+        cache = kv_cache if isinstance(kv_cache, KVCache) else self._wrapped(kv_cache)
+        self._check_cache(cache, q)
+        out, _, pages = jitted_kernel(self.backend, "paged")(
+            q.reshape(-1, self.num_heads, self.head_size),
+            None if k is None else k.reshape(-1, self.num_kv_heads, self.head_size),
+            None if v is None else v.reshape(-1, self.num_kv_heads, self.head_size),
+            cache.pages,
+            metadata.page_table,
+            metadata.kv_lens,
+            metadata.cu_q_lens,
+            metadata.num_seqs,
+            None if k is None else metadata.slot_mapping,
+            scale=self.scale,
+            causal=metadata.causal and self.attn_type == AttentionType.DECODER,
+            sliding_window=self.sliding_window,
+            attention_chunk_size=self.attention_chunk_size,
+            soft_cap=self.logits_soft_cap,
+            alibi_slopes=self.alibi_slopes,
+            sinks=self.sinks,
+            k_scale=cache.k_scale,
+            v_scale=cache.v_scale,
+        )
+        written = pages if cache is not kv_cache else cache.with_pages(pages)
+        return out.reshape(q.shape), written
+
+    def _check_cache(self, cache: KVCache, q: jax.Array) -> None:
+        """Refuses a cache of another layout or dtype than was said when the layer was built."""
+        if cache.layout != self.backend.layout:
+            raise ValueError(
+                f"kv_cache.layout is {cache.layout!r}, must be {self.backend.layout!r} for backend "
+                f"{self.backend.name}: use kv_cache.converted({self.backend.layout!r})"
+            )
+        check_stored(cache.pages, self.kv_cache_dtype, q.dtype)
+
+    def _wrapped(self, pages: jax.Array) -> KVCache:
+        return KVCache(pages, layout=self.backend.layout)
+
+
+def _per_head(name: str, values: Any, num_heads: int) -> jax.Array | None:
+    if values is None:
+        return None
+    values = jnp.asarray(values, jnp.float32)
+    if values.shape != (num_heads,):
+        raise ValueError(f"{name} has shape {values.shape}, must be ({num_heads},): one a head")
+    return values

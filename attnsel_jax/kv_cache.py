@@ -1,0 +1,159 @@
+"""Paged caches as pytrees: arrays in a backend's physical layout, with their scales.
+
+Logically keys and values are `[num_pages, page_size, num_kv_heads, head_dim]` each. The physical
+layout is the backend's to declare; the cache carries its name, so a cache that one backend filled
+can be converted and read by another.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnsel_jax.config import STORED_AS, dtype_name, kv_cache_dtype_name
+
+FP8_DS_MLA_BYTES = 656  # 512 e4m3 values, 4 float32 scales, 64 bfloat16 rope values
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a layout stores keys and values.
+
+    Attributes:
+        shape: (num_pages, page_size, num_kv_heads, head_dim) -> the shape of `pages`.
+        dims: (num_pages, page_size, num_kv_heads, head_dim) of an array of this layout.
+        split: pages -> (k_pages, v_pages), logical.
+        join: (k_pages, v_pages) -> pages.
+        stride_order: the order in which the dimensions of `shape` lie in memory.
+    """
+
+    shape: Callable[[int, int, int, int], tuple[int, ...]]
+    dims: Callable[[tuple[int, ...]], tuple[int, int, int, int]]
+    split: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+    join: Callable[[jax.Array, jax.Array], jax.Array]
+    stride_order: tuple[int, ...]
+
+
+LAYOUTS: dict[str, Layout] = {
+    # [2, num_pages, page_size, num_kv_heads, head_dim]: 0 = keys, 1 = values.
+    "stacked": Layout(
+        shape=lambda *dims: (2, *dims),
+        dims=lambda shape: shape[1:],
+        split=lambda pages: (pages[0], pages[1]),
+        join=lambda k_pages, v_pages: jnp.stack([k_pages, v_pages]),
+        stride_order=(0, 1, 2, 3, 4),
+    ),
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """A paged cache of keys and values.
+
+    Attributes:
+        pages: the cache's array, in the shape of its layout.
+        k_scale, v_scale: float32 [] or [num_kv_heads]: true value = stored value * scale; None = 1.
+        layout: a name in `LAYOUTS`.
+    """
+
+    pages: jax.Array
+    k_scale: jax.Array | None = None
+    v_scale: jax.Array | None = None
+    layout: str = dataclasses.field(default="stacked", metadata={"static": True})
+
+    @property
+    def num_pages(self) -> int:
+        """Pages in the cache."""
+        return LAYOUTS[self.layout].dims(self.pages.shape)[0]
+
+    @property
+    def page_size(self) -> int:
+        """Tokens in a page."""
+        return LAYOUTS[self.layout].dims(self.pages.shape)[1]
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return LAYOUTS[self.layout].dims(self.pages.shape)[2]
+
+    def split(self) -> tuple[jax.Array, jax.Array]:
+        """Stored keys and values, each [num_pages, page_size, num_kv_heads, head_dim]."""
+        return LAYOUTS[self.layout].split(self.pages)
+
+    def with_pages(self, pages: jax.Array) -> "KVCache":
+        """The same cache with other contents."""
+        return dataclasses.replace(self, pages=pages)
+
+    def converted(self, layout: str) -> "KVCache":
+        """The same contents in another layout."""
+        if layout == self.layout:
+            return self
+        pages = layout_named(layout).join(*self.split())
+        return dataclasses.replace(self, pages=pages, layout=layout)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LatentCache:
+    """A paged MLA cache: one latent and one rotary key for each token, shared by all heads.
+
+    Attributes:
+        pages: [num_pages, page_size, kv_lora_rank + rope_dim], or uint8 [..., 656] (fp8_ds_mla).
+        kv_scale: float32 []; true value = stored value * scale; None = 1, and with fp8_ds_mla.
+    """
+
+    pages: jax.Array
+    kv_scale: jax.Array | None = None
+
+    @property
+    def num_pages(self) -> int:
+        """Pages in the cache."""
+        return self.pages.shape[0]
+
+    @property
+    def page_size(self) -> int:
+        """Tokens in a page."""
+        return self.pages.shape[1]
+
+    @property
+    def kv_cache_dtype(self) -> str | None:
+        """What the array's dtype does not say: "fp8_ds_mla" for byte rows, else None."""
+        return "fp8_ds_mla" if self.pages.dtype == jnp.uint8 else None
+
+    def with_pages(self, pages: jax.Array) -> "LatentCache":
+        """The same cache with other contents."""
+        return dataclasses.replace(self, pages=pages)
+
+
+def layout_named(layout: str) -> Layout:
+    """The layout of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is {layout!r}, must be one of {', '.join(LAYOUTS)}")
+    return LAYOUTS[layout]
+
+
+def check_stored(pages: jax.Array, kv_cache_dtype: Any, dtype: Any) -> None:
+    """Refuses a cache of another dtype than was said.
+
+    Raises:
+        ValueError: it is of another.
+    """
+    wanted = stored_dtype(kv_cache_dtype, dtype)
+    if jnp.dtype(pages.dtype) != wanted:
+        raise ValueError(
+            f"kv_cache has dtype {jnp.dtype(pages.dtype).name}, must be {wanted.name}, as "
+            f"kv_cache_dtype {kv_cache_dtype_name(kv_cache_dtype)} says"
+        )
+
+
+def stored_dtype(kv_cache_dtype: Any, dtype: Any) -> jnp.dtype:
+    """The array dtype of a cache: "auto" is the model's `dtype`, "fp8" is float8_e4m3fn, ..."""
+    name = kv_cache_dtype_name(kv_cache_dtype)
+    return jnp.dtype(dtype_name(dtype) if name == "auto" else STORED_AS[name])

@@ -1,0 +1,253 @@
+"""The ragged batch of one step: who has how many new tokens, and where their keys live.
+
+`AttentionMetadata` is the pytree that kernels read. It is built on the host from lengths and page
+tables (`AttentionMetadata.from_lengths`), or from vLLM's words (`CommonAttentionMetadata` through
+`AttentionMetadataBuilder`, the one translator).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnsel_jax.static_arguments import count
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionMetadata:
+    """A ragged batch, as the op contracts of `pallas_kernels.paged` name its parts.
+
+    Attributes:
+        page_table: int32 [max_num_seqs, pages_per_seq].
+        kv_lens: int32 [max_num_seqs]: positions in the cache, this step's included.
+        cu_q_lens: int32 [max_num_seqs + 1]: cumulative query lengths, from 0.
+        num_seqs: int32 []: sequences that exist.
+        slot_mapping: int32 [num_tokens], page * page_size + offset, -1 = nowhere; None where this
+            step writes nothing.
+        causal: static; False for encoder and cross attention.
+    """
+
+    page_table: jax.Array
+    kv_lens: jax.Array
+    cu_q_lens: jax.Array
+    num_seqs: jax.Array
+    slot_mapping: jax.Array | None = None
+    causal: bool = dataclasses.field(default=True, metadata={"static": True})
+
+    @staticmethod
+    def from_lengths(
+        q_lens: Sequence[int],
+        kv_lens: Sequence[int],
+        page_table: Sequence[Sequence[int]],
+        page_size: int,
+        *,
+        num_tokens: int | None = None,
+        max_num_seqs: int | None = None,
+        pages_per_seq: int | None = None,
+        writes: bool = True,
+        causal: bool = True,
+    ) -> "AttentionMetadata":
+        """Builds the batch on the host; what is padded holds zeros, and -1 in the slot mapping.
+
+        Args:
+            q_lens: new tokens of each sequence.
+            kv_lens: cached positions of each sequence, the new tokens included.
+            page_table: the pages of each sequence, in order; rows may differ in length.
+            page_size: tokens in a page.
+            num_tokens, max_num_seqs, pages_per_seq: sizes to pad to; None = as many as there are.
+            writes: whether this step's keys and values go to the cache (the last q_lens[i] of
+                kv_lens[i] positions); False gives no slot mapping.
+            causal: False for encoder and cross attention.
+
+        Raises:
+            ValueError: a negative length, a sequence with more positions than its pages hold, or
+                more of something than its padded size.
+        """
+        page_size = count("page_size", page_size, optional=False)
+        q_lens, kv_lens = _integers("q_lens", q_lens), _integers("kv_lens", kv_lens)
+        page_table = [_integers(f"page_table[{i}]", row) for i, row in enumerate(page_table)]
+        _check_lengths(q_lens, kv_lens, page_table, page_size, writes)
+        rows = max((len(row) for row in page_table), default=1)
+        sizes = {
+            "num_tokens": (num_tokens, int(sum(q_lens))),
+            "max_num_seqs": (max_num_seqs, max(len(q_lens), 1)),
+            "pages_per_seq": (pages_per_seq, max(rows, 1)),
+        }
+        tokens, seqs, pages = (_padded_size(name, *pair) for name, pair in sizes.items())
+        table = np.zeros((seqs, pages), np.int32)
+        for i, row in enumerate(page_table):
+            table[i, : len(row)] = row
+        lens = np.zeros(seqs, np.int32)
+        lens[: len(kv_lens)] = kv_lens
+        cu_q_lens = np.full(seqs + 1, sum(q_lens), np.int32)
+        cu_q_lens[: len(q_lens) + 1] = np.concatenate([[0], np.cumsum(q_lens)])
+        slots = np.full(tokens, -1, np.int32)
+        for i, (q_len, kv_len) in enumerate(zip(q_lens, kv_lens, strict=True)):
+            positions = np.arange(kv_len - q_len, kv_len) if writes else np.arange(0)
+            first = cu_q_lens[i]
+            slots[first : first + len(positions)] = (
+                table[i, positions // page_size] * page_size + positions % page_size
+            )
+        return AttentionMetadata(
+            page_table=jnp.asarray(table),
+            kv_lens=jnp.asarray(lens),
+            cu_q_lens=jnp.asarray(cu_q_lens),
+            num_seqs=jnp.asarray(len(q_lens), jnp.int32),
+            slot_mapping=jnp.asarray(slots) if writes else None,
+            causal=causal,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class CommonAttentionMetadata:
+    """A batch in vLLM's words, arrays on the host or on the device.
+
+    Attributes:
+        query_start_loc: [num_reqs + 1] cumulative query lengths.
+        seq_lens: [num_reqs] cached positions, this step's included.
+        num_reqs: sequences that exist; may be fewer than the arrays have rows.
+        num_actual_tokens: tokens that exist; q may be padded past them.
+        max_query_len, max_seq_len: of this batch.
+        block_table_tensor: [num_reqs, blocks_per_seq].
+        slot_mapping: [num_tokens] block * block_size + offset, -1 = nowhere.
+        causal: False for encoder and cross attention.
+    """
+
+    query_start_loc: jax.Array | np.ndarray
+    seq_lens: jax.Array | np.ndarray
+    num_reqs: int
+    num_actual_tokens: int
+    max_query_len: int
+    max_seq_len: int
+    block_table_tensor: jax.Array | np.ndarray
+    slot_mapping: jax.Array | np.ndarray | None
+    causal: bool = True
+
+
+class AttentionMetadataBuilder:
+    """Translates vLLM's batch into the kernels' words; the only place that knows both."""
+
+    def __init__(self, block_size: int):
+        self.block_size = count("block_size", block_size, optional=False)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata
+    ) -> AttentionMetadata:
+        """The batch as kernels read it.
+
+        Args:
+            common_prefix_len: tokens that all sequences share; a hint, no lowering here uses it,
+                so it must be 0.
+            common_attn_metadata: the batch in vLLM's words.
+
+        Raises:
+            TypeError: another class of batch.
+            ValueError: a common prefix is asked for, or the numbers do not fit the arrays.
+        """
+        if common_prefix_len:
+            raise ValueError(
+                f"common_prefix_len is {common_prefix_len}, must be 0: no backend here has cascade "
+                f"attention; sequences that share pages may name them in their own tables"
+            )
+        common = common_attn_metadata
+        if not isinstance(common, CommonAttentionMetadata):
+            raise TypeError(
+                f"common_attn_metadata is {type(common).__name__}, must be CommonAttentionMetadata"
+            )
+        self._check(common)
+        slots = common.slot_mapping
+        return AttentionMetadata(
+            page_table=_int32("block_table_tensor", common.block_table_tensor),
+            kv_lens=_int32("seq_lens", common.seq_lens),
+            cu_q_lens=_int32("query_start_loc", common.query_start_loc),
+            num_seqs=jnp.asarray(common.num_reqs, jnp.int32),
+            slot_mapping=None if slots is None else _int32("slot_mapping", slots),
+            causal=common.causal,
+        )
+
+    def _check(self, common: CommonAttentionMetadata) -> None:
+        """Refuses numbers that the arrays have no room for."""
+        rows, width = _shape("block_table_tensor", common.block_table_tensor, 2)
+        (lens,) = _shape("seq_lens", common.seq_lens, 1)
+        (starts,) = _shape("query_start_loc", common.query_start_loc, 1)
+        if lens != rows or starts != rows + 1:
+            raise ValueError(
+                f"seq_lens has {lens} and query_start_loc {starts} entries, must have {rows} and "
+                f"{rows + 1}: block_table_tensor has {rows} rows"
+            )
+        limits = {
+            "num_reqs": (rows, "the rows of block_table_tensor"),
+            "max_seq_len": (width * self.block_size, f"{width} blocks of {self.block_size}"),
+        }
+        if common.slot_mapping is not None:
+            (tokens,) = _shape("slot_mapping", common.slot_mapping, 1)
+            limits["num_actual_tokens"] = (tokens, "the entries of slot_mapping")
+        for name, (limit, source) in limits.items():
+            if not 0 <= getattr(common, name) <= limit:
+                raise ValueError(
+                    f"{name} is {getattr(common, name)}, must be 0 to {limit}, {source}"
+                )
+
+
+def _shape(name: str, array, rank: int) -> tuple[int, ...]:
+    shape = np.shape(array)
+    if len(shape) != rank:
+        raise ValueError(f"{name} has {len(shape)} dimensions {shape}, must have {rank}")
+    return shape
+
+
+def _integers(name: str, values) -> np.ndarray:
+    array = np.asarray(values)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise ValueError(
+            f"{name} is {array.dtype.name}{list(array.shape)}, must be a row of integers"
+        )
+    return array.astype(np.int64)
+
+
+def _int32(name: str, array) -> jax.Array:
+    dtype = jnp.asarray(array).dtype
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"{name} has dtype {dtype}, must be an integer dtype")
+    return jnp.asarray(array, jnp.int32)
+
+
+def _padded_size(name: str, asked: int | None, needed: int) -> int:
+    if asked is not None and not hasattr(asked, "__index__"):
+        raise ValueError(f"{name} is {asked!r}, must be an integer, or None")
+    if asked is not None and asked < needed:
+        raise ValueError(f"{name} is {asked}, must be at least {needed}, what the batch has")
+    return needed if asked is None else asked
+
+
+def _check_lengths(q_lens, kv_lens, page_table, page_size, writes) -> None:
+    """Refuses a batch that cannot be."""
+    if not len(q_lens) == len(kv_lens) == len(page_table):
+        raise ValueError(
+            f"q_lens, kv_lens and page_table have {len(q_lens)}, {len(kv_lens)} and "
+            f"{len(page_table)} sequences, must have as many"
+        )
+    for i, (q_len, kv_len, row) in enumerate(zip(q_lens, kv_lens, page_table, strict=True)):
+        if q_len < 0 or kv_len < 0:
+            name, value = ("q_lens", q_len) if q_len < 0 else ("kv_lens", kv_len)
+            raise ValueError(f"{name}[{i}] is {value}, must be at least 0")
+        if writes and q_len > kv_len:
+            raise ValueError(
+                f"q_lens[{i}] is {q_len}, must be at most kv_lens[{i}], {kv_len}, which counts "
+                f"this step's tokens too; or pass writes=False"
+            )
+        if kv_len > len(row) * page_size:
+            raise ValueError(
+                f"kv_lens[{i}] is {kv_len}, must be at most {len(row) * page_size}: its "
+                f"{len(row)} pages hold {page_size} tokens each"
+            )
+        negative = row[: -(-kv_len // page_size)] < 0
+        if negative.any():
+            j = int(np.argmax(negative))
+            raise ValueError(
+                f"page_table[{i}][{j}] is {row[j]}, must be at least 0: kv_lens[{i}] is {kv_len}, "
+                f"so that page is read"
+            )

@@ -1,0 +1,140 @@
+"""Attention over a paged cache: `paged_attention`, and the cache for it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from attnsel_jax.jitted_kernels import jitted_kernel
+from attnsel_jax.kv_cache import KVCache, stored_dtype
+from attnsel_jax.metadata import AttentionMetadata
+from attnsel_jax.ops.calls import as_float32, batch_arrays, features
+from attnsel_jax.ops.ragged_arguments import check_paged
+from attnsel_jax.selector import BackendLike, DeviceLike, get_attn_backend
+from attnsel_jax.static_arguments import count, flag, number, window
+from attnsel_jax.value_checks import check_batch
+from pallas_kernels.masks import Window
+
+
+def paged_attention(
+    q: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
+    cache: KVCache,
+    metadata: AttentionMetadata,
+    *,
+    scale: float | None = None,
+    sliding_window: Window = None,
+    attention_chunk_size: int | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    return_lse: bool = False,
+    backend: BackendLike = None,
+    device: DeviceLike = None,
+    checked: bool = False,
+) -> tuple[jax.Array, KVCache] | tuple[jax.Array, jax.Array, KVCache]:
+    """Writes this step's keys and values into the cache, then attends over it.
+
+    One call serves prefill, chunked prefill, decode and speculative decode, mixed. Inside `jit`,
+    donate the cache, and it is updated in place. The maths are in `pallas_kernels.paged`.
+
+    Args:
+        q: [num_tokens, num_heads, head_size], sequences one after another.
+        k, v: [num_tokens, num_kv_heads, head_size]; None, both = nothing to write.
+        cache: keys and values so far, in the layout of the backend.
+        metadata: the batch; its `causal` says whether a query sees later keys.
+        scale, sliding_window, attention_chunk_size, soft_cap, alibi_slopes, sinks: as the contract.
+        return_lse: also return the lse, float32 [num_tokens, num_heads].
+        backend, device, checked: as in `dot_product_attention`.
+
+    Returns:
+        (out, cache), or (out, lse, cache).
+
+    Raises:
+        TypeError: an argument that is no array, or a cache or batch of another class.
+        ValueError: arguments that do not fit together, or a cache in another backend's layout.
+        NoAttentionBackendError: no backend here honours them all.
+    """
+    per_head = {
+        "alibi_slopes": as_float32("alibi_slopes", alibi_slopes),
+        "sinks": as_float32("sinks", sinks),
+    }
+    check_paged(q, k, v, cache, metadata, per_head)
+    if checked:
+        check_batch(metadata, q.shape[0], cache.num_pages, cache.page_size)
+    static = {
+        "scale": number("scale", scale), "causal": flag("metadata.causal", metadata.causal),
+        "sliding_window": window("sliding_window", sliding_window),
+        "attention_chunk_size": count("attention_chunk_size", attention_chunk_size),
+        "soft_cap": number("soft_cap", soft_cap, positive=True),
+    }  # fmt: skip
+    chosen = get_attn_backend(
+        q.shape[-1], q.dtype, cache.pages.dtype, cache.page_size, has_sink=sinks is not None,
+        op="paged", backend=backend, device=device, num_heads=q.shape[1],
+        num_kv_heads=cache.num_kv_heads, causal=metadata.causal,
+        needs_lse=flag("return_lse", return_lse),
+        has_alibi=alibi_slopes is not None, **features(static),
+    )  # fmt: skip
+    if chosen.layout != cache.layout:
+        raise ValueError(
+            f"cache.layout is {cache.layout!r}, must be {chosen.layout!r} for backend "
+            f"{chosen.name}: use cache.converted({chosen.layout!r}), or allocate it for the backend"
+        )
+    batch = batch_arrays(metadata, k)
+    if q.shape[0] == 0:
+        lse = jnp.zeros(q.shape[:2], jnp.float32)
+        return (q, lse, cache) if return_lse else (q, cache)
+    out, lse, pages = jitted_kernel(chosen, "paged")(
+        q, k, v, cache.pages, *batch, **per_head,
+        k_scale=cache.k_scale, v_scale=cache.v_scale, **static,
+    )  # fmt: skip
+    written = cache.with_pages(pages)
+    return (out, lse, written) if return_lse else (out, written)
+
+
+def allocate_kv_cache(
+    num_pages: int,
+    page_size: int | None,
+    num_kv_heads: int,
+    head_size: int,
+    dtype: Any,
+    *,
+    kv_cache_dtype: Any = "auto",
+    k_scale: ArrayLike | None = None,
+    v_scale: ArrayLike | None = None,
+    backend: BackendLike = None,
+    device: DeviceLike = None,
+) -> KVCache:
+    """An empty cache in the layout of the backend that will be selected for it.
+
+    Args:
+        num_pages: pages in the cache.
+        page_size: tokens in a page; None = the backend's preference.
+        num_kv_heads, head_size: of the model.
+        dtype: of q, k and v.
+        kv_cache_dtype: one of `CacheDType` or a dtype; "auto" = dtype.
+        k_scale, v_scale: float32 [] or [num_kv_heads]; true value = stored value * scale.
+        backend, device: as in `dot_product_attention`.
+
+    Raises:
+        ValueError: a count below 1, or scales of another shape.
+        NoAttentionBackendError: no backend here takes such a cache.
+    """
+    num_pages = count("num_pages", num_pages, optional=False)
+    num_kv_heads = count("num_kv_heads", num_kv_heads, optional=False)
+    scales = [as_float32("k_scale", k_scale), as_float32("v_scale", v_scale)]
+    for name, scale in zip(("k_scale", "v_scale"), scales, strict=True):
+        if scale is not None and scale.shape not in ((), (num_kv_heads,)):
+            raise ValueError(
+                f"{name} has shape {scale.shape}, must be () or ({num_kv_heads},), one a kv head"
+            )
+    chosen = get_attn_backend(
+        head_size, dtype, kv_cache_dtype, page_size, backend=backend, device=device,
+        num_kv_heads=num_kv_heads,
+    )  # fmt: skip
+    size = page_size or chosen.get_preferred_block_size()
+    shape = chosen.get_kv_cache_shape(num_pages, size, num_kv_heads, head_size)
+    pages = jnp.zeros(shape, stored_dtype(kv_cache_dtype, dtype))
+    return KVCache(pages, *scales, layout=chosen.layout)

@@ -1,0 +1,159 @@
+"""Arguments of the ops over a paged cache: held against their contracts, in the caller's words."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnsel_jax.kv_cache import FP8_DS_MLA_BYTES, KVCache, LatentCache, layout_named
+from attnsel_jax.metadata import AttentionMetadata
+from pallas_kernels.shape_checks import (
+    CACHE_DTYPES,
+    FLOAT32,
+    FLOATS,
+    INT32,
+    Spec,
+    check_arguments,
+    check_groups,
+    check_same_dtype,
+)
+
+_CACHE_AND_BATCH = ("num_pages", "page_size", "max_num_seqs", "pages_per_seq")
+LATENT_DTYPES = (*FLOATS, "float8_e4m3fn", "float8_e5m2", "uint8")
+
+
+def check_paged(
+    q: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
+    cache: KVCache,
+    metadata: AttentionMetadata,
+    per_head: dict[str, jax.Array | None],
+) -> None:
+    """Refuses what does not fit together.
+
+    Args:
+        q, k, v, cache, metadata: the call's.
+        per_head: name -> float32 [num_heads], or None.
+
+    Raises:
+        TypeError: an argument is no array, or the cache or the batch of another class.
+        ValueError: a rank, a dtype or a size that cannot be.
+    """
+    _check_kind("cache", cache, KVCache, "allocate it with allocate_kv_cache, or wrap its array")
+    _check_given({"q": q, "cache.pages": cache.pages})
+    _check_pair("k", k, "v", v)
+    layout, shape = layout_named(cache.layout), cache.pages.shape
+    if len(shape) != len(layout.stride_order):
+        raise ValueError(
+            f"cache.pages has {len(shape)} dimensions {shape}, must have "
+            f"{len(layout.stride_order)} in layout {cache.layout!r}"
+        )
+    pages = jax.ShapeDtypeStruct(layout.dims(shape), cache.pages.dtype)
+    scales = {
+        f"cache.{name}": (scale, "num_kv_heads" if getattr(scale, "ndim", 0) else "", FLOAT32)
+        for name in ("k_scale", "v_scale")
+        if (scale := getattr(cache, name)) is not None
+    }
+    dims = check_arguments(
+        {
+            "q": (q, "num_tokens num_heads head_size", FLOATS),
+            "cache": (pages, "num_pages page_size num_kv_heads head_size", CACHE_DTYPES),
+            "k": (k, "num_tokens num_kv_heads head_size", FLOATS),
+            "v": (v, "num_tokens num_kv_heads head_size", FLOATS),
+            **_batch_table(metadata),
+            **{name: (values, "num_heads", FLOAT32) for name, values in per_head.items()},
+            **scales,
+        }
+    )
+    check_groups(dims["num_heads"], dims["num_kv_heads"])
+    check_same_dtype(q=q, k=k, v=v)
+    _check_not_empty(dims, "num_heads", "head_size", *_CACHE_AND_BATCH)
+
+
+def check_latent(
+    tokens: tuple[jax.Array | None, ...],
+    topk_indices: jax.Array | None,
+    cache: LatentCache,
+    metadata: AttentionMetadata,
+) -> None:
+    """Refuses what does not fit together.
+
+    Args:
+        tokens: ql_nope, q_pe, kv_c, k_pe.
+        topk_indices: of sparse MLA, else None.
+        cache, metadata: the call's.
+
+    Raises:
+        TypeError: an argument is no array, or the cache or the batch of another class.
+        ValueError: a rank, a dtype or a size that cannot be.
+    """
+    ql_nope, q_pe, kv_c, k_pe = tokens
+    _check_kind("cache", cache, LatentCache, "wrap its array: LatentCache(pages, kv_scale)")
+    _check_given({"ql_nope": ql_nope, "q_pe": q_pe, "cache.pages": cache.pages})
+    _check_pair("kv_c", kv_c, "k_pe", k_pe)
+    queries = {
+        "ql_nope": (ql_nope, "num_tokens num_heads kv_lora_rank", FLOATS),
+        "q_pe": (q_pe, "num_tokens num_heads rope_dim", FLOATS),
+    }
+    width = sum(check_arguments(queries)[name] for name in ("kv_lora_rank", "rope_dim"))
+    row = FP8_DS_MLA_BYTES if jnp.dtype(cache.pages.dtype) == jnp.uint8 else width
+    dims = check_arguments(
+        {
+            **queries,
+            "kv_c": (kv_c, "num_tokens kv_lora_rank", FLOATS),
+            "k_pe": (k_pe, "num_tokens rope_dim", FLOATS),
+            "topk_indices": (topk_indices, "num_tokens topk", INT32),
+            "cache.pages": (
+                cache.pages,
+                f"num_pages page_size {row}",
+                LATENT_DTYPES,
+            ),
+            "cache.kv_scale": (cache.kv_scale, "", FLOAT32),
+            **_batch_table(metadata),
+        }
+    )
+    check_same_dtype(ql_nope=ql_nope, q_pe=q_pe, kv_c=kv_c, k_pe=k_pe)
+    _check_not_empty(dims, "num_heads", "kv_lora_rank", "rope_dim", *_CACHE_AND_BATCH)
+
+
+def _batch_table(metadata: AttentionMetadata) -> dict[str, Spec]:
+    """The batch's rows of the table, in its own words."""
+    hint = "build it with AttentionMetadata.from_lengths, or by the backend's builder"
+    _check_kind("metadata", metadata, AttentionMetadata, hint)
+    names = ("page_table", "kv_lens", "cu_q_lens", "num_seqs")
+    _check_given({f"metadata.{name}": getattr(metadata, name) for name in names})
+    rows = metadata.kv_lens.shape
+    return {
+        "metadata.page_table": (metadata.page_table, "max_num_seqs pages_per_seq", INT32),
+        "metadata.kv_lens": (metadata.kv_lens, "max_num_seqs", INT32),
+        "metadata.cu_q_lens": (metadata.cu_q_lens, str(rows[0] + 1 if rows else 1), INT32),
+        "metadata.num_seqs": (metadata.num_seqs, "", INT32),
+        "metadata.slot_mapping": (metadata.slot_mapping, "num_tokens", INT32),
+    }
+
+
+def _check_kind(name: str, value: Any, kind: type, hint: str) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is {type(value).__name__}, must be {kind.__name__}: {hint}")
+
+
+def _check_given(arrays: dict[str, Any]) -> None:
+    for name, array in arrays.items():
+        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            raise TypeError(f"{name} is {type(array).__name__}, must be an array")
+
+
+def _check_pair(first: str, a: Any, second: str, b: Any) -> None:
+    if (a is None) != (b is None):
+        missing, given = (first, second) if a is None else (second, first)
+        raise ValueError(
+            f"{missing} is None and {given} is given, must be both or neither: both are written to "
+            f"the cache, or nothing is"
+        )
+
+
+def _check_not_empty(dims: dict[str, int], *names: str) -> None:
+    for name in names:
+        if dims[name] < 1:
+            raise ValueError(f"{name} is {dims[name]}, must be at least 1")

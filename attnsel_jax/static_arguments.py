@@ -1,0 +1,81 @@
+"""Numbers and flags that are fixed when a call is traced: checked, and made plain Python values.
+
+Plain values hash, so they can be part of `jax.jit`'s key, and no dtype of theirs meets an array's.
+"""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+Window = int | tuple[int | None, int | None] | None
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False, numpy's included.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    raise ValueError(f"{name} is {value!r}, must be True or False")
+
+
+def count(name: str, value: Any, *, optional: bool = True) -> int | None:
+    """An integer of at least 1; None stays, if it is optional.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if value is None and optional:
+        return None
+    _refuse_traced(name, value)
+    is_integer = hasattr(value, "__index__") and not isinstance(value, bool | np.bool_)
+    if is_integer and isinstance(value, np.ndarray | jax.Array):
+        is_integer = value.ndim == 0 and np.issubdtype(value.dtype, np.integer)
+    if not is_integer or value.__index__() < 1:
+        none = ", or None" if optional else ""
+        raise ValueError(f"{name} is {value!r}, must be an integer of at least 1{none}")
+    return value.__index__()
+
+
+def number(name: str, value: Any, *, positive: bool = False) -> float | None:
+    """A finite number as float; None stays.
+
+    Raises:
+        ValueError: no number, not finite, or not above 0 where it must be.
+    """
+    if value is None:
+        return None
+    _refuse_traced(name, value)
+    wanted = f"a finite number{' above 0' if positive else ''}"
+    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if isinstance(value, np.ndarray | jax.Array):
+        is_number = value.ndim == 0 and np.dtype(value.dtype).kind not in "bc"
+    if not is_number or not math.isfinite(value) or (positive and not value > 0):
+        raise ValueError(f"{name} is {value!r}, must be {wanted}, or None")
+    return float(value)
+
+
+def window(name: str, value: Any) -> Window:
+    """A window in this library's words, the own key counted: an int, or (left, right).
+
+    Raises:
+        ValueError: neither, or a side below 1.
+    """
+    if value is None or not isinstance(value, tuple | list):
+        return count(name, value)
+    if len(value) != 2:
+        raise ValueError(f"{name} is {value!r}, must be an integer, (left, right), or None")
+    left, right = (count(f"{name}[{i}]", side) for i, side in enumerate(value))
+    return left, right
+
+
+def _refuse_traced(name: str, value: Any) -> None:
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(
+            f"{name} is traced by jit, vmap or grad, must be a plain number: it is part of the "
+            f"program; take it out of the traced arguments (static_argnames)"
+        )

@@ -1,0 +1,27 @@
+"""What every test starts from: nothing forced, no variable set, no plug-in left behind."""
+
+import os
+
+# The tests compile some thousand tiny programs and run each once: XLA's own passes all run, LLVM's
+# optimisations are left out (measured: 16 s in place of 27). Set XLA_FLAGS for other flags;
+# `attnsel compare` and `attnsel bench` run fully optimised code.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+import pytest
+
+from attnsel_jax import AttentionBackendEnum, global_force_attn_backend, unregister_backend
+from attnsel_jax.envs import BACKEND_VARIABLES
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_insisted_on(monkeypatch):
+    for variable in BACKEND_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    before = list(AttentionBackendEnum)
+    yield
+    global_force_attn_backend(None)
+    for member in AttentionBackendEnum:
+        if member not in before:
+            unregister_backend(member.name)
+        elif member.is_overridden():
+            member.clear_override()
