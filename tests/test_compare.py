@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import faulty_kernels
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,6 @@ from attnsel_jax.problems import DEFAULT, QUICK, named
 from attnsel_jax.problems.dense_inputs import dense_inputs
 from attnsel_jax.problems.paged_inputs import paged_inputs
 from attnsel_jax.problems.problem import Problem
-from tests import faulty_kernels
 
 DTYPES = ["float32", "bfloat16"]
 DENSE_FEATURES = {
