@@ -45,6 +45,16 @@ LAYOUTS: dict[str, Layout] = {
         join=lambda k_pages, v_pages: jnp.stack([k_pages, v_pages]),
         stride_order=(0, 1, 2, 3, 4),
     ),
+    # [num_pages, num_kv_heads, page_size, 2 * head_dim]: a head's key and value in one row.
+    "side_by_side": Layout(
+        shape=lambda pages, size, heads, head_dim: (pages, heads, size, 2 * head_dim),
+        dims=lambda shape: (shape[0], shape[2], shape[1], shape[3] // 2),
+        split=lambda pages: tuple(jnp.split(jnp.swapaxes(pages, 1, 2), 2, axis=-1)),
+        join=lambda k_pages, v_pages: jnp.swapaxes(
+            jnp.concatenate([k_pages, v_pages], axis=-1), 1, 2
+        ),
+        stride_order=(0, 1, 2, 3),
+    ),
 }
 
 
