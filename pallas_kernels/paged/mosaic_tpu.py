@@ -127,7 +127,9 @@ def _per_head(geometry, scale, soft_cap, k_scale, v_scale, alibi_slopes, sinks) 
     heads = geometry.num_q_heads
 
     def of_q_heads(x):
-        x = jnp.broadcast_to(jnp.asarray(1.0 if x is None else x, jnp.float32), geometry.num_kv_heads)
+        x = jnp.broadcast_to(
+            jnp.asarray(1.0 if x is None else x, jnp.float32), geometry.num_kv_heads
+        )
         return jnp.repeat(x, geometry.group)
 
     unit = LOG2E if soft_cap is None else 1 / float(soft_cap)

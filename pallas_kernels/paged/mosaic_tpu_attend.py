@@ -88,7 +88,9 @@ def attend(
     """
     numbers = jnp.stack(per_head[:4])
     rows = [geometry.decode_row(h) for h in range(geometry.num_q_heads)]
-    by_row = jnp.zeros((4, geometry.all_decode_rows), jnp.float32).at[:, jnp.array(rows)].set(numbers)
+    by_row = (
+        jnp.zeros((4, geometry.all_decode_rows), jnp.float32).at[:, jnp.array(rows)].set(numbers)
+    )
     by_row = jnp.broadcast_to(by_row[..., None], (*by_row.shape, LANES))
     row_tiles = q.shape[0]
 
@@ -96,7 +98,9 @@ def attend(
         return pl.BlockSpec((geometry.tile_tokens // ROWS, ROWS, lanes), lambda j, *_: (j, 0, 0))
 
     def kernel(*refs):
-        _kernel(*refs, geometry=geometry, masks=masks, soft_cap=soft_cap, has_slope=per_head.has_slope)
+        _kernel(
+            *refs, geometry=geometry, masks=masks, soft_cap=soft_cap, has_slope=per_head.has_slope
+        )
 
     out_width = geometry.num_q_heads * geometry.out_lanes
     buffers = (
@@ -137,8 +141,8 @@ def attend(
 
 
 def _kernel(
-    page_table, kv_lens, cu_q_lens, num_seqs, q, scalars, rows, kv_pages, out, lse, buffers, arrived,
-    cells, now, *scratch, geometry: Geometry, masks: Masks, soft_cap, has_slope,
+    page_table, kv_lens, cu_q_lens, num_seqs, q, scalars, rows, kv_pages, out, lse, buffers,
+    arrived, cells, now, *scratch, geometry: Geometry, masks: Masks, soft_cap, has_slope,
 ):  # fmt: skip
     """One tile: every span in it, one after another."""
     batch = Batch(page_table, kv_lens, cu_q_lens, num_seqs)

@@ -81,7 +81,12 @@ def _registers(geometry: Geometry, width: int):
     """
     for i in range(geometry.num_q_heads * width // LANES):
         head, lane = divmod(i * LANES, width)
-        yield i, geometry.decode_row(head), slice(i * LANES, (i + 1) * LANES), slice(lane, lane + LANES)
+        yield (
+            i,
+            geometry.decode_row(head),
+            slice(i * LANES, (i + 1) * LANES),
+            slice(lane, lane + LANES),
+        )
 
 
 def _attend_block(step, span: Span, buffer, position, *, masked: bool) -> None:
@@ -106,9 +111,7 @@ def _attend_block(step, span: Span, buffer, position, *, masked: bool) -> None:
     logits = _by_kv_head(geometry, q[...].astype(step.q.dtype), logits_of)
     logits = logits * step.rows[0][:, :1]
     slope = step.rows[2][:, :1] if step.has_slope else None
-    logits = softmax.join(
-        logits, span.first_q, kv_pos[:1], soft_cap=step.soft_cap, slope=slope
-    )
+    logits = softmax.join(logits, span.first_q, kv_pos[:1], soft_cap=step.soft_cap, slope=slope)
     if masked:
         logits = softmax.mask(
             logits, span.first_q, kv_pos[:1], span.start, span.stop, step.walk.masks
@@ -119,7 +122,7 @@ def _attend_block(step, span: Span, buffer, position, *, masked: bool) -> None:
 
 
 def product(x, y, contracted: int):
-    """x [rows, n] times y, summed over x's lanes and y's dimension `contracted`; float32."""
+    """X [rows, n] times y, summed over x's lanes and y's dimension `contracted`; float32."""
     return lax.dot_general(
         x, y, (((1,), (contracted,)), ((), ())), preferred_element_type=jnp.float32,
         precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,

@@ -4,7 +4,6 @@ The rows of one kv head are its group's query heads, each with the tokens of the
 spans). Rows of the tile that are not the span's are computed with the others, and dropped.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl

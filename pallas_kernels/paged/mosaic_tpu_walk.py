@@ -152,7 +152,9 @@ class Walk(NamedTuple):
             )  # fmt: skip
             cells[BLOCK] += 1
 
-            @pl.when((cells[BLOCK] >= cells[BLOCK_END]) & (cells[NEXT_SEQ] < self.batch.num_seqs[0]))
+            @pl.when(
+                (cells[BLOCK] >= cells[BLOCK_END]) & (cells[NEXT_SEQ] < self.batch.num_seqs[0])
+            )
             def _():
                 self._find_block(cells[NEXT_SEQ], cells[NEXT_TOKEN])
 

@@ -89,7 +89,7 @@ def write_kv(
 
 
 def _quantised(values: jax.Array, scale: jax.Array | None, dtype) -> jax.Array:
-    """values / scale, saturated into dtype; int8 rounds to nearest even, and has no NaN."""
+    """Values / scale, saturated into dtype; int8 rounds to nearest even, and has no NaN."""
     stored = values.astype(jnp.float32)
     if scale is not None:
         scale = scale[:, None] if scale.ndim else scale

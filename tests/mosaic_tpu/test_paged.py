@@ -2,7 +2,6 @@
 
 import re
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from attnsel_jax.compare.expected import expected
 from attnsel_jax.compare.kernel_runs import run
 from attnsel_jax.kv_cache import LAYOUTS, KVCache
 from attnsel_jax.platforms import Device
-from attnsel_jax.problems import QUICK, named
+from attnsel_jax.problems import QUICK
 from attnsel_jax.problems.paged_inputs import paged_inputs
 from pallas_kernels.paged import mosaic_tpu, mosaic_tpu_tiles
 
@@ -56,41 +55,41 @@ def test_quick_problems(problem):
     check(problem.make())
 
 
-# Decodes, a chunk over three tiles, nothing, speculative decodes over a row tile's border, a prompt.
-LONG = ((1, 1, 40, 0, 1, 5, 7, 33, 1), (70, 33, 75, 9, 1, 29, 64, 33, 128))
+# A decode, a chunk over two tiles, nothing, speculative decodes over a row tile's border, a decode.
+LONG = ((1, 28, 0, 5, 11, 1), (70, 59, 9, 29, 24, 33))
 
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize(
     "options",
     [
-        {},
         {"dtype": "float32", "sliding_window": 19, "sinks": True},
         {"causal": False, "sliding_window": (30, 3)},
         {"attention_chunk_size": 24, "soft_cap": 6.0, "alibi": True},
     ],
-    ids=["causal", "window", "two-sided", "chunked"],
+    ids=["window", "two-sided", "chunked"],
 )
 def test_spans_tiles_and_blocks(options):
     check(batch(*LONG, **options))
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("heads", [(3, 3), (6, 2), (8, 1), (10, 1), (24, 2)])
+@pytest.mark.parametrize("heads", [(3, 3), (3, 1), (8, 1), (10, 1)])
 def test_groups(heads):
-    check(batch((1, 3, 18), (30, 11, 20), heads=heads, page_size=16))
+    check(batch((1, 3), (30, 11), heads=heads, page_size=16))
 
 
 @pytest.mark.usefixtures("small_tiles")
 def test_more_queries_than_keys_see_nothing():
-    arguments = batch((5, 1, 20), (2, 0, 9), writes=False)
+    arguments = batch((5, 1, 20), (7, 3, 22), writes=False)
+    arguments["kv_lens"] = np.array([2, 0, 9, 10**6], np.int32)
     lse = check(arguments)["lse"]
     assert np.isneginf(lse[[0, 1, 2, 5]]).all()
     check(arguments | {"sinks": np.array([0, -np.inf, 1, 2], np.float32)})
 
 
 def test_no_sequences():
-    arguments = batch((3, 1), (9, 4)) | {"num_seqs": np.int32(0)}
+    arguments = batch((3, 1), (9, 4))
     arguments["slot_mapping"] = np.full_like(arguments["slot_mapping"], -1)
     arguments["num_seqs"] = np.array(0, np.int32)
     check(arguments)
@@ -112,10 +111,10 @@ def test_expired_pages_may_be_gone():
 
 def test_any_slot_mapping_is_honoured():
     """Tokens of one page far apart, in any order, to pages that nobody reads, and nowhere."""
-    arguments = batch((60, 1, 4), (60, 3, 4), page_size=16, dtype="float32")
+    arguments = batch((44, 1, 4), (44, 3, 4), page_size=16, dtype="float32")
     slots = arguments["slot_mapping"].copy()
     rng = np.random.default_rng(0)
-    slots[10:60] = rng.permutation(slots[10:60])
+    slots[10:44] = rng.permutation(slots[10:44])
     slots[0] = 10**6
     _, num_pages, page_size = arguments["kv_pages"].shape[:3]
     unused = set(range(num_pages)) - set(slots[slots < 10**6] // page_size)
