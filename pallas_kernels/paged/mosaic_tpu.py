@@ -1,9 +1,9 @@
 """Paged attention on TPU: Pallas kernels that walk each sequence's pages with prefetched copies.
 
 The contract (maths, arguments, edge cases) is `pallas_kernels/paged/__init__.py`. The cache is
-"side_by_side": [num_pages, num_kv_heads, page_size, 2 * head_dim], a head's key and value in one
-row. First a kernel writes this step's keys and values (`mosaic_tpu_write`), then one kernel attends
-(`mosaic_tpu_attend`).
+"side_by_side": [num_pages, num_kv_heads, tiles, page_size, lanes], a head's key and value beside
+each other in tiles of 128 lanes (`mosaic_tpu_geometry`). First a kernel writes this step's keys and
+values (`mosaic_tpu_write`), then one kernel attends (`mosaic_tpu_attend`).
 """
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.masks import Window, window_bounds
 from pallas_kernels.paged.mosaic_tpu_attend import PerHead, attend
-from pallas_kernels.paged.mosaic_tpu_geometry import ROWS, Geometry, Masks, round_up
+from pallas_kernels.paged.mosaic_tpu_geometry import LANES, ROWS, Geometry, Masks, round_up
 from pallas_kernels.paged.mosaic_tpu_tiles import Tiles, tiles_for_chip
 from pallas_kernels.paged.mosaic_tpu_write import write_kv
 from pallas_kernels.shape_checks import (
@@ -101,7 +101,7 @@ def paged_attention(
 def _geometry(q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, tiles: Tiles) -> Geometry:
     """The sizes of this call."""
     num_tokens, num_q_heads, head_dim = q.shape
-    _, num_kv_heads, page_size, _ = kv_pages.shape
+    _, num_kv_heads, _, page_size, _ = kv_pages.shape
     chunk_pages = max(1, tiles.chunk_tokens // page_size)
     chunks = max(1, tiles.block_tokens // (chunk_pages * page_size))
     return Geometry(
@@ -157,10 +157,11 @@ def _check(arrays: dict[str, jax.Array | None], statics: list[tuple[str, float |
         dims = "num_kv_heads" if getattr(arrays[name], "ndim", 0) else ""
         table[name] = (arrays[name], dims, FLOAT32)
     dims = check_arguments(table)
-    if dims["both"] != 2 * dims["head_dim"]:
+    numbers = dims["tiles"] * dims["lanes"]
+    if numbers != 2 * dims["head_dim"] or (dims["tiles"] > 1 and dims["lanes"] != LANES):
         raise ValueError(
-            f"kv_pages has rows of {dims['both']}, must be {2 * dims['head_dim']}, twice the "
-            f"head_dim of q: a key and its value side by side"
+            f"kv_pages has {dims['tiles']} tiles of {dims['lanes']} lanes, must have "
+            f"{2 * dims['head_dim']} lanes, twice the head_dim of q, in tiles of {LANES} or in one"
         )
     if dims["one_more"] != dims["max_num_seqs"] + 1:
         raise ValueError(
@@ -180,7 +181,7 @@ def _check(arrays: dict[str, jax.Array | None], statics: list[tuple[str, float |
 
 _ARGUMENTS = {
     "q": ("num_tokens num_q_heads head_dim", DTYPES),
-    "kv_pages": ("num_pages num_kv_heads page_size both", CACHES),
+    "kv_pages": ("num_pages num_kv_heads tiles page_size lanes", CACHES),
     "k": ("num_tokens num_kv_heads head_dim", DTYPES),
     "v": ("num_tokens num_kv_heads head_dim", DTYPES),
     "page_table": ("max_num_seqs pages_per_seq", INT32),

@@ -1,5 +1,6 @@
 """The TPU kernel of `paged` that attends: one grid step for each tile of tokens."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -103,10 +104,7 @@ def attend(
         )
 
     out_width = geometry.num_q_heads * geometry.out_lanes
-    buffers = (
-        geometry.num_buffers, geometry.block_pages, geometry.num_kv_heads, geometry.page_size,
-        kv_pages.shape[-1],
-    )  # fmt: skip
+    buffers = (geometry.num_buffers, geometry.block_pages, *kv_pages.shape[1:])
     return pl.pallas_call(
         kernel,
         out_shape=[
@@ -132,7 +130,10 @@ def attend(
                 *mosaic_tpu_prefill.scratch_shapes(geometry, q.dtype),
             ],
         ),
-        compiler_params=tpu_chip.compiler_params(["arbitrary"]),
+        # Checking a copy's ends takes longer than starting it; page tables are the caller's word.
+        compiler_params=dataclasses.replace(
+            tpu_chip.compiler_params(["arbitrary"]), disable_bounds_checks=True
+        ),
         name="paged_attention",
     )(
         page_table.reshape(-1), kv_lens, cu_q_lens, num_seqs.reshape(1), q, numbers, by_row,
@@ -155,9 +156,10 @@ def _kernel(
     out[...] = jnp.zeros_like(out)
     lse[...] = jnp.full_like(lse, -jnp.inf)
 
+    mosaic_tpu_decode.begin_tile(decode)
+
     @pl.when(pl.program_id(0) == 0)
     def _():
-        mosaic_tpu_decode.clear(decode)
         now[SEQ] = walk.begin()
 
     last = jnp.minimum(first_token + geometry.tile_tokens, cu_q_lens[num_seqs[0]])
@@ -188,3 +190,4 @@ def _kernel(
 
     now[TOKEN] = first_token
     lax.while_loop(lambda more: more, visit, first_token < last)
+    mosaic_tpu_decode.end_row_tile(decode)

@@ -17,27 +17,53 @@ from pallas_kernels.paged.mosaic_tpu_walk import Span
 
 
 def scratch_shapes(geometry: Geometry) -> list:
-    """The token's queries, m, l, acc; a row tile of q and of out, to turn lanes into rows."""
+    """The token's queries, m, l, acc, output; a row tile of q, of out and of lse; cells."""
     rows = geometry.all_decode_rows
     return [
         pltpu.VMEM((rows, geometry.k_lanes), jnp.float32),
         pltpu.VMEM((rows, LANES), jnp.float32),
         pltpu.VMEM((rows, LANES), jnp.float32),
         pltpu.VMEM((rows, geometry.v_lanes), jnp.float32),
+        pltpu.VMEM((rows, geometry.out_lanes), jnp.float32),
         # One register wide: only then may a load or store begin at any row.
         pltpu.VMEM((geometry.num_q_heads * geometry.k_lanes // LANES, ROWS, LANES), jnp.float32),
-        pltpu.VMEM((rows, geometry.out_lanes), jnp.float32),
         pltpu.VMEM((geometry.num_q_heads * geometry.out_lanes // LANES, ROWS, LANES), jnp.float32),
+        pltpu.VMEM((geometry.lse_lanes // LANES, ROWS, LANES), jnp.float32),
+        pltpu.SMEM((2,), jnp.int32),
     ]
 
 
-def clear(step) -> None:
-    """Makes the rows between groups numbers: they are multiplied, and dropped."""
+# The row tile whose q is in scratch, and the rows of it, as bits, whose out and lse are.
+ROW_TILE, STAGED = range(2)
+
+
+def begin_tile(step) -> None:
+    """Forgets the last tile, and makes rows between groups numbers: they are multiplied, too."""
     step.scratch[0][...] = jnp.zeros_like(step.scratch[0])
+    step.scratch[-1][ROW_TILE], step.scratch[-1][STAGED] = jnp.int32(-1), jnp.int32(0)
+
+
+def end_row_tile(step) -> None:
+    """Puts the rows that are staged into the tile."""
+    tile, lse, cells = step.scratch[6:]
+
+    @pl.when(cells[STAGED] != 0)
+    def _():
+        row_tile = cells[ROW_TILE]
+        row = lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 0)
+        mine = lax.shift_right_logical(jnp.broadcast_to(cells[STAGED], row.shape), row) & 1 != 0
+        for i in range(tile.shape[0]):
+            lanes = slice(i * LANES, (i + 1) * LANES)
+            old = step.out[row_tile, :, lanes].astype(jnp.float32)
+            step.out[row_tile, :, lanes] = jnp.where(mine, tile[i], old).astype(step.out.dtype)
+        for i in range(lse.shape[0]):
+            lanes = slice(i * LANES, (i + 1) * LANES)
+            step.lse[row_tile, :, lanes] = jnp.where(mine, lse[i], step.lse[row_tile, :, lanes])
+        cells[STAGED] = jnp.int32(0)
 
 
 def attend_span(step, span: Span) -> None:
-    """Attends with one token, and puts its output and lse into the tile."""
+    """Attends with one token, and stages its output and lse."""
     walk, geometry = step.walk, step.walk.geometry
     _, m, l, acc, *_ = step.scratch
     token = span.begin - step.first_token
@@ -47,30 +73,62 @@ def attend_span(step, span: Span) -> None:
     l[...] = jnp.zeros_like(l)
     acc[...] = jnp.zeros_like(acc)
     first, last = walk.blocks(span)
+    start, stop = walk.masks.bounds_of_all(span.first_q, span.last_q, span.start, span.stop)
 
     def attend_block(block, _):
-        buffer = walk.next_block(span, block)
         position = block * geometry.block_tokens
-        start, stop = walk.masks.bounds_of_all(span.first_q, span.last_q, span.start, span.stop)
         inside = (position >= start) & (position + geometry.block_tokens <= stop)
+        ahead = walk.whole_block_ahead()
 
-        @pl.when(inside)
+        @pl.when(inside & ahead)
         def _():
-            _attend_block(step, span, buffer, position, masked=False)
+            buffer = walk.next_whole_block()
+            _attend_block(step, span, buffer, position, geometry.block_pages, masked=False)
 
-        @pl.when(jnp.logical_not(inside))
+        @pl.when(jnp.logical_not(inside & ahead))
         def _():
-            _attend_block(step, span, buffer, position, masked=True)
+            buffer = walk.next_block(span, block)
+            _attend_part(step, span, buffer, position)
 
     lax.fori_loop(first, last, attend_block, None)
-    _finish(step, row_tile, row)
+    _finish(step, row)
+
+
+def _attend_part(step, span: Span, buffer, position) -> None:
+    """A block with keys that are not to be seen: no more of its pages than half, or a quarter."""
+    pages = step.walk.geometry.block_pages
+    sizes = [pages >> shift for shift in (2, 1, 0) if pages % (1 << shift) == 0]
+    used = span.stop - position
+    below = jnp.int32(-1)
+    for size in sizes:
+        tokens = size * step.walk.geometry.page_size
+        fits = (used > below) & ((used <= tokens) | (size == pages))
+
+        def attend(size=size):
+            _attend_block(step, span, buffer, position, size, masked=True)
+
+        pl.when(fits)(attend)
+        below = jnp.int32(tokens)
 
 
 def _load_q(step, row_tile, row) -> None:
     """Turns the token's heads, side by side along lanes, into rows."""
-    geometry, q, tile = step.walk.geometry, step.scratch[0], step.scratch[4]
-    for i, at, from_lanes, lanes in _registers(geometry, geometry.k_lanes):
-        tile[i] = step.q[row_tile, :, from_lanes].astype(jnp.float32)
+    geometry, q, tile, cells = (
+        step.walk.geometry,
+        step.scratch[0],
+        step.scratch[5],
+        step.scratch[-1],
+    )
+    registers = list(_registers(geometry, geometry.k_lanes))
+
+    @pl.when(cells[ROW_TILE] != row_tile)
+    def _():
+        end_row_tile(step)
+        cells[ROW_TILE] = row_tile
+        for i, _, of_all, _ in registers:
+            tile[i] = step.q[row_tile, :, of_all].astype(jnp.float32)
+
+    for i, at, _, lanes in registers:
         q[at : at + 1, lanes] = tile[i, pl.ds(row, 1)]
 
 
@@ -89,33 +147,29 @@ def _registers(geometry: Geometry, width: int):
         )
 
 
-def _attend_block(step, span: Span, buffer, position, *, masked: bool) -> None:
-    """One block for all heads."""
+def _attend_block(step, span: Span, buffer, position, pages: int, *, masked: bool) -> None:
+    """The first pages of a block, for all heads."""
     geometry = step.walk.geometry
     q, m, l, acc = step.scratch[:4]
-    keys = geometry.block_tokens
-    kv_pos = position + lax.broadcasted_iota(jnp.int32, (8, keys), 1)
-    live = None
-    if masked:
-        at = position + lax.broadcasted_iota(jnp.int32, (keys, 1), 0)
-        live = (at >= span.start) & (at < span.stop)
+    buffers = step.walk.buffers.at[buffer, pl.ds(0, pages)]
+    keys = pages * geometry.page_size
+    kv_pos = position + lax.broadcasted_iota(jnp.int32, (1, keys), 1)
+    kept = (span.start - position, span.stop - position) if masked else None
 
     def logits_of(head, rows):
-        k = step.walk.buffers[buffer, :, head, :, : geometry.k_lanes]
-        return product(rows, k.reshape(keys, -1).astype(step.q.dtype), 1)
+        k = geometry.read(buffers.at[:, head], 0, geometry.k_lanes)
+        return product(rows, k.astype(step.q.dtype), 1)
 
     def values_of(head, weights):
-        v = step.walk.buffers[buffer, :, head, :, geometry.v_start :].reshape(keys, -1)
-        return product(weights, kept(v, live, step.q.dtype), 0)
+        v = geometry.read(buffers.at[:, head], geometry.v_start, 2 * geometry.head_dim)
+        return product(weights, rows_kept(v, kept).astype(step.q.dtype), 0)
 
     logits = _by_kv_head(geometry, q[...].astype(step.q.dtype), logits_of)
     logits = logits * step.rows[0][:, :1]
     slope = step.rows[2][:, :1] if step.has_slope else None
-    logits = softmax.join(logits, span.first_q, kv_pos[:1], soft_cap=step.soft_cap, slope=slope)
+    logits = softmax.join(logits, span.first_q, kv_pos, soft_cap=step.soft_cap, slope=slope)
     if masked:
-        logits = softmax.mask(
-            logits, span.first_q, kv_pos[:1], span.start, span.stop, step.walk.masks
-        )
+        logits = softmax.mask(logits, span.first_q, kv_pos, span.start, span.stop, step.walk.masks)
     weights, shrink, m[...], l[...] = softmax.update(logits, m[...], l[...])
     values = _by_kv_head(geometry, weights.astype(step.q.dtype), values_of)
     acc[...] = acc[...] * softmax.widened(shrink, geometry.v_lanes) + values
@@ -129,11 +183,23 @@ def product(x, y, contracted: int):
     )  # fmt: skip
 
 
-def kept(v, live, dtype):
-    """Values as operands; 0 where `live` is False (what lies there may be NaN)."""
-    if live is None:
-        return v.astype(dtype)
-    return jnp.where(live, v.astype(jnp.float32), 0.0).astype(dtype)
+def rows_kept(v: jax.Array, kept) -> jax.Array:
+    """Values with rows outside [begin, end) made 0, as bits (what lies there may be NaN).
+
+    Several rows of a narrow dtype share a 32-bit word.
+    """
+    if kept is None:
+        return v
+    packed = 4 // v.dtype.itemsize
+    words = pltpu.bitcast(v, jnp.int32)
+    first_row = lax.broadcasted_iota(jnp.int32, (words.shape[0], 1), 0) * packed
+    bits = jnp.zeros_like(first_row)
+    for i in range(packed):
+        row = first_row + i
+        mine = ((1 << (32 // packed)) - 1) << (i * 32 // packed)
+        mine = mine - (1 << 32) if mine >= 1 << 31 else mine
+        bits |= jnp.where((row >= kept[0]) & (row < kept[1]), jnp.int32(mine), 0)
+    return pltpu.bitcast(words & bits, v.dtype)
 
 
 def _by_kv_head(geometry: Geometry, x: jax.Array, f) -> jax.Array:
@@ -152,23 +218,19 @@ def _by_kv_head(geometry: Geometry, x: jax.Array, f) -> jax.Array:
     return jnp.concatenate(parts, axis=0) if len(parts) > 1 else parts[0]
 
 
-def _finish(step, row_tile, row) -> None:
-    """Puts output and lse into the token's row of the tile."""
+def _finish(step, row) -> None:
+    """Stages output and lse."""
     geometry = step.walk.geometry
-    _, m, l, acc, _, rows, tile = step.scratch
+    _, m, l, acc, rows, _, tile, lse_tile, cells = step.scratch
     factor, lse = softmax.finish(m[...], l[...], step.rows[3], step.rows[1])
-    seen = factor[:, :1] != 0
-    values = jnp.where(seen, acc[...] * softmax.widened(factor, geometry.v_lanes), 0.0)
-    rows[:, : geometry.v_lanes] = values
-    mine = lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 0) == row
-    for i, at, to_lanes, lanes in _registers(geometry, geometry.out_lanes):
+    values = acc[...] * softmax.widened(factor, geometry.v_lanes)
+    rows[:, : geometry.v_lanes] = jnp.where(factor[:, :1] != 0, values, 0.0)
+    for i, at, _, lanes in _registers(geometry, geometry.out_lanes):
         tile[i, pl.ds(row, 1)] = rows[at : at + 1, lanes]
-        old = step.out[row_tile, :, to_lanes].astype(jnp.float32)
-        step.out[row_tile, :, to_lanes] = jnp.where(mine, tile[i], old).astype(step.out.dtype)
-    step.lse[row_tile] = jnp.where(
-        lax.broadcasted_iota(jnp.int32, (ROWS, geometry.lse_lanes), 0) == row,
-        _as_lanes(geometry, lse), step.lse[row_tile],
-    )  # fmt: skip
+    line = _as_lanes(geometry, lse)
+    for i in range(lse_tile.shape[0]):
+        lse_tile[i, pl.ds(row, 1)] = line[:, i * LANES : (i + 1) * LANES]
+    cells[STAGED] |= lax.shift_left(jnp.int32(1), row)
 
 
 def _as_lanes(geometry: Geometry, lse: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """What the TPU kernels of `paged` know when they are traced: sizes, lanes, masks, tile sizes."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,10 +59,10 @@ class Masks(NamedTuple):
 class Geometry(NamedTuple):
     """Static sizes of one call.
 
-    A row of the cache holds a head's key and value side by side: lanes [0, head_dim) and
-    [head_dim, 2 * head_dim). Registers are 128 lanes wide, so a key is read as the lanes
-    [0, k_lanes), which may hold the value's beginning (q is 0 there), and a value as
-    [v_start, 2 * head_dim), of which [v_offset, v_offset + head_dim) is the value.
+    The cache is [num_pages, num_kv_heads, tiles, page_size, lanes]. A head's key and value lie side
+    by side, the key in lanes [0, head_dim) of all tiles' together. Registers are 128 lanes wide, so
+    a key is read as lanes [0, k_lanes), which may hold the value's beginning (q is 0 there), and a
+    value as [v_start, 2 * head_dim), of which [v_offset, v_offset + head_dim) is the value.
     """
 
     num_q_heads: int
@@ -132,6 +132,20 @@ class Geometry(NamedTuple):
     def chunk_tokens(self) -> int:
         """Keys in a chunk."""
         return self.chunk_pages * self.page_size
+
+    def read(self, head: Any, begin: int, end: int) -> jax.Array:
+        """Lanes [begin, end) of a head in some pages, as [keys, lanes].
+
+        Args:
+            head: reference [pages, tiles, page_size, lanes].
+            begin, end: whole registers, or the end of the last tile.
+        """
+        if head.shape[1] == 1:
+            rows = head[:, 0, :, begin:end]
+        else:
+            tiles = range(begin // LANES, end // LANES)
+            rows = jnp.concatenate([head[:, tile] for tile in tiles], axis=-1)
+        return rows.reshape(-1, rows.shape[-1])
 
     def decode_row(self, q_head: int) -> int:
         """The row of a query head among one token's."""

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.paged import mosaic_tpu_softmax as softmax
-from pallas_kernels.paged.mosaic_tpu_decode import kept, product
+from pallas_kernels.paged.mosaic_tpu_decode import product, rows_kept
 from pallas_kernels.paged.mosaic_tpu_geometry import LANES, ROWS, Geometry, divided
 from pallas_kernels.paged.mosaic_tpu_walk import Span
 
@@ -100,12 +100,10 @@ def _attend_head(
 
     def load_kv():
         kv = step.walk.buffers.at[buffer, pages, head]
-        live = None
-        if masked:
-            at = position + lax.broadcasted_iota(jnp.int32, (keys, 1), 0)
-            live = (at >= span.start) & (at < span.stop)
-        k = kv[:, :, : geometry.k_lanes].reshape(keys, -1).astype(q.dtype)
-        return k, kept(kv[:, :, geometry.v_start :].reshape(keys, -1), live, q.dtype)
+        kept = (span.start - position, span.stop - position) if masked else None
+        k = geometry.read(kv, 0, geometry.k_lanes)
+        v = rows_kept(geometry.read(kv, geometry.v_start, 2 * geometry.head_dim), kept)
+        return k.astype(q.dtype), v.astype(q.dtype)
 
     def joined(logits):
         if step.soft_cap is None and not step.has_slope and not masked:

@@ -26,7 +26,7 @@ TILES = {
     "v5e": Tiles(tile_tokens=128, block_tokens=512, chunk_tokens=512, num_buffers=3),
     "v5p": Tiles(tile_tokens=128, block_tokens=512, chunk_tokens=512, num_buffers=3),
     "v6e": Tiles(tile_tokens=128, block_tokens=512, chunk_tokens=512, num_buffers=3),
-    "7x": Tiles(tile_tokens=128, block_tokens=512, chunk_tokens=512, num_buffers=3),
+    "7x": Tiles(tile_tokens=128, block_tokens=1024, chunk_tokens=512, num_buffers=3),
 }
 
 

@@ -53,7 +53,7 @@ class Walk(NamedTuple):
     masks: Masks
     batch: Batch
     kv_pages: Any  # in HBM
-    buffers: Any  # [num_buffers, block_pages, num_kv_heads, page_size, 2 * head_dim]
+    buffers: Any  # [num_buffers, block_pages, num_kv_heads, tiles, page_size, lanes]
     arrived: Any  # DMA semaphores, one for each buffer
     cells: Any  # SMEM
 
@@ -128,35 +128,66 @@ class Walk(NamedTuple):
         self.cells[cell] = jnp.where(following == self.geometry.num_buffers, 0, following)
         return buffer
 
+    def _start_pages(self, buffer, place, column, count: int) -> None:
+        """Starts the copies of `count` pages, from this column of the cursor's sequence on.
+
+        All are looked up before the first is started: the scalar unit need not wait for each.
+        """
+        at = self.cells[SEQ] * self.geometry.pages_per_seq + column
+        sources = [self.kv_pages.at[self.batch.page_table[at + i]] for i in range(count)]
+        for i, source in enumerate(sources):
+            there = self.buffers.at[buffer, place + i]
+            pltpu.make_async_copy(source, there, self.arrived.at[buffer]).start()
+
+    def _move_on(self) -> None:
+        """Puts the cursor on the next block."""
+        cells = self.cells
+        cells[BLOCK] += 1
+        is_last = cells[BLOCK] >= cells[BLOCK_END]
+
+        @pl.when(is_last & (cells[NEXT_SEQ] < self.batch.num_seqs[0]))
+        def _():
+            self._find_block(cells[NEXT_SEQ], cells[NEXT_TOKEN])
+
     def start_next(self) -> None:
         """Starts the copies of the cursor's block, and moves the cursor on."""
-        cells = self.cells
+        cells, pages = self.cells, self.geometry.block_pages
 
         @pl.when(cells[BLOCK] < cells[BLOCK_END])
         def _():
             buffer = self._take(TO_FILL)
-            first_page = cells[BLOCK] * self.geometry.block_pages
-            row = cells[SEQ] * self.geometry.pages_per_seq
+            first = cells[BLOCK] * pages
+            begin = jnp.maximum(cells[PAGE_BEGIN], first)
+            end = jnp.minimum(cells[PAGE_END], first + pages)
+            fours = lax.shift_right_arithmetic(end - begin, 2)
 
-            def start(page, _):
-                pltpu.make_async_copy(
-                    self.kv_pages.at[self.batch.page_table[row + page]],
-                    self.buffers.at[buffer, page - first_page],
-                    self.arrived.at[buffer],
-                ).start()
+            def start(column, count):
+                self._start_pages(buffer, column - first, column, count)
 
-            lax.fori_loop(
-                jnp.maximum(cells[PAGE_BEGIN], first_page),
-                jnp.minimum(cells[PAGE_END], first_page + self.geometry.block_pages),
-                start, None,
-            )  # fmt: skip
-            cells[BLOCK] += 1
+            lax.fori_loop(0, fours, lambda i, _: start(begin + 4 * i, 4), None)
+            lax.fori_loop(begin + 4 * fours, end, lambda column, _: start(column, 1), None)
+            self._move_on()
 
-            @pl.when(
-                (cells[BLOCK] >= cells[BLOCK_END]) & (cells[NEXT_SEQ] < self.batch.num_seqs[0])
-            )
-            def _():
-                self._find_block(cells[NEXT_SEQ], cells[NEXT_TOKEN])
+    def whole_block_ahead(self) -> jax.Array:
+        """Whether every page of the cursor's block is to be copied."""
+        cells, pages = self.cells, self.geometry.block_pages
+        first = cells[BLOCK] * pages
+        some = cells[BLOCK] < cells[BLOCK_END]
+        return some & (cells[PAGE_BEGIN] <= first) & (first + pages <= cells[PAGE_END])
+
+    def next_whole_block(self) -> jax.Array:
+        """As `next_block`, where both the block and the one ahead are whole.
+
+        The copies are started one by one, without a loop: the compiler puts them beside the
+        computation that follows.
+        """
+        pages = self.geometry.block_pages
+        buffer = self._take(FILLED)
+        there = self.buffers.at[buffer]
+        pltpu.make_async_copy(there, there, self.arrived.at[buffer]).wait()
+        self._start_pages(self._take(TO_FILL), 0, self.cells[BLOCK] * pages, pages)
+        self._move_on()
+        return buffer
 
     def next_block(self, span: Span, block: jax.Array) -> jax.Array:
         """Starts a copy ahead, waits for this block of the span, and returns its buffer."""

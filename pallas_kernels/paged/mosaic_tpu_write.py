@@ -7,6 +7,7 @@ behind, through a ring of buffers; a run whose window is still in the ring waits
 so any slot mapping is honoured.
 """
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ def write_kv(
     """Writes this step's keys and values into a side-by-side cache.
 
     Args:
-        kv_pages: [num_pages, num_kv_heads, page_size, 2 * head_dim].
+        kv_pages: [num_pages, num_kv_heads, tiles, page_size, lanes].
         k, v: [num_tokens, num_kv_heads, head_dim], true values.
         slot_mapping: int32 [num_tokens]: page * page_size + offset; outside the cache (-1) =
             written nowhere.
@@ -46,7 +47,8 @@ def write_kv(
     Returns:
         kv_pages with the rows written; in place where the argument is donated.
     """
-    num_tokens, (num_pages, num_heads, page_size, width) = k.shape[0], kv_pages.shape
+    num_tokens, (num_pages, num_heads, tiles, page_size, _) = k.shape[0], kv_pages.shape
+    width = 2 * k.shape[-1]
     few = num_tokens <= 1024
     window = math.gcd(FEW if few else MANY, page_size)
     lanes = round_up(width, LANES)
@@ -75,7 +77,7 @@ def write_kv(
             out_specs=pl.BlockSpec(memory_space=pl.ANY),
             scratch_shapes=[
                 pltpu.VMEM((rows.shape[1] // LANES, window + tile + window, LANES), jnp.float32),
-                pltpu.VMEM((RING, num_heads, window, width), kv_pages.dtype),
+                pltpu.VMEM((RING, num_heads, tiles, window, width // tiles), kv_pages.dtype),
                 pltpu.SemaphoreType.DMA((RING,)),
                 pltpu.SemaphoreType.DMA((RING,)),
                 pltpu.SMEM((RING,), jnp.int32),
@@ -83,7 +85,10 @@ def write_kv(
             ],
         ),
         input_output_aliases={3: 0},
-        compiler_params=tpu_chip.compiler_params(["arbitrary"]),
+        # Checking a copy's ends takes longer than starting it; the slots were checked above.
+        compiler_params=dataclasses.replace(
+            tpu_chip.compiler_params(["arbitrary"]), disable_bounds_checks=True
+        ),
         name="paged_write",
     )(slots, _run_lengths(slots, window, tile), rows, kv_pages)
 
@@ -134,10 +139,10 @@ class _Ring(NamedTuple):
 
     def place(self, number):
         """Where the window with this number lies in the cache."""
-        windows_per_page = self.kv_pages.shape[2] // self.window
+        windows_per_page = self.kv_pages.shape[3] // self.window
         page = divided(number, windows_per_page)
         row = remainder(number, windows_per_page) * self.window
-        return self.kv_pages.at[page, :, pl.ds(pl.multiple_of(row, self.window), self.window)]
+        return self.kv_pages.at[page, :, :, pl.ds(pl.multiple_of(row, self.window), self.window)]
 
     def reading(self, at, number):
         """The copy of a window into a buffer."""
@@ -240,11 +245,12 @@ def _merge(ring: _Ring, wide, at, token, row, length, lanes: int) -> None:
     window = ring.window
     index = lax.broadcasted_iota(jnp.int32, (window, 1), 0)
     mine = (index >= row) & (index < row + length)
-    num_heads, _, width = ring.buffers.shape[1:]
+    num_heads, tiles, _, width = ring.buffers.shape[1:]
     for head in range(num_heads):
-        for lane in range(0, width, LANES):
-            columns = slice(lane, min(lane + LANES, width))
+        for lane in range(0, tiles * width, LANES):
+            tile, lane_in_tile = divmod(lane, width)
+            columns = slice(lane_in_tile, min(lane_in_tile + LANES, width))
             new = wide[(head * lanes + lane) // LANES, pl.ds(window + token - row, window)]
-            old = ring.buffers[at, head, :, columns].astype(jnp.float32)
+            old = ring.buffers[at, head, tile, :, columns].astype(jnp.float32)
             merged = jnp.where(mine, new[:, : old.shape[1]], old)
-            ring.buffers[at, head, :, columns] = merged.astype(ring.buffers.dtype)
+            ring.buffers[at, head, tile, :, columns] = merged.astype(ring.buffers.dtype)

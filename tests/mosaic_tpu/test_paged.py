@@ -139,9 +139,12 @@ def test_the_layout_converts_both_ways():
     [
         ({"v": None}, "v is None, must be given with k and slot_mapping"),
         ({"cu_q_lens": np.zeros(9, np.int32)}, "cu_q_lens has 9 entries, must have 4"),
-        ({"kv_pages": np.zeros((5, 2, 8, 96))}, "kv_pages has dtype float64, must be one of"),
-        ({"kv_pages": np.zeros((5, 2, 8, 96), np.float32)}, "rows of 96, must be 128"),
-        ({"kv_pages": np.zeros((5, 2, 12, 128), np.float32)}, "page_size is 12, must be a"),
+        ({"kv_pages": np.zeros((5, 2, 1, 8, 96))}, "kv_pages has dtype float64, must be one of"),
+        (
+            {"kv_pages": np.zeros((5, 2, 1, 8, 96), np.float32)},
+            "1 tiles of 96 lanes, must have 128",
+        ),
+        ({"kv_pages": np.zeros((5, 2, 1, 12, 128), np.float32)}, "page_size is 12, must be a"),
         ({"soft_cap": -1.0}, "soft_cap is -1.0, must be above 0"),
     ],
 )
