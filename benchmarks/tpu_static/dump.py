@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 
 # What libtpu must be told, before it is loaded, to write the files that are read here. All of VMEM
-# goes to kernels: XLA would otherwise move operands there beforehand where they fit (it does on 7x),
-# and bytes would cross HBM that no kernel's schedule shows.
+# goes to kernels: XLA would otherwise move operands there beforehand where they fit (it does so on
+# 7x), and bytes would cross HBM that no kernel's schedule shows.
 FLAGS = (
     "--xla_tpu_scoped_vmem_limit_kib={vmem_kib} "
     "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "

@@ -1,8 +1,8 @@
 """Puts a batch's lengths into kernels, so that the compiler's schedule runs as the batch makes it.
 
-Nothing of a batch is known when a program is compiled, yet its lengths decide how often a loop runs.
-So the program first runs on the CPU with every `pallas_call` replaced by one that records its
-scalar-prefetch operands and dynamic grid sizes (`recording`). Then it is traced again, and each
+Nothing of a batch is known when a program is compiled, yet its lengths decide how often a loop
+runs. So the program first runs on the CPU with every `pallas_call` replaced by one that records its
+scalar-prefetch operands and dynamic grid sizes (`recorded`). Then it is traced again, and each
 kernel writes the small recorded operands into its own SMEM before its first step (`injecting`);
 dynamic grids become static. Operands above `MOST` elements (page tables) stay unknown and read as
 0: they only feed DMA addresses. Where a block's index comes from such a table, a block that is

@@ -1,7 +1,7 @@
 """Imports kernels of large libraries without the rest of them.
 
-Their packages' `__init__` bring up much that a kernel does not need (vLLM, autotuners, datasets) and
-that `pip install --no-deps` leaves out. Each package on the way is entered as a bare namespace, and
+Their packages' `__init__` bring up much that a kernel does not need (vLLM, the
+rest of a server) and that `pip install --no-deps` leaves out. Each package on the way is entered as a bare namespace, and
 vLLM's logger is replaced by the standard library's.
 """
 

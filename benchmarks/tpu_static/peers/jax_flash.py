@@ -37,7 +37,7 @@ def program(work: Work, *, block: int) -> Program:
 
 
 def dense_program(work: Work, attend: Any) -> Program:
-    """A dense call on [batch, heads, length, size], with its gradients where the work wants them."""
+    """A dense call on [batch, heads, length, size], with its gradients where they are wanted."""
     batch = len(work.q_lens)
     q = floats(batch, work.num_heads, max(work.q_lens), work.head_size)
     k = floats(batch, work.num_kv_heads, max(work.kv_lens), work.head_size)
