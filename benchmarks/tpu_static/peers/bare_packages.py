@@ -1,8 +1,8 @@
-"""Imports kernels of large libraries without the rest of them.
+"""Imports tpu-inference's kernels without the rest of it.
 
-Their packages' `__init__` bring up much that a kernel does not need (vLLM, the
-rest of a server) and that `pip install --no-deps` leaves out. Each package on the way is entered as a bare namespace, and
-vLLM's logger is replaced by the standard library's.
+Its packages' `__init__` bring up much that a kernel does not need (vLLM and torch), and that
+`pip install --no-deps` leaves out. Each package on the way is entered as a bare namespace; in the
+place of two of its modules stand the standard library's logger and the chip's name.
 """
 
 import importlib
@@ -13,24 +13,39 @@ import sys
 import types
 from typing import Any
 
+from pallas_kernels import tpu_chip
 
-def kernel_module(package: str, name: str) -> Any:
-    """The module `package.name`, of its own file, without any `__init__` above it."""
-    if package not in sys.modules:
-        spec = importlib.util.find_spec(package)
-        _enter(package, pathlib.Path(next(iter(spec.submodule_search_locations))))
-        logger = types.ModuleType(f"{package}.logger")
-        logger.init_logger = logging.getLogger
-        sys.modules[logger.__name__] = logger
-    path, folder = package, pathlib.Path(sys.modules[package].__path__[0])
-    for part in name.split(".")[:-1]:
+PACKAGE = "tpu_inference"
+
+
+def kernel_module(name: str) -> Any:
+    """The module `tpu_inference.kernels.<name>`, of its own file, without any `__init__`."""
+    if PACKAGE not in sys.modules:
+        spec = importlib.util.find_spec(PACKAGE)
+        _enter(PACKAGE, pathlib.Path(next(iter(spec.submodule_search_locations))))
+        _stand_in("logger", init_logger=logging.getLogger)
+        _stand_in("utils", get_device_name=_device_name)
+    path, folder = PACKAGE, pathlib.Path(sys.modules[PACKAGE].__path__[0])
+    for part in ("kernels", *name.split(".")[:-1]):
         path, folder = f"{path}.{part}", folder / part
         if path not in sys.modules:
             _enter(path, folder)
-    return importlib.import_module(f"{package}.{name}")
+    return importlib.import_module(f"{PACKAGE}.kernels.{name}")
+
+
+def _device_name() -> str:
+    """The chip by its name in the library's tables of tiles."""
+    generation = tpu_chip.current().generation
+    return "TPU v7" if generation == "7x" else f"TPU {generation}"
 
 
 def _enter(name: str, folder: pathlib.Path) -> None:
     package = types.ModuleType(name)
     package.__path__ = [str(folder)]
     sys.modules[name] = package
+
+
+def _stand_in(name: str, **contents: Any) -> None:
+    module = types.ModuleType(f"{PACKAGE}.{name}")
+    vars(module).update(contents)
+    sys.modules[module.__name__] = module

@@ -32,7 +32,7 @@ def choices(work: Work, generation: str) -> list[dict[str, Any]]:
 
 def program(work: Work, *, keys: int, queries: int, decodes: int) -> Program:
     """The call."""
-    module = kernel_module(PACKAGE, "kernels.mla.v2.kernel")
+    module = kernel_module("mla.v2.kernel")
     shape = module.get_kv_cache_shape(
         batches.num_pages(work), work.page_size, 640, jnp.bfloat16
     )  # 512 + 128: the rotary part takes a whole row of lanes

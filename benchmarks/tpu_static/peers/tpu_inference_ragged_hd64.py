@@ -28,7 +28,7 @@ def choices(work: Work, generation: str) -> list[dict[str, Any]]:
 
 def program(work: Work, **tiles: Any) -> Program:
     """The call."""
-    module = kernel_module(PACKAGE, "kernels.ragged_paged_attention.v3.kernel_hd64")
+    module = kernel_module("ragged_paged_attention.v3.kernel_hd64")
     shape = module.get_kv_cache_shape(
         batches.num_pages(work), work.page_size, work.num_kv_heads, work.head_size, jnp.bfloat16
     )
