@@ -16,7 +16,7 @@ from jax.experimental import topologies
 from benchmarks.tpu_static.chips import chip_named
 from benchmarks.tpu_static.contenders import program_of
 from benchmarks.tpu_static.stand_ins import injecting, recorded
-from benchmarks.tpu_static.works import WORKS
+from benchmarks.tpu_static.works import Work
 from pallas_kernels import tpu_chip
 
 _INSTRUCTION = re.compile(r"%(\S+) = .*?\b([a-z\-]+)\(")
@@ -45,7 +45,7 @@ def compiled(task: dict[str, Any]) -> dict[str, Any]:
     topology = topologies.get_topology_desc(platform="tpu", **chip.topology)
     pretend_to_be(topology.devices)
     with tpu_chip.for_generation(chip.generation):
-        program = program_of(task["contender"], WORKS[task["work"]], task["options"])
+        program = program_of(task["contender"], Work(**task["work"]), task["options"])
         given = recorded(program.function, program.arguments)
         sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
         shapes = jax.tree.map(

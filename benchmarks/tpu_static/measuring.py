@@ -102,7 +102,7 @@ def measure(
     """
     chip, options = chip_named(generation), options or {}
     task = {
-        "work": work.name,
+        "work": dataclasses.asdict(work),
         "contender": contender,
         "generation": generation,
         "options": options,
