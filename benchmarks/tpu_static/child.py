@@ -15,12 +15,13 @@ from jax.experimental import topologies
 
 from benchmarks.tpu_static.chips import chip_named
 from benchmarks.tpu_static.contenders import program_of
-from benchmarks.tpu_static.stand_ins import injecting, recorded
+from benchmarks.tpu_static.stand_ins import recorded, traced_as
 from benchmarks.tpu_static.works import Work
 from pallas_kernels import tpu_chip
 
 _INSTRUCTION = re.compile(r"%(\S+) = .*?\b([a-z\-]+)\(")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+LEFT_TO_XLA = 2 << 20  # bytes of VMEM: see `stand_ins.traced_as`
 _UNKNOWN = 1 << 40  # cycles from which XLA means "not known"
 
 
@@ -44,7 +45,7 @@ def compiled(task: dict[str, Any]) -> dict[str, Any]:
     chip = chip_named(task["generation"])
     topology = topologies.get_topology_desc(platform="tpu", **chip.topology)
     pretend_to_be(topology.devices)
-    with tpu_chip.for_generation(chip.generation):
+    with tpu_chip.for_generation(chip.generation) as here:
         program = program_of(task["contender"], Work(**task["work"]), task["options"])
         given = recorded(program.function, program.arguments)
         sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
@@ -53,7 +54,7 @@ def compiled(task: dict[str, Any]) -> dict[str, Any]:
             program.arguments,
             is_leaf=lambda leaf: isinstance(leaf, np.ndarray),
         )
-        with injecting(given) as calls:
+        with traced_as(given, here.vmem_bytes - LEFT_TO_XLA) as calls:
             traced = jax.jit(program.function, donate_argnums=program.donated).trace(*shapes)
             executable = traced.lower().compile()
     kernels, around = instructions(executable.as_text())

@@ -5,11 +5,8 @@ import pathlib
 import re
 from collections.abc import Iterable
 
-# What libtpu must be told, before it is loaded, to write the files that are read here. All of VMEM
-# goes to kernels: XLA would otherwise move operands there beforehand where they fit (it does so on
-# 7x), and bytes would cross HBM that no kernel's schedule shows.
+# What libtpu must be told, before it is loaded, to write the files that are read here.
 FLAGS = (
-    "--xla_tpu_scoped_vmem_limit_kib={vmem_kib} "
     "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
     "--xla_jf_dump_llo_pass_label_regex=.*(post-ra|utilization|final_bundles).*"
 )
@@ -18,7 +15,8 @@ _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:")
 _REGION = re.compile(r"\s*\$region(\d+):.*?(?:parent=(\d+))?\s*(?://\s*(\w+))?\s*$")
 _BRANCH = re.compile(r"sbr\.rel.*region = (\d+)")
 _ALLOCATION = re.compile(
-    r"\s*#allocation\S* \[shape = '.*?', space=(\w+), size = (0x[0-9a-f]+|\d+)"
+    r"\s*(#allocation\S*) \[shape = '.*?', space=(\w+), size = (0x[0-9a-f]+|\d+)"
+    r"(?:.*?tag = 'prefetched SMEM operand (\d+)')?"
 )
 
 
@@ -34,6 +32,7 @@ class KernelDump:
         capacity: unit -> slots in a bundle.
         rows: slots used, for each bundle, in `capacity`'s order.
         memory: memory space -> bytes allocated.
+        prefetched: scalar operand -> (its allocation in SMEM, bytes).
     """
 
     bundles: list[str]
@@ -44,6 +43,7 @@ class KernelDump:
     capacity: dict[str, int]
     rows: list[list[int]]
     memory: dict[str, int]
+    prefetched: dict[int, tuple[str, int]] = dataclasses.field(default_factory=dict)
 
 
 def read_kernels(folder: pathlib.Path, names: Iterable[str]) -> dict[str, KernelDump]:
@@ -67,9 +67,9 @@ def _read(folder: pathlib.Path, schedule: pathlib.Path, name: str) -> KernelDump
         return max(found).read_text(errors="replace")
 
     capacity, rows = read_slots(text("-pre-delay_hlo-static-per-bundle-utilization.txt"))
-    kinds, branches, memory = read_regions(text("-post-bundle-packing-post-ra.txt"))
+    kinds, branches, memory, prefetched = read_regions(text("-post-bundle-packing-post-ra.txt"))
     bundles, starts, ends = read_bundles(schedule.read_text(errors="replace"))
-    return KernelDump(bundles, starts, ends, kinds, branches, capacity, rows, memory)
+    return KernelDump(bundles, starts, ends, kinds, branches, capacity, rows, memory, prefetched)
 
 
 def read_bundles(text: str) -> tuple[list[str], dict[int, int], dict[int, int]]:
@@ -90,11 +90,14 @@ def read_bundles(text: str) -> tuple[list[str], dict[int, int], dict[int, int]]:
     return bundles, starts, ends
 
 
-def read_regions(text: str) -> tuple[dict[int, str], list[tuple[int, int]], dict[str, int]]:
-    """(region -> kind, branches, memory space -> bytes) of the LLO text."""
+def read_regions(
+    text: str,
+) -> tuple[dict[int, str], list[tuple[int, int]], dict[str, int], dict[int, tuple[str, int]]]:
+    """(region -> kind, branches, memory space -> bytes, prefetched operands) of the LLO text."""
     kinds: dict[int, str] = {}
     branches: list[tuple[int, int]] = []
     memory: dict[str, int] = {}
+    prefetched: dict[int, tuple[str, int]] = {}
     current = None
     for line in text.splitlines():
         if match := _REGION.match(line):
@@ -103,8 +106,11 @@ def read_regions(text: str) -> tuple[dict[int, str], list[tuple[int, int]], dict
         elif (match := _BRANCH.search(line)) and current is not None:
             branches.append((current, int(match[1])))
         elif match := _ALLOCATION.match(line):
-            memory[match[1]] = memory.get(match[1], 0) + int(match[2], 0)
-    return kinds, branches, memory
+            name, space, size, operand = match[1], match[2], int(match[3], 0), match[4]
+            memory[space] = memory.get(space, 0) + size
+            if operand is not None:
+                prefetched[int(operand)] = (name, size)
+    return kinds, branches, memory, prefetched
 
 
 def read_slots(text: str) -> tuple[dict[str, int], list[list[int]]]:

@@ -13,11 +13,10 @@ from benchmarks.tpu_static.chips import Chip, chip_named
 from benchmarks.tpu_static.dump import FLAGS, read_kernels
 from benchmarks.tpu_static.replay import replay
 from benchmarks.tpu_static.schedule import KernelFigures, figures
+from benchmarks.tpu_static.stand_ins import number_of
 from benchmarks.tpu_static.works import Work
-from pallas_kernels import tpu_chip
 
 TIMEOUT_S = 900.0
-LEFT_TO_XLA = 2 << 20  # bytes of VMEM; see `dump.FLAGS`
 MEASURED, REFUSED = "measured", "refused by the compiler"
 
 
@@ -30,7 +29,7 @@ class Measurement:
         verdict: `MEASURED`, `REFUSED`, "not installed", "does not serve".
         reason: of any other verdict than `MEASURED`.
         kernels: each Pallas kernel of the program.
-        calls: each `pallas_call`, as it was traced: grid, which scalars were known.
+        grids: of each `pallas_call`, as it was traced.
         cores_busy: cores that split the kernels' grids.
         replayed_us: all kernels, one after another.
         around_us: XLA's own estimate of the instructions around them; in no other figure.
@@ -46,7 +45,7 @@ class Measurement:
     verdict: str
     reason: str = ""
     kernels: tuple[KernelFigures, ...] = ()
-    calls: tuple[dict[str, Any], ...] = ()
+    grids: tuple[tuple[int, ...], ...] = ()
     cores_busy: int = 1
     replayed_us: float = 0.0
     around_us: float = 0.0
@@ -113,9 +112,12 @@ def measure(
         said = _compiled(task, folder, python)
         if "refusal" in said:
             return Measurement(work.name, contender, options, REFUSED, said["refusal"])
-        cores_busy = chip.cores if any(call["parallel"] for call in said["calls"]) else 1
+        calls = said["calls"]
+        cores_busy = chip.cores if any(call["parallel"] for call in calls) else 1
         found = [
-            figures(name, kernel, replay(kernel, chip, cores_busy))
+            figures(
+                name, kernel, replay(kernel, chip, cores_busy, calls[number_of(name)]["scalars"])
+            )
             for name, kernel in read_kernels(folder, said["kernels"]).items()
         ]
     if not found:
@@ -141,7 +143,7 @@ def _measurement(
         options=options,
         verdict=MEASURED,
         kernels=found,
-        calls=tuple(said["calls"]),
+        grids=tuple(tuple(call["grid"]) for call in said["calls"]),
         cores_busy=cores_busy,
         replayed_us=sum(kernel.cycles for kernel in found) * us,
         around_us=sum(said["around_cycles"].values()) * us,
@@ -155,9 +157,8 @@ def _measurement(
 
 def _compiled(task: dict[str, Any], folder: pathlib.Path, python: str) -> dict[str, Any]:
     """Runs the child; a compiler that crashes is a refusal too."""
-    vmem_kib = (tpu_chip.CHIPS[task["generation"]].vmem_bytes - LEFT_TO_XLA) // 1024
     environment = environment_for_compiling() | {
-        "LIBTPU_INIT_ARGS": FLAGS.format(folder=folder, vmem_kib=vmem_kib),
+        "LIBTPU_INIT_ARGS": FLAGS.format(folder=folder),
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "TPU_MIN_LOG_LEVEL": "3",
     }

@@ -1,18 +1,20 @@
 """Executes a schedule: cycles, waits for DMAs, bytes moved, and how often every bundle ran.
 
 One pipe lies between HBM and the core, shared by every DMA in flight, in and out; a DMA that stays
-on the chip waits for nobody. Values that come from HBM and were not put into the kernel
-(`stand_ins`) read as 0.
+on the chip waits for nobody. Scalar operands are in SMEM when a kernel starts (`stand_ins`); what
+it brings there itself reads as 0.
 """
 
 import collections
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from benchmarks.tpu_static.chips import Chip
 from benchmarks.tpu_static.dump import KernelDump
 from benchmarks.tpu_static.scalar_code import M32, ScalarCode
 
+Scalar = tuple[Sequence[int], int, Sequence[int]]  # shape, bytes of an element, values
+LANES = 128
 LIMIT = 400_000_000  # cycles; a replay that gets there is stopped, and says so
 
 
@@ -94,21 +96,29 @@ def signed(value: int) -> int:
     return value - (1 << 32) if value & 0x80000000 else value
 
 
-def replay(kernel: KernelDump, chip: Chip, cores_busy: int = 1, limit: int = LIMIT) -> Replayed:
+def replay(
+    kernel: KernelDump,
+    chip: Chip,
+    cores_busy: int = 1,
+    scalars: Sequence[Scalar] = (),
+    limit: int = LIMIT,
+) -> Replayed:
     """Executes one kernel on one core.
 
     Args:
         kernel: as dumped.
         chip: that it was compiled for.
         cores_busy: cores that share the pipe.
+        scalars: its scalar operands, in order.
         limit: cycles after which it is stopped.
 
     Raises:
         ValueError: a branch that is not understood.
     """
-    code = ScalarCode(kernel.bundles, kernel.starts, kernel.ends, kernel.branches)
+    numbers = {i: values[0] for i, (_, _, values) in enumerate(scalars) if len(values) == 1}
+    code = ScalarCode(kernel.bundles, kernel.starts, kernel.ends, kernel.branches, numbers)
     transfers = Transfers(chip, cores_busy)
-    blocks = _compiled(code, transfers)
+    blocks = _compiled(code, transfers, _memory(kernel, code, scalars))
     times = [0] * len(blocks)
     block: int | None = 0
     cycle = 0
@@ -124,12 +134,43 @@ def replay(kernel: KernelDump, chip: Chip, cores_busy: int = 1, limit: int = LIM
     )  # fmt: skip
 
 
-def _compiled(code: ScalarCode, transfers: Transfers) -> list[Callable]:
+def _memory(kernel: KernelDump, code: ScalarCode, scalars: Sequence[Scalar]) -> dict[int, int]:
+    """SMEM before the first bundle: word address -> value."""
+    memory = {}
+    for operand, (allocation, size) in kernel.prefetched.items():
+        if operand < len(scalars):
+            begin = code.address(allocation)
+            words = _words(scalars[operand], size)
+            memory |= {begin + at: word for at, word in words.items()}
+    return memory
+
+
+def _words(scalar: Scalar, size: int) -> dict[int, int]:
+    """Offset -> word of an operand, as it lies in SMEM.
+
+    Rows begin where the allocation's size says they do. Elements of less than 32 bits share words:
+    element i is in word i % 128 of its group of 128 words, in part i // 128 of that word.
+    """
+    shape, itemsize, values = scalar
+    columns = max(shape[-1] if shape else 1, 1)
+    rows, parts = max(len(values) // columns, 1), 4 // itemsize
+    stride = max(columns, size // itemsize // rows) if rows > 1 else columns
+    words: dict[int, int] = {}
+    for i, value in enumerate(values):
+        at = i // columns * stride + i % columns
+        group, part = divmod(at // LANES, parts)
+        word = at if parts == 1 else group * LANES + at % LANES
+        bits = 8 * itemsize
+        words[word] = words.get(word, 0) | (value & ((1 << bits) - 1)) << bits * part * (parts > 1)
+    return words
+
+
+def _compiled(code: ScalarCode, transfers: Transfers, memory: dict[int, int]) -> list[Callable]:
     """The functions of the basic blocks, bound to a machine."""
     machine = {
         "V": [0] * (code.values + 1),
         "P": [0] * (code.values + 1),
-        "M": {},
+        "M": memory,
         "M32": M32,
         "S": signed,
         "dma": transfers.start,

@@ -9,7 +9,8 @@ machine's (`replay`). What is not understood reads as 0 and is counted in `unmod
 
 import collections
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 M32 = 0xFFFFFFFF
@@ -41,6 +42,10 @@ class Operation(NamedTuple):
 class ScalarCode:
     """The scalar code of one kernel.
 
+    Args:
+        bundles, starts, ends, branches: of `dump.KernelDump`.
+        scalars: operand -> its value, for operands that are one number and come in a register.
+
     Attributes:
         source: functions `b0`, `b1`, ...: cycle in, (next block or None, cycle) out.
         blocks: (first bundle, last bundle) of each.
@@ -54,7 +59,9 @@ class ScalarCode:
         starts: dict[int, int],
         ends: dict[int, int],
         branches: Sequence[tuple[int, int]],
+        scalars: Mapping[int, int] = MappingProxyType({}),
     ):
+        self._scalars = scalars
         self.unmodelled: collections.Counter[str] = collections.Counter()
         self._indices: dict[str, int] = {}
         self._allocations: dict[str, int] = {}
@@ -180,6 +187,9 @@ class ScalarCode:
     def _value(self, name: str, given: list[str]) -> str:
         """The Python expression of an operation's result."""
         root, _, kind = name.partition(".")
+        if root == "inlined_call_operand":
+            found = re.search(r"index: (\d+), kind: input", ", ".join(given))
+            return str(self._scalars.get(int(found[1]), 0) & M32) if found else "0"
         operands = [self._expression(text) for text in given]
         if root == "scalar_lea":
             return f"({'+'.join(operands)})&M32"
@@ -190,7 +200,7 @@ class ScalarCode:
             return f"{left}{_COMPARE[compare]}{right}"
         if root in _ARITHMETIC and "f32" not in kind:
             return _ARITHMETIC[root].format(*operands)
-        if root not in ("inlined_call_operand", "scmp") and (name[0] in "sp" or "pop" in name):
+        if root != "scmp" and (name[0] in "sp" or "pop" in name):
             self.unmodelled[name] += 1
         return "0"
 
@@ -206,11 +216,15 @@ class ScalarCode:
             variable = f"V[{self._index(register[2])}]"
             return f"(not {variable})" if negated else variable
         if text.startswith("#allocation"):
-            return str(self._allocations.setdefault(text, (len(self._allocations) + 1) << 16))
+            return str(self.address(text))
         try:
             return str(int(text.lstrip("$"), 0) & M32)
         except ValueError:
             return "0"
+
+    def address(self, allocation: str) -> int:
+        """Where an allocation begins, in words."""
+        return self._allocations.setdefault(allocation, (len(self._allocations) + 1) << 20)
 
     def _index(self, value: str) -> int:
         return self._indices.setdefault(value, len(self._indices))

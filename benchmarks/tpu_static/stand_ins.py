@@ -1,17 +1,17 @@
-"""Puts a batch's lengths into kernels, so that the compiler's schedule runs as the batch makes it.
+"""Learns what a batch gives to kernels before they are compiled: scalar operands and grids.
 
-Nothing of a batch is known when a program is compiled, yet its lengths decide how often a loop
-runs. So the program first runs on the CPU with every `pallas_call` replaced by one that records its
-scalar-prefetch operands and dynamic grid sizes (`recorded`). Then it is traced again, and each
-kernel writes the small recorded operands into its own SMEM before its first step (`injecting`);
-dynamic grids become static. Operands above `MOST` elements (page tables) stay unknown and read as
-0: they only feed DMA addresses. Where a block's index comes from such a table, a block that is
-fetched again at each change is counted once.
+Nothing of a batch is known to the compiler, yet its lengths decide how often a loop runs. So the
+program first runs on the CPU with every `pallas_call` replaced by one that records its
+scalar-prefetch operands and dynamic grid sizes (`recorded`). Then it is traced for the chip
+(`traced_as`): dynamic grids become static, each call gets a number in its name, and all of VMEM as
+its limit. The replay starts with the recorded operands in SMEM; what a kernel brings to SMEM by a
+DMA of its own reads as 0.
 """
 
 import contextlib
+import copy
 import dataclasses
-import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,31 +21,38 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-MOST = 600  # elements; each costs a store at the kernel's start
-RUN = 24  # elements of an arithmetic sequence from which a loop writes them
+_NUMBER = re.compile(r"call(\d+)_")
 
 
 @dataclasses.dataclass
 class Recorded:
     """What one `pallas_call` was given: its scalar operands, and its grid."""
 
-    scalars: list[np.ndarray | None] = dataclasses.field(default_factory=list)
+    scalars: list[np.ndarray] = dataclasses.field(default_factory=list)
     dynamic_sizes: list[int] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One `pallas_call` of a program: what is known of it before it is compiled."""
+    """One `pallas_call` of a program, as it was traced for the chip.
 
-    grid: tuple[Any, ...]
-    known: tuple[int, ...] = ()
-    unknown: tuple[int, ...] = ()
-    parallel: bool = False
-    empty: bool = False
+    Attributes:
+        grid: its sizes.
+        parallel: whether two cores may split it.
+        scalars: its scalar-prefetch operands, in order.
+    """
+
+    grid: tuple[int, ...]
+    parallel: bool
+    scalars: tuple[np.ndarray, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data; `known` and `unknown` are positions of scalar operands."""
-        return dataclasses.asdict(self) | {"grid": [str(size) for size in self.grid]}
+        """As plain data; a scalar operand as (shape, bytes of an element, values)."""
+        scalars = [
+            (list(array.shape), array.itemsize, array.reshape(-1).astype(int).tolist())
+            for array in self.scalars
+        ]
+        return {"grid": list(self.grid), "parallel": self.parallel, "scalars": scalars}
 
 
 def recorded(function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Recorded]:
@@ -70,8 +77,15 @@ def recorded(function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[R
 
 
 @contextlib.contextmanager
-def injecting(given: list[Recorded]) -> Iterator[list[Call]]:
-    """Inside, every `pallas_call` that is traced has its recorded scalars in it."""
+def traced_as(given: list[Recorded], vmem_bytes: int) -> Iterator[list[Call]]:
+    """Inside, every `pallas_call` that is traced is a call of the recorded batch.
+
+    Args:
+        given: as recorded.
+        vmem_bytes: limit given to every kernel in its own one's place. With nearly all of VMEM none
+            is left for XLA, which would otherwise move operands there beforehand where they fit:
+            bytes would cross HBM that no kernel's schedule shows.
+    """
     calls: list[Call] = []
     real = pl.pallas_call
 
@@ -79,19 +93,41 @@ def injecting(given: list[Recorded]) -> Iterator[list[Call]]:
         number = len(calls)
         record = given[number] if number < len(given) else Recorded()
         sizes = iter(record.dynamic_sizes)
-        grid = tuple(
-            size if isinstance(size, int) else next(sizes, size) for size in _grid(options)
-        )
-        call = Call(grid, parallel=_is_parallel(options, grid), empty=0 in grid)
-        if record.scalars and not call.empty:
-            kernel, options, call = _injected(kernel, options, record, call)
-        calls.append(call)
-        if call.empty:
+        grid = tuple(size if isinstance(size, int) else next(sizes) for size in _grid(options))
+        calls.append(Call(grid, _is_parallel(options, grid), tuple(record.scalars)))
+        if 0 in grid:
             return _nothing(options.get("out_shape", *positional[:1]), options)
+        own = options.get("compiler_params") or pltpu.CompilerParams()
+        options |= {
+            "compiler_params": dataclasses.replace(own, vmem_limit_bytes=vmem_bytes),
+            "name": f"call{number}_{options.get('name') or _name(kernel)}",
+        } | _static(options, grid)
         return real(kernel, *positional, **options)
 
     with _replaced(pl, "pallas_call", pallas_call):
         yield calls
+
+
+def number_of(instruction: str) -> int:
+    """Which `pallas_call`, counted as they were traced, an instruction of the program is."""
+    found = _NUMBER.search(instruction)
+    if not found:
+        raise ValueError(f"kernel is {instruction!r}, must be named call<number>_...")
+    return int(found[1])
+
+
+def _static(options: dict[str, Any], grid: tuple[int, ...]) -> dict[str, Any]:
+    """The grid with the sizes that the batch makes it have."""
+    spec = options.get("grid_spec")
+    if spec is None or all(isinstance(size, int) for size in _grid(options)):
+        return {}
+    spec = copy.copy(spec)
+    spec.grid, spec.num_dynamic_grid_bounds = grid, 0
+    return {"grid_spec": spec}
+
+
+def _name(kernel: Any) -> str:
+    return getattr(getattr(kernel, "func", kernel), "__name__", "kernel")
 
 
 def _recorder(found: list[Recorded]) -> Callable[..., Any]:
@@ -108,103 +144,13 @@ def _recorder(found: list[Recorded]) -> Callable[..., Any]:
 
         def call(*operands: Any) -> Any:
             dynamic = [size for size in _grid(options) if not isinstance(size, int)]
-            jax.debug.callback(keep, list(operands[: _num_scalars(options)]), dynamic)
+            scalars = jax.tree.leaves(operands[: _num_scalars(options)])  # None is no operand
+            jax.debug.callback(keep, scalars, dynamic)
             return _zeros(shapes)
 
         return call
 
     return pallas_call
-
-
-def _injected(
-    kernel: Any, options: dict[str, Any], record: Recorded, call: Call
-) -> tuple[Any, dict[str, Any], Call]:
-    """The kernel with its scalars in it, its options with room for them, and what was done."""
-    spec, scalars = options["grid_spec"], record.scalars
-    scratch = spec.scratch_shapes
-    given = [i for i, scalar in enumerate(scalars) if scalar is not None]
-    known = [i for i in given if scalars[i].size <= MOST]
-    if isinstance(scratch, dict):  # scratch by name: nowhere to put them
-        known = []
-    call = dataclasses.replace(call, known=tuple(known), unknown=tuple(set(given) - set(known)))
-    room = [pltpu.SMEM(scalars[i].shape, scalars[i].dtype) for i in known]
-    options = options | {
-        "grid_spec": pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=spec.num_scalar_prefetch,
-            grid=call.grid,
-            in_specs=spec.in_specs,
-            out_specs=spec.out_specs,
-            scratch_shapes=scratch if isinstance(scratch, dict) else [*scratch, *room],
-        )
-    }
-    return (_with_scalars(kernel, scalars, known, call.grid) if known else kernel), options, call
-
-
-def _with_scalars(
-    kernel: Any, scalars: list[np.ndarray | None], known: list[int], grid: tuple[int, ...]
-) -> Callable[..., Any]:
-    """The kernel; before its first step it writes the known scalars into the last references."""
-    # A zero of run time (what is unknown reads as 0) keeps the compiler from folding them in.
-    given_numbers = [i for i, scalar in enumerate(scalars) if scalar is not None]
-    opaque = max(given_numbers, key=lambda i: scalars[i].size)
-
-    def body(*references: Any) -> Any:
-        given, own = list(references[: -len(known)]), references[-len(known) :]
-
-        def write() -> None:
-            zero = given[opaque][(0,) * scalars[opaque].ndim].astype(jnp.int32)
-            for reference, i in zip(own, known, strict=True):
-                _write(reference, scalars[i], zero)
-
-        first = True
-        for axis, size in enumerate(grid):
-            if size > 1:
-                first = (pl.program_id(axis) == 0) & first
-        if first is True:
-            write()
-        else:
-            pl.when(first)(write)
-        for reference, i in zip(own, known, strict=True):
-            given[i] = reference
-        return kernel(*given)
-
-    inner = getattr(kernel, "func", kernel)  # functools.partial
-    body.__name__ = getattr(inner, "__name__", "kernel")
-    return body
-
-
-def _write(reference: Any, value: np.ndarray, zero: jax.Array) -> None:
-    """Stores a constant in SMEM; arithmetic sequences by a loop."""
-    flat, at = value.reshape(-1).astype(int), 0
-
-    def place(i: Any) -> tuple[Any, ...]:
-        if value.ndim == 1:
-            return (i,)
-        return tuple(
-            i // math.prod(value.shape[d + 1 :]) % value.shape[d] for d in range(value.ndim)
-        )
-
-    while at < len(flat):
-        end = at + 1
-        step = int(flat[end] - flat[at]) if end < len(flat) else 0
-        while end < len(flat) and flat[end] - flat[end - 1] == step:
-            end += 1
-        if end - at >= RUN:
-            _write_sequence(reference, place, (at, end), (int(flat[at]), step), zero)
-        else:
-            end = at + 1
-            reference[place(at)] = (int(flat[at]) + zero).astype(reference.dtype)
-        at = end
-
-
-def _write_sequence(
-    reference: Any, place: Any, span: tuple[int, int], values: tuple[int, int], zero: jax.Array
-) -> None:
-    (begin, end), (first, step) = span, values
-
-    @pl.loop(0, end - begin)
-    def _(i: jax.Array) -> None:
-        reference[place(begin + i)] = (first + step * i + zero).astype(reference.dtype)
 
 
 def _grid(options: dict[str, Any]) -> tuple[Any, ...]:

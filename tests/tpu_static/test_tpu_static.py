@@ -22,10 +22,10 @@ from benchmarks.tpu_static.chips import CHIPS, chip_named
 from benchmarks.tpu_static.contenders import CONTENDERS, contender
 from benchmarks.tpu_static.dump import KernelDump, read_bundles, read_kernels
 from benchmarks.tpu_static.measuring import MEASURED, REFUSED, measure
-from benchmarks.tpu_static.replay import Transfers, replay
+from benchmarks.tpu_static.replay import Transfers, _words, replay
 from benchmarks.tpu_static.scalar_code import Operation, ScalarCode, arguments, split
 from benchmarks.tpu_static.schedule import figures
-from benchmarks.tpu_static.stand_ins import injecting, recorded
+from benchmarks.tpu_static.stand_ins import number_of, recorded, traced_as
 from benchmarks.tpu_static.works import WORKS, Work, named
 
 SCHEDULE = pathlib.Path(__file__).parent / "schedule"
@@ -237,19 +237,53 @@ def scaled(x, factors):
     return pl.pallas_call(kernel, grid_spec=spec, out_shape=x, interpret=True)(factors, x)
 
 
-def test_stand_ins_put_the_batch_into_the_kernel():
+def test_stand_ins_learn_the_batch_and_make_its_grid_static():
     x, factors = jax.ShapeDtypeStruct((32, 128), jnp.float32), np.array([3, 5, 0], np.int32)
     given = recorded(scaled, (x, factors))
     assert given[0].dynamic_sizes == [2]
     np.testing.assert_array_equal(given[0].scalars[0], factors)
-    ones = jnp.ones((32, 128), jnp.float32)
-    with injecting(given) as calls:
-        # The kernel's own operand is zeros: the factors it uses are the ones written into it.
-        out = scaled(ones, jnp.zeros_like(factors))
+    with traced_as(given, 1 << 20) as calls:
+        program = str(jax.make_jaxpr(scaled)(jnp.ones((32, 128)), factors))
     assert calls[0].grid == (2,)
-    assert calls[0].known == (0,)
-    np.testing.assert_array_equal(out[:8], 3.0)
-    np.testing.assert_array_equal(out[8:16], 5.0)
+    assert calls[0].to_json()["scalars"] == [([3], 4, [3, 5, 0])]
+    assert "grid=(2,)" in program.replace(" ", "")
+    assert "call0_kernel" in program
+
+
+def test_kernels_are_told_apart_by_their_number():
+    assert number_of("jvp_call12_attend.3") == 12
+    with pytest.raises(ValueError, match="kernel is 'fusion', must be named call<number>_"):
+        number_of("fusion")
+
+
+@pytest.mark.parametrize(
+    ("scalar", "size", "expected"),
+    [
+        (([3], 4, [7, -1, 9]), 512, {0: 7, 1: 0xFFFFFFFF, 2: 9}),
+        (([2, 2], 4, [1, 2, 3, 4]), 1024, {0: 1, 1: 2, 128: 3, 129: 4}),  # a row of lanes each
+        (([2, 2], 4, [1, 2, 3, 4]), 16, {0: 1, 1: 2, 2: 3, 3: 4}),
+        # Bytes: elements 0 and 128 share a word.
+        (([130], 1, [5, *[0] * 127, 6, 7]), 512, {0: 5 | 6 << 8, 1: 7 << 8}),
+    ],
+)
+def test_scalars_lie_in_smem_as_the_kernel_reads_them(scalar, size, expected):
+    words = _words(scalar, size)
+    assert {at: word for at, word in words.items() if word} == expected
+
+
+def test_a_prefetched_length_decides_how_often_a_loop_runs():
+    bundles = by_hand(
+        "%s1_s0 = smov 0",
+        "%s2_s0 = sphi %s1_s0, %s3_s0",
+        "%s3_s0 = sadd.s32 1, %s2_s0 ;; %s6_s1 = sld [smem:[#allocation4 + $0x1]]",
+        "%p4_p0 = scmp.ge.s32.totalorder %s3_s0, %s6_s1",
+        "%5 = sbr.rel (!%p4_p0) target region = 1",
+        "",
+    )
+    rows, prefetched = [[1]] * len(bundles), {0: ("#allocation4", 512)}
+    kernel = KernelDump(bundles, {1: 1}, {1: 5}, {}, [(1, 1)], {"SALU": 2}, rows, {}, prefetched)
+    replayed = replay(kernel, CHIPS["v5e"], scalars=[([2], 4, [99, 3])])
+    assert replayed.runs == [1, 3, 3, 3, 3, 3]
 
 
 def test_results_are_kept_by_work_and_contender(tmp_path):

@@ -23,7 +23,7 @@ def kernel_module(name: str) -> Any:
     if PACKAGE not in sys.modules:
         spec = importlib.util.find_spec(PACKAGE)
         _enter(PACKAGE, pathlib.Path(next(iter(spec.submodule_search_locations))))
-        _stand_in("logger", init_logger=logging.getLogger)
+        _stand_in("logger", init_logger=_logger)
         _stand_in("utils", get_device_name=_device_name)
     path, folder = PACKAGE, pathlib.Path(sys.modules[PACKAGE].__path__[0])
     for part in ("kernels", *name.split(".")[:-1]):
@@ -31,6 +31,12 @@ def kernel_module(name: str) -> Any:
         if path not in sys.modules:
             _enter(path, folder)
     return importlib.import_module(f"{PACKAGE}.kernels.{name}")
+
+
+def _logger(name: str) -> logging.Logger:
+    logger = logging.getLogger(name)
+    logger.warning_once, logger.info_once = logger.warning, logger.info
+    return logger
 
 
 def _device_name() -> str:
