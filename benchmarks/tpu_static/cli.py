@@ -9,13 +9,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from attnsel_jax.cli.terminal import Json, callers_mistakes, console, print_json, progress_console
+from benchmarks.tpu_static import tuning
 from benchmarks.tpu_static.chips import CHIPS, chip_named
-from benchmarks.tpu_static.contenders import CONTENDERS, contender, is_installed
-from benchmarks.tpu_static.measuring import MEASURED
+from benchmarks.tpu_static.contenders import CONTENDERS, OURS, contender, is_installed
+from benchmarks.tpu_static.measuring import MEASURED, Measurement, measure
 from benchmarks.tpu_static.page import COLUMNS, cells
 from benchmarks.tpu_static.results import FOLDER
 from benchmarks.tpu_static.running import check_compiler, keep, rows
-from benchmarks.tpu_static.works import WORKS, named
+from benchmarks.tpu_static.works import WORKS, Work, named
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="TPU kernels measured without a TPU."
@@ -89,6 +90,44 @@ def _print(generation: str, these: list[dict[str, Any]]) -> None:
         if this["verdict"] != MEASURED:
             said = f"{this['work']}, {this['contender']}: {this['verdict']}: {this['reason']}"
             out.print(escape(said), soft_wrap=True)
+
+
+@app.command()
+def tune(
+    generation: Generation = None,
+    work: Annotated[list[str] | None, typer.Option(help="Work; may be repeated.")] = None,
+    most: Annotated[int, typer.Option(help="Candidates to compile for each.")] = 16,
+    write: Annotated[bool, typer.Option("--write", help="Put the best into the table.")] = False,
+) -> None:
+    """Ranks tile sizes of our kernels by their static schedule, then by the bytes they move."""
+    with callers_mistakes():
+        check_compiler()
+        for chip in generation or CHIPS:
+            for this in named(work or ()):
+                _tune(this, chip_named(chip).generation, most, write)
+
+
+def _tune(work: Work, generation: str, most: int, write: bool) -> None:
+    table, out = tuning.table_of(work, generation), console()
+    tried = []
+
+    def measured(sizes: tuning.Sizes) -> Measurement:
+        return measure(work, OURS, generation, {"tiles": sizes})
+
+    with progress_console().status("compiling") as status:
+        for sizes, found in tuning.search(table.sizes, measured, most):
+            status.update(f"{generation}, {work.name}: {len(tried) + 1} tried")
+            tried.append((sizes, found))
+    best = tuning.ranked(tried)
+    shown = Table(*table.sizes, "time µs", "bytes/floor", title=f"{work.name} on {generation}")
+    for sizes, found in best:
+        said = (f"{found.estimated_us:.1f}", f"{found.bytes_moved / found.floor_bytes:.2f}")
+        refused = (escape(found.reason[:80]), "")
+        cells_ = said if found.verdict == MEASURED else refused
+        shown.add_row(*map(str, sizes.values()), *cells_)
+    out.print(shown)
+    if write and best[0][1].verdict == MEASURED and best[0][0] != table.sizes:
+        out.print(f"written: {table.write(best[0][0])}")
 
 
 @app.command(name="results")

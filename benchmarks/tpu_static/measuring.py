@@ -16,7 +16,7 @@ from benchmarks.tpu_static.schedule import KernelFigures, figures
 from benchmarks.tpu_static.stand_ins import number_of
 from benchmarks.tpu_static.works import Work
 
-TIMEOUT_S = 900.0
+TIMEOUT_S = 300.0
 MEASURED, REFUSED = "measured", "refused by the compiler"
 
 

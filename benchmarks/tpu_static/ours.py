@@ -7,9 +7,10 @@ import numpy as np
 
 from attnsel_jax.platforms import CHIPS
 from attnsel_jax.registry import AttentionBackendEnum
-from benchmarks.tpu_static import batches
+from benchmarks.tpu_static import batches, tuning
 from benchmarks.tpu_static.batches import Program, floats
 from benchmarks.tpu_static.works import Work
+from pallas_kernels import tpu_chip
 
 PACKAGE = "attnsel_jax"
 BACKENDS = {
@@ -91,15 +92,17 @@ def named_arguments(work: Work) -> dict[str, Any]:
     }
 
 
-def program(work: Work, **static: Any) -> Program:
+def program(work: Work, *, tiles: dict[str, int] | None = None) -> Program:
     """The call of the kernel that the backend declares.
 
     Args:
         work: what is computed.
-        static: further static arguments of the kernel.
+        tiles: in place of those in the kernel's table; None = as the table has it.
     """
+    if tiles is not None:
+        tuning.table_of(work, tpu_chip.current().generation).use(tiles)
     kernel = backend_of(work).get_kernel(work.op)
-    given = named_arguments(work) | static
+    given = named_arguments(work)
     arrays = {name: value for name, value in given.items() if hasattr(value, "shape")}
     fixed = {name: value for name, value in given.items() if name not in arrays}
     names = list(arrays)

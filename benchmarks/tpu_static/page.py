@@ -60,6 +60,23 @@ def works() -> str:
     )
 
 
+def chips() -> str:
+    """What is known of each generation."""
+    header = ("chip", "clock GHz", "cores", "peak TFLOP/s", "HBM GB/s", "of which DMAs reach")
+    body = [
+        (
+            f"`{chip.generation}`",
+            f"{chip.hertz / 1e9:.2f}",
+            str(chip.cores),
+            f"{chip.peak / 1e12:.0f}",
+            f"{chip.bandwidth / 1e9:.0f}",
+            percent(chip.reachable),
+        )
+        for chip in CHIPS.values()
+    ]
+    return _table(header, body)
+
+
 def cells(row: dict[str, Any]) -> list[str]:
     """A row's cells, in the order of `COLUMNS`."""
     tiles = ", ".join(f"{name} {value}" for name, value in row["options"].items()) or "its own"

@@ -7,6 +7,8 @@ six blocks of [16, 256], which `pallas_call` pipelines: 16 KiB a block, in and o
 import importlib.util
 import json
 import pathlib
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +19,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from attnsel_jax.envs import environment_for_compiling
 from attnsel_jax.platforms import CHIPS as DATASHEETS
-from benchmarks.tpu_static import page, results, running
+from benchmarks.tpu_static import page, results, running, tuning
 from benchmarks.tpu_static.chips import CHIPS, chip_named
 from benchmarks.tpu_static.contenders import CONTENDERS, contender
 from benchmarks.tpu_static.dump import KernelDump, read_bundles, read_kernels
-from benchmarks.tpu_static.measuring import MEASURED, REFUSED, measure
+from benchmarks.tpu_static.measuring import MEASURED, REFUSED, Measurement, measure
 from benchmarks.tpu_static.replay import Transfers, _words, replay
 from benchmarks.tpu_static.scalar_code import Operation, ScalarCode, arguments, split
 from benchmarks.tpu_static.schedule import figures
@@ -295,6 +297,50 @@ def test_results_are_kept_by_work_and_contender(tmp_path):
     data = json.loads(path.read_text())
     assert data["rows"] == [new, other]
     assert data["command"] == "second"
+
+
+TABLE = """
+class Tiles(NamedTuple):
+    rows: int
+
+
+TILES: dict = {
+    "v5e": Tiles(rows=1, num_buffers=2),
+    ("v6e", "bfloat16", "decode"): Tiles(
+        rows=1,
+        num_buffers=2,
+    ),
+}
+"""
+
+
+def test_the_tuner_rewrites_one_entry():
+    new = tuning.rewritten(TABLE, ("v6e", "bfloat16", "decode"), {"rows": 64, "num_buffers": 3})
+    assert '("v6e", "bfloat16", "decode"): Tiles(rows=64, num_buffers=3),' in new
+    assert '"v5e": Tiles(rows=1, num_buffers=2),' in new
+    with pytest.raises(ValueError, match="key is 'v4', must be one of TILES"):
+        tuning.rewritten(TABLE, "v4", {})
+
+
+def test_the_tuner_goes_downhill_and_never_takes_what_is_refused():
+    def measured(sizes):
+        if sizes["rows"] > 256:
+            return Measurement("w", "ours", sizes, REFUSED, "too large")
+        time = abs(sizes["rows"] - 256) + abs(sizes["num_buffers"] - 3)
+        return Measurement("w", "ours", sizes, MEASURED, replayed_us=1.0 + time)
+
+    tried = list(tuning.search({"rows": 64, "num_buffers": 2}, measured, most=16))
+    assert len(tried) <= 16
+    best = tuning.ranked(tried)
+    assert best[0][0] == {"rows": 256, "num_buffers": 3}
+    assert best[-1][1].verdict == REFUSED
+    assert len(list(tuning.search({"rows": 64, "num_buffers": 2}, measured, most=3))) == 3
+
+
+def test_an_op_without_a_table_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pallas_kernels.dense.mosaic_tpu_tiles", types.ModuleType("t"))
+    with pytest.raises(ValueError, match="mosaic_tpu_tiles has no TILES, must have"):
+        tuning.table_of(WORKS["dense_causal"], "v5e")
 
 
 needs_libtpu = pytest.mark.skipif(
