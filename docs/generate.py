@@ -75,7 +75,8 @@ def measurements() -> str:
 
 def results() -> list[pathlib.Path]:
     """The committed results of `attnsel bench`, a folder for each device."""
-    return sorted((ROOT / "benchmarks" / "results").rglob("*.json"))
+    found = sorted((ROOT / "benchmarks" / "results").rglob("*.json"))
+    return [path for path in found if path.parent.name != "tpu_static"]
 
 
 def measured(path: pathlib.Path) -> str:
@@ -108,6 +109,13 @@ def measured(path: pathlib.Path) -> str:
     return "\n\n".join(lines)
 
 
+def tpu_static(part: str) -> str:
+    """A part of the page on TPU schedules: `benchmarks.tpu_static.page` prints it."""
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))  # benchmarks is no installed package
+    return getattr(importlib.import_module("benchmarks.tpu_static.page"), part)()
+
+
 def said(reached: bool | None) -> str:
     """A verdict in words."""
     return {True: "reached", False: "not reached", None: "not measured"}[reached]
@@ -127,6 +135,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "measurements": measurements,
     "question": lambda: docstring("attnsel_jax.config:AttentionSelectorConfig"),
     "environment": lambda: docstring("attnsel_jax.envs"),
+    "tpu works": lambda: tpu_static("works"),
+    "tpu chips": lambda: tpu_static("chips"),
+    "tpu schedules": lambda: tpu_static("sections"),
     "budgets": lambda: docstring("attnsel_jax.compare.budgets"),
 }
 
