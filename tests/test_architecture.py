@@ -29,7 +29,7 @@ LAYERS = {
     r"attnsel_jax\.(config|constraints|platforms|envs|jax_versions|qualnames|static_arguments)": 1,
     r"attnsel_jax\.(capabilities|kv_cache|metadata|backend_names)": 2,
     r"attnsel_jax\.(backend|xla)": 3,
-    r"attnsel_jax\.(impls|backends|jitted_kernels)": 4,
+    r"attnsel_jax\.(impls|backends|jitted_kernels|mesh)": 4,
     r"attnsel_jax\.(registry|forcing|plugins)": 5,
     r"attnsel_jax\.(selection|selector)": 6,
     r"attnsel_jax\.(ops|value_checks)": 7,
