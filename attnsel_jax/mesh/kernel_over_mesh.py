@@ -19,6 +19,7 @@ from attnsel_jax.jitted_kernels import jitted_kernel, static_names
 from attnsel_jax.kv_cache import layout_named
 from attnsel_jax.mesh import groups
 from attnsel_jax.mesh.dimensions import ARGUMENTS, POSITIONAL, RESULTS, by_name, dimensions
+from attnsel_jax.mesh.forms import attend_dense, attend_ragged, check_context
 from attnsel_jax.mesh.plan import Plan
 from attnsel_jax.mesh.shares import own_heads
 
@@ -76,15 +77,16 @@ def _shared_out(
     results = tuple(
         specs[said] if said in specs else plan.spec(tuple(said.split())) for said in RESULTS[op]
     )
+    check_context(op, plan, arrays, static)
     of_arrays = _by_arrays(kernel, op, static)
     num_heads = arrays["q"].shape[dims["q"].index("heads")] if "q" in arrays else None
 
     def share(mine: Arrays) -> tuple[jax.Array, ...]:
         mine = _with_own_kv_heads(mine, dims, plan, num_heads)
         if op == "dense":
-            return of_arrays(mine)
+            return attend_dense(of_arrays, mine, static, plan)
         mine = _with_cached_heads(op, mine, layout)
-        return groups.attend(of_arrays, op, groups.with_own_pages(op, mine, plan, layout))
+        return attend_ragged(of_arrays, op, mine, static, plan, layout)
 
     # Kernels make arrays of their own, which are not marked as varying over the mesh: no check.
     over_mesh = jax.shard_map(

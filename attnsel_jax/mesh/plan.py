@@ -56,7 +56,10 @@ class Plan:
 
     def spec(self, dims: Dims) -> jax.P:
         """The partition of an array of these dimensions."""
-        return jax.P(*(self.axes(dim) or None for dim in dims))
+        cut = [self.axes(dim) or None for dim in dims]
+        if "q_len" in dims and "kv_len" in dims:  # one axis cuts one dimension: queries, not keys
+            cut[dims.index("kv_len")] = None
+        return jax.P(*cut)
 
     @property
     def manual(self) -> frozenset[str]:
@@ -90,7 +93,7 @@ def plan_call(
         mesh = said.mesh or mesh or _ambient_mesh(said)
     if mesh is None:
         return None
-    plan = _read(op, mesh, dims, specs, said)
+    plan = _with_kv_heads(_read(op, mesh, dims, specs, said), given, dims)
     check_shares(op, plan, given, dims, layout)
     return plan
 
@@ -174,6 +177,16 @@ def _read(
             f"{_axes_text(mesh, heads)}, as q's are, or over none"
         )
     return Plan(mesh, batch, heads, kv_heads, context[0] if context else None, said.form)
+
+
+def _with_kv_heads(plan: Plan, arrays: Mapping[str, jax.Array], dims: dict[str, Dims]) -> Plan:
+    """The plan with k's heads cut by as many of the heads' axes as divide them."""
+    if "kv_heads" not in dims.get("k", ()):
+        return plan
+    count, axes = arrays["k"].shape[dims["k"].index("kv_heads")], len(plan.heads)
+    while count % plan.size(plan.heads[:axes]):
+        axes -= 1
+    return dataclasses.replace(plan, kv_heads=plan.heads[:axes])
 
 
 def _agreed(

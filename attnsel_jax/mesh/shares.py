@@ -40,9 +40,10 @@ def check_shares(
             f"groups, the size of {_named(plan.batch)}, over which tokens, sequences and pages are "
             f"sharded: {_WAYS_OUT['groups']}"
         )
-    for name, array in arrays.items():
-        for dim, size in zip(dims[name], array.shape, strict=True):
-            axes = plan.axes(dim)
+    for name in sorted(arrays, key=lambda name: name != "num_seqs"):
+        array = arrays[name]
+        for axes, dim, size in zip(plan.spec(dims[name]), dims[name], array.shape, strict=True):
+            axes = (axes,) if isinstance(axes, str) else axes or ()
             if size % plan.size(axes):
                 raise ValueError(
                     f"{_WORDS.get(dim, dim)} of {name} is {size}, must be a multiple of "

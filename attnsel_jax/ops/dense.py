@@ -1,11 +1,11 @@
 """Attention over contiguous keys and values: `dot_product_attention`."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from jax.typing import ArrayLike
 
-from attnsel_jax.mesh import MeshAxes, kernel_over_mesh, plan_call
+from attnsel_jax.mesh import MeshAxes, Plan, asked_of_kernel, kernel_over_mesh, plan_call
 from attnsel_jax.ops.calls import as_array, as_float32, features, head_counts
 from attnsel_jax.ops.dense_arguments import (
     as_int32,
@@ -119,7 +119,7 @@ def dot_product_attention(
         backend=_insisted(backend, implementation), head_size_v=v.shape[-1], causal=is_causal,
         needs_grad=flag("needs_grad", needs_grad),
         needs_lse=flag("return_residual", return_residual),
-        **head_counts(plan, q.shape[2], k.shape[2]), **features(static), **_given(arrays),
+        **head_counts(plan, q.shape[2], k.shape[2]), **_asked(plan, static, arrays),
     )  # fmt: skip
     if 0 in (q.shape[0], q.shape[1], k.shape[1]):
         out, lse = no_key_seen(q, v, arrays["sinks"], arrays["q_lens"])
@@ -130,15 +130,20 @@ def dot_product_attention(
     return (out, lse) if return_residual else out
 
 
-def _given(arrays: dict[str, jax.Array | None]) -> dict[str, bool]:
-    """The question's flags for the arrays that are given."""
+def _asked(
+    plan: Plan | None, static: dict[str, Any], arrays: dict[str, jax.Array | None]
+) -> dict[str, Any]:
+    """The question's flags for the arrays and the static arguments that are given."""
     names = {
         "has_sink": "sinks", "has_bias": "bias", "has_mask": "mask", "has_q_offset": "q_offset",
         "has_alibi": "alibi_slopes", "has_segment_ids": "q_segment_ids",
     }  # fmt: skip
     given = {name for name, array in arrays.items() if array is not None}
-    flags = {flag: name in given for flag, name in names.items()}
-    return flags | {"has_lens": bool(given & {"q_lens", "kv_lens"})}
+    flags = features(static) | {flag: name in given for flag, name in names.items()}
+    flags["has_lens"] = bool(given & {"q_lens", "kv_lens"})
+    masks = ("has_sliding_window", "has_attention_chunk", "has_alibi")
+    by_position = static["causal"] or any(flags[mask] for mask in masks)
+    return asked_of_kernel("dense", plan, flags, by_position=by_position)
 
 
 def _insisted(backend: BackendLike, implementation: str | None) -> BackendLike:

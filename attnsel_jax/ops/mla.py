@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 
 from attnsel_jax.config import kv_cache_dtype_name
 from attnsel_jax.kv_cache import LatentCache, stored_dtype
-from attnsel_jax.mesh import MeshAxes, kernel_over_mesh, plan_call
+from attnsel_jax.mesh import MeshAxes, asked_of_kernel, kernel_over_mesh, plan_call
 from attnsel_jax.metadata import AttentionMetadata
 from attnsel_jax.ops.calls import as_float32, batch_arrays, head_counts
 from attnsel_jax.ops.ragged_arguments import check_latent
@@ -171,7 +171,8 @@ def _latent(
         cache.kv_cache_dtype or cache.pages.dtype, cache.page_size, True,
         use_sparse=op == "sparse_mla", backend=backend, device=device, causal=metadata.causal,
         head_size_v=ql_nope.shape[-1], **head_counts(plan, ql_nope.shape[1], 1),
-        has_soft_cap=soft_cap is not None, needs_lse=flag("return_lse", return_lse),
+        needs_lse=flag("return_lse", return_lse),
+        **asked_of_kernel(op, plan, {"has_soft_cap": soft_cap is not None}, by_position=False),
     )  # fmt: skip
     if ql_nope.shape[0] == 0:
         lse = jnp.zeros(ql_nope.shape[:2], jnp.float32)

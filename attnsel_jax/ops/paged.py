@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from attnsel_jax.kv_cache import KVCache, stored_dtype
-from attnsel_jax.mesh import MeshAxes, kernel_over_mesh, plan_call
+from attnsel_jax.mesh import MeshAxes, asked_of_kernel, kernel_over_mesh, plan_call
 from attnsel_jax.metadata import AttentionMetadata
 from attnsel_jax.ops.calls import as_float32, batch_arrays, features, head_counts
 from attnsel_jax.ops.ragged_arguments import check_paged
@@ -75,12 +75,15 @@ def paged_attention(
         "q": q, "k": k, "v": v, "kv_pages": cache.pages, **batch_arrays(metadata, k), **per_head,
         "k_scale": cache.k_scale, "v_scale": cache.v_scale,
     }  # fmt: skip
+    asked = features(static) | {name: x is not None for name, x in
+                                (("has_sink", sinks), ("has_alibi", alibi_slopes))}  # fmt: skip
     plan = plan_call("paged", arrays, mesh_axes, cache.layout)
     chosen = get_attn_backend(
-        q.shape[-1], q.dtype, cache.pages.dtype, cache.page_size, has_sink=sinks is not None,
-        op="paged", backend=backend, device=device, causal=metadata.causal,
-        needs_lse=flag("return_lse", return_lse), has_alibi=alibi_slopes is not None,
-        **head_counts(plan, q.shape[1], cache.num_kv_heads), **features(static),
+        q.shape[-1], q.dtype, cache.pages.dtype, cache.page_size, op="paged",
+        backend=backend, device=device, causal=metadata.causal,
+        needs_lse=flag("return_lse", return_lse),
+        **head_counts(plan, q.shape[1], cache.num_kv_heads),
+        **asked_of_kernel("paged", plan, asked, by_position=False),
     )  # fmt: skip
     if chosen.layout != cache.layout:
         raise ValueError(

@@ -194,7 +194,7 @@ def paged_call(groups=1, cache_heads=4):
     pages, page_size = 4 * groups, 4
     batches = [
         AttentionMetadata.from_lengths(
-            [3, 1], [5, 6 + i], [[4 * i + 3, 4 * i], [4 * i + 1, 4 * i + 2]], page_size,
+            [3, 1], [5, 6 + i % 3], [[4 * i + 3, 4 * i], [4 * i + 1, 4 * i + 2]], page_size,
             num_tokens=5, max_num_seqs=3,
         )
         for i in range(groups)
@@ -231,7 +231,7 @@ def test_groups_of_sequences_with_their_pages(on_a_mesh):
     for i in range(groups):
         q_i, k_i, v_i, _, metadata_i = one_group(call, i, groups)
         expected, alone = attnsel_jax.paged_attention(q_i, k_i, v_i, alone, metadata_i)
-        close(out[5 * i : 5 * i + 5], expected)
+        close(np.asarray(out)[5 * i : 5 * i + 5], expected)
     close(written.pages, alone.pages)
 
 
