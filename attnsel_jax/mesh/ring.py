@@ -53,6 +53,18 @@ class Ring(NamedTuple):
         owner = (jax.lax.axis_index(self.axis) - step) % self.n
         return pieces(owner, self.n, kv_len, self.zigzag)
 
+    def cut(self, length: int) -> list[slice]:
+        """Where the pieces lie in a device's array."""
+        count = 2 if self.zigzag else 1
+        return [slice(i * length // count, (i + 1) * length // count) for i in range(count)]
+
+    def pairs(self, arrays: Arrays) -> list[tuple[int, int]]:
+        """Pieces of queries and of keys that may meet: in zig-zag order no first sees a second."""
+        count = range(2 if self.zigzag else 1)
+        every = [(i, j) for i in count for j in count]
+        aligned = "q_offset" not in arrays and arrays["q"].shape[1] == arrays["k"].shape[1]
+        return [pair for pair in every if pair != (0, 1)] if aligned else every
+
     def own(self, q_len: int) -> list[Piece]:
         """Where this device's queries lie."""
         return pieces(jax.lax.axis_index(self.axis), self.n, q_len, self.zigzag)
@@ -108,9 +120,9 @@ def _forward(ring: Ring, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
 
     def meet(step, kv: Arrays, so_far: Partial) -> Partial:
         parts = []
-        for i, rows in enumerate(_cut(q.shape[1], ring.own(q.shape[1]))):
+        for i, rows in enumerate(ring.cut(q.shape[1])):
             part = Partial(*(x[:, rows] for x in so_far))
-            for j, _ in enumerate(ring.held(0, kv["k"].shape[1])):
+            for j in (j for first, j in ring.pairs(arrays) if first == i):
                 part = merged(part, _meeting(ring, arrays | kv, step, i, j))
             parts.append(part)
         return Partial(*(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True)))
@@ -145,19 +157,13 @@ def _pair(ring: Ring, arrays: Arrays, step, i: int, j: int):
     """A piece of queries and one of keys: their arrays, what the kernel is told, if they meet."""
     q_len, kv_len = arrays["q"].shape[1], arrays["k"].shape[1]
     q_pieces, kv_pieces = ring.own(q_len), ring.held(step, kv_len)
-    q_rows, kv_rows = _cut(q_len, q_pieces)[i], _cut(kv_len, kv_pieces)[j]
+    q_rows, kv_rows = ring.cut(q_len)[i], ring.cut(kv_len)[j]
     mine = {name: arrays[name][:, q_rows] for name in BY_QUERY if name in arrays}
     mine |= {name: arrays[name][:, kv_rows] for name in BY_KEY if name in arrays}
     if "alibi_slopes" in arrays:
         mine["alibi_slopes"] = arrays["alibi_slopes"]
     told = met(arrays, ring.static, q_pieces[i], kv_pieces[j], arrays["q"].shape[0])
     return mine, told, meet_at_all(arrays, ring.static, q_pieces[i], kv_pieces[j])
-
-
-def _cut(length: int, into: list[Piece]) -> list[slice]:
-    """Where the pieces lie in this device's array."""
-    size = length // len(into)
-    return [slice(i * size, (i + 1) * size) for i in range(len(into))]
 
 
 def _exists(ring: Ring, arrays: Arrays) -> jax.Array | None:
@@ -184,12 +190,11 @@ def _backward(
     def meet(step, kv: Arrays, here: Arrays) -> tuple[Arrays, Arrays]:
         """Adds to what stays here, and gives the gradients of the keys that are here now."""
         grads = {name: jnp.zeros(kv[name].shape, jnp.float32) for name in "kv"} | here
-        for i, q_rows in enumerate(_cut(arrays["q"].shape[1], ring.own(arrays["q"].shape[1]))):
+        for i, j in ring.pairs(arrays):
+            q_rows, kv_rows = ring.cut(arrays["q"].shape[1])[i], ring.cut(kv["k"].shape[1])[j]
             part = {name: x[:, q_rows] for name, x in rows.items()}
-            held = ring.held(0, kv["k"].shape[1])
-            for j, kv_rows in enumerate(_cut(kv["k"].shape[1], held)):
-                at = {"q": q_rows, "k": kv_rows, "v": kv_rows}
-                grads = _add_meeting(ring, arrays | kv, part, step, (i, j), at, grads)
+            at = {"q": q_rows, "k": kv_rows, "v": kv_rows}
+            grads = _add_meeting(ring, arrays | kv, part, step, (i, j), at, grads)
         return {name: grads[name] for name in here}, {name: grads[name] for name in "kv"}
 
     def one_step(step, carry):

@@ -26,13 +26,10 @@ def check(problem, on, form="ring", name="XLA", **cuts):
 
 
 FEATURES = {
-    "causal": {},
-    "encoder": {"causal": False},
-    "odd shares": {"q_len": 20},
-    "window": {"sliding_window": 7},
-    "two-sided window": {"causal": False, "sliding_window": (5, 9)},
-    "segments": {"segments": 3},
-    "sinks": {"sinks": True, "sliding_window": 9},
+    "window, segments, sinks": {"sliding_window": 9, "segments": 3, "sinks": True},
+    "encoder, two-sided window, odd shares": {
+        "causal": False, "sliding_window": (5, 9), "q_len": 20,
+    },
     "cross, lengths and an offset": {
         "batch": 2, "q_len": 16, "kv_len": 32, "q_lens": (16, 9), "kv_lens": (32, 21),
         "q_offset": (-3, 13), "sinks": True,
@@ -41,17 +38,45 @@ FEATURES = {
         "heads": (8, 4), "soft_cap": 5.0, "dtype": "bfloat16", "head_size_v": 8,
     },
 }  # fmt: skip
+ONE_BY_ONE = {
+    "causal": {},
+    "odd shares": {"q_len": 20},
+    "odd mesh": {"q_len": 18},
+    "window": {"sliding_window": 7},
+    "segments": {"segments": 3},
+    "sinks": {"sinks": True},
+    "encoder": {"causal": False},
+    "encoder window": {"causal": False, "sliding_window": (5, None)},
+    "queries' lengths": {"batch": 2, "q_lens": (24, 5), "sinks": True},
+    "a long offset": {"q_offset": 40, "kv_len": 64},
+    "head sizes": {"head_size": 24, "head_size_v": 8},
+    "float16": {"dtype": "float16"},
+    "one kv head": {"heads": (4, 1)},
+}
 
 
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("form", FORMS)
 def test_dense_and_its_gradients(features, form):
-    problem = Problem(features, "dense", "", dense_inputs, DENSE | FEATURES[features],
-                      gradients=True)  # fmt: skip
+    options = DENSE | FEATURES[features]
+    problem = Problem(features, "dense", "", dense_inputs, options, gradients=True)
     check(problem, mesh(seq=4), form, q_len="seq", kv_len="seq")
 
 
+@pytest.mark.sweep
+@pytest.mark.parametrize("features", ONE_BY_ONE)
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["XLA", "XLA_REFERENCE"])
+def test_features_one_by_one(features, form, name):
+    options = DENSE | ONE_BY_ONE[features]
+    problem = Problem(features, "dense", "", dense_inputs, options, gradients=True)
+    size = 3 if features == "odd mesh" and form != "all_to_all" else 4
+    if features == "odd mesh" and size == 4:
+        pytest.skip("4 heads on 3 devices")
+    check(problem, mesh(seq=size), form, name, q_len="seq", kv_len="seq")
+
+
+@pytest.mark.parametrize("form", ["ring"])
 def test_beside_batch_and_heads(form):
     options = DENSE | {"batch": 2, "heads": (8, 4), "alibi": True, "sinks": True, "q_len": 12}
     problem = Problem("all", "dense", "", dense_inputs, options, gradients=True)
@@ -59,11 +84,9 @@ def test_beside_batch_and_heads(form):
     check(problem, mesh(data=2, model=2, seq=2), form, q_len="seq", kv_len="seq", **cuts)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_on_the_reference_backend(form):
+def test_on_the_reference_backend_and_an_odd_mesh():
     problem = Problem("causal", "dense", "", dense_inputs, DENSE, gradients=True)
-    check(problem, mesh(seq=3), form if form != "all_to_all" else "ring", "XLA_REFERENCE",
-          q_len="seq", kv_len="seq")  # fmt: skip
+    check(problem, mesh(seq=3), "ring", "XLA_REFERENCE", q_len="seq", kv_len="seq")
 
 
 def test_all_gather_with_a_bias_and_chunks():
