@@ -12,6 +12,7 @@ from attnsel_jax.aot.arguments import described, read_back
 from attnsel_jax.aot.targets import GPU_FIGURES, TPU_TOPOLOGIES
 from attnsel_jax.platforms import CHIPS
 from attnsel_jax.problems import named
+from pallas_kernels import tpu_chip
 
 DENSE = "attnsel_jax.xla.dense:dense_attention"
 PAGED = "attnsel_jax.xla.paged:paged_attention"
@@ -97,6 +98,18 @@ def test_a_tpu_that_is_not_here(chip):
 def test_paged_on_a_tpu_that_is_not_here():
     needs_compiler("v6e")
     check(compile_for("v6e", PAGED, arguments_of("quick.paged.mixed")))
+
+
+def test_a_kernel_knows_the_tpu_that_it_is_compiled_for(kernels_of_this_file):
+    needs_compiler("v6e")
+    arguments = arguments_of("quick.dense.one-query")
+    report = compile_for("v6e", f"{kernels_of_this_file}:names_its_chip", arguments)
+    assert report.refusal == "NotImplementedError: for v6e with 134217728 bytes of VMEM"
+
+
+def names_its_chip(q, k, v, **_):
+    chip = tpu_chip.current()
+    raise NotImplementedError(f"for {chip.generation} with {chip.vmem_bytes} bytes of VMEM")
 
 
 def test_a_gpu_that_is_not_here():

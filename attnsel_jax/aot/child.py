@@ -98,7 +98,13 @@ def _with_gradients(
 
 @contextlib.contextmanager
 def _abstract_device(target: dict[str, Any]) -> Iterator[None]:
-    """Tells kernels that ask for the GPU's core count what it is."""
+    """Tells kernels that ask what they are traced for: a TPU's generation, a GPU's core count."""
+    if target["platform"] == "tpu":
+        from pallas_kernels import tpu_chip  # it imports Pallas
+
+        with tpu_chip.for_generation(target["chip"]):
+            yield
+        return
     if target["platform"] != "cuda":
         yield
         return

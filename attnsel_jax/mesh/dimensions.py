@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from attnsel_jax.kv_cache import layout_named
+from attnsel_jax.kv_cache import latent_layout_named, layout_named
 
 LOGITS = "batch heads q_len kv_len"
 _BATCH = {
@@ -103,8 +103,8 @@ def _cache_dims(shape: tuple[int, ...], layout: str) -> Dims:
 
 def page_counts(op: str, pages: jax.Array, layout: str) -> tuple[int, int]:
     """(num_pages, page_size) of a cache."""
-    shape = layout_named(layout).dims(pages.shape) if op == "paged" else pages.shape
-    return shape[0], shape[1]
+    of = layout_named(layout) if op == "paged" else latent_layout_named(layout)
+    return of.dims(pages.shape)[:2]
 
 
 def by_name(op: str, positional: tuple[Any, ...], keywords: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,8 @@ def kernel_over_mesh(
     """
     if plan is None and op == "dense":
         return jitted_kernel(backend, op)
-    return functools.partial(_jitted(backend.get_kernel(op), op, backend.layout), plan=plan)
+    layout = backend.latent_layout if backend.is_mla() else backend.layout
+    return functools.partial(_jitted(backend.get_kernel(op), op, layout), plan=plan)
 
 
 @functools.cache

@@ -48,7 +48,8 @@ def test_kv_heads_whose_groups_would_be_torn():
     on = mesh(model=2)
     call = dense(ones(2, 8, 6, 8), ones(2, 8, 3, 8), on, ((None, None, "model"), ()))
     refused(call, r"^num_kv_heads is 3, must divide, or be a multiple of, 2, the size of mesh "
-                  r"axis 'model': each shard has 3 of 6 query heads, and a kv head serves 2")  # fmt: skip
+                  r"axis 'model': each shard has 3 of 6 query heads, and a kv head serves "
+                  "2")  # fmt: skip
 
 
 def test_a_batch_that_the_axis_does_not_divide():

@@ -1,0 +1,113 @@
+"""The TPU that a kernel is being traced for: generation, VMEM, matrix unit, compiler parameters.
+
+    chip = tpu_chip.current()                          # inside a kernel's door, at trace time
+    with tpu_chip.for_generation("v6e"):               # for a chip that is not here
+        jax.jit(kernel).trace(...).lower().compile()
+
+Three places trace a kernel: a TPU (the chip is the default device), ahead of time for a chip that
+is not here, and the TPU interpreter on a CPU. The last two say which chip they mean by
+`for_generation`, an abstract device of JAX's, which `jax.jit` knows of: what was traced for one
+generation is never taken for another. Where nothing is said, it is `DEFAULT`.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+from jax.experimental.pallas import tpu as pltpu
+
+LANES, SUBLANES = 128, 8  # of a vector register, 32 bits each
+DEFAULT = "v5e"
+# Left of VMEM for what Mosaic and XLA keep there themselves.
+VMEM_RESERVED = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class TpuChip:
+    """What a kernel may want to know of the chip, for one TensorCore.
+
+    Attributes:
+        generation: "v4", "v5e", "v5p", "v6e" or "7x", as `attnsel_jax.platforms` names them.
+        kind: as JAX prints the device.
+        num_cores: TensorCores of one JAX device; "parallel" grid dimensions are split among them.
+        vmem_bytes: on-chip vector memory.
+        mxu: rows and columns of a matrix unit.
+        has_bf16_vectors: the vector and transcendental units compute in bfloat16, two a lane.
+        has_fp8: the matrix unit multiplies 8-bit floating point, at twice bfloat16's rate.
+    """
+
+    generation: str
+    kind: str
+    num_cores: int
+    vmem_bytes: int
+    mxu: int
+    has_bf16_vectors: bool
+    has_fp8: bool
+
+
+# VMEM and matrix units as `pltpu.get_tpu_info` has them.
+CHIPS = {
+    "v4": TpuChip("v4", "TPU v4", 2, 16 << 20, 128, False, False),
+    "v5e": TpuChip("v5e", "TPU v5 lite", 1, 128 << 20, 128, False, False),
+    "v5p": TpuChip("v5p", "TPU v5", 2, 64 << 20, 128, False, False),
+    "v6e": TpuChip("v6e", "TPU v6 lite", 1, 128 << 20, 256, True, False),
+    "7x": TpuChip("7x", "TPU7x", 1, 64 << 20, 256, True, True),
+}
+_BY_VERSION = {
+    pltpu.ChipVersion.TPU_V4: "v4",
+    pltpu.ChipVersion.TPU_V5E: "v5e",
+    pltpu.ChipVersion.TPU_V5P: "v5p",
+    pltpu.ChipVersion.TPU_V6E: "v6e",
+    pltpu.ChipVersion.TPU_7X: "7x",
+}
+
+
+def current() -> TpuChip:
+    """The chip that is traced for.
+
+    Raises:
+        ValueError: it is a TPU that these kernels do not know.
+    """
+    if not pltpu.is_tpu_device():
+        return CHIPS[DEFAULT]
+    info = pltpu.get_tpu_info()
+    if info.chip_version not in _BY_VERSION:
+        raise ValueError(
+            f"generation is {info.chip_version}, must be one of {', '.join(CHIPS)}: use a backend "
+            f"without Pallas kernels (XLA)"
+        )
+    return dataclasses.replace(CHIPS[_BY_VERSION[info.chip_version]], num_cores=info.num_cores)
+
+
+@contextlib.contextmanager
+def for_generation(generation: str) -> Iterator[TpuChip]:
+    """Everything traced inside is traced for one core, or pair of cores, of this generation.
+
+    Raises:
+        ValueError: no such generation is known.
+    """
+    if generation not in CHIPS:
+        raise ValueError(f"generation is {generation!r}, must be one of {', '.join(CHIPS)}")
+    chip = CHIPS[generation]
+    device = jax.sharding.AbstractDevice(chip.kind, chip.num_cores, "tpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        yield chip
+
+
+def compiler_params(
+    dimension_semantics: Sequence[str], *, vmem_bytes: int | None = None
+) -> pltpu.CompilerParams:
+    """Mosaic's parameters for a kernel on the chip that is traced for.
+
+    Args:
+        dimension_semantics: "parallel" (any order, may be split among cores) or "arbitrary" (in
+            order), for each dimension of the grid.
+        vmem_bytes: VMEM that the kernel may use; None = all that there is.
+    """
+    limit = current().vmem_bytes - VMEM_RESERVED
+    return pltpu.CompilerParams(
+        dimension_semantics=tuple(dimension_semantics),
+        vmem_limit_bytes=limit if vmem_bytes is None else min(vmem_bytes, limit),
+    )
