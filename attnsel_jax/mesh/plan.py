@@ -103,6 +103,8 @@ def _placements(arrays: Mapping[str, jax.Array]) -> tuple[Mesh | None, dict[str,
     traced = any(isinstance(array, jax.core.Tracer) for array in arrays.values())
     mesh, specs = None, {}
     for name, array in arrays.items():
+        if isinstance(array, jax.ShapeDtypeStruct):  # no array yet: it lies nowhere
+            continue
         placed = getattr(array, "sharding", None)
         if traced or not isinstance(placed, NamedSharding):
             placed = jax.typeof(array).sharding

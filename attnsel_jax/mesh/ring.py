@@ -200,14 +200,14 @@ def _backward(
     def one_step(step, carry):
         kv, travelling, here = carry
         following, travelling = ring.onward((kv, travelling))
-        here, mine = meet(step, kv, here)
+        here, mine = meet(step + 1, kv, here)
         return following, jax.tree.map(jnp.add, travelling, mine), here
 
     here = {name: jnp.zeros(arrays[name].shape, jnp.float32) for name in stay}
     following = ring.onward(kv)
     here, own = meet(0, kv, here)
     carry = (following, jax.tree.map(jnp.zeros_like, own), here)
-    _, travelling, here = jax.lax.fori_loop(1, ring.n, one_step, carry)
+    _, travelling, here = jax.lax.fori_loop(0, ring.n - 1, one_step, carry)
     back = jax.tree.map(jnp.add, own, ring.onward(travelling))
     grads = here | back
     if "sinks" in arrays:

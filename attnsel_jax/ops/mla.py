@@ -14,7 +14,7 @@ from attnsel_jax.ops.calls import as_float32, batch_arrays, head_counts
 from attnsel_jax.ops.ragged_arguments import check_latent
 from attnsel_jax.selector import BackendLike, DeviceLike, get_attn_backend
 from attnsel_jax.static_arguments import flag, number
-from attnsel_jax.value_checks import check_batch, check_topk
+from attnsel_jax.value_checks import check_groups, check_topk
 
 
 def mla_attention(
@@ -148,7 +148,7 @@ def _latent(
     check_latent(tokens, next(iter(chosen_positions), None), cache, metadata)
     ql_nope, q_pe = tokens[:2]
     if checked:
-        check_batch(metadata, ql_nope.shape[0], cache.num_pages, cache.page_size)
+        check_groups(metadata, ql_nope.shape[0], cache.num_pages, cache.page_size)
         for positions in chosen_positions:
             check_topk(positions, metadata.page_table.shape[1] * cache.page_size)
     static = {
@@ -159,12 +159,7 @@ def _latent(
         raise ValueError(
             "scale is None, must be a number: (qk_nope_head_dim + rope_dim) ** -0.5 of the model"
         )
-    names = ("ql_nope", "q_pe", "kv_c", "k_pe")
-    arrays = {
-        **dict(zip(names, tokens, strict=True)), "latent_pages": cache.pages,
-        **dict(zip(("topk_indices",), chosen_positions, strict=False)),
-        **batch_arrays(metadata, tokens[2]), "kv_scale": cache.kv_scale,
-    }  # fmt: skip
+    arrays = _by_name(tokens, chosen_positions, cache, metadata)
     plan = plan_call(op, arrays, mesh_axes)
     chosen = get_attn_backend(
         ql_nope.shape[-1] + q_pe.shape[-1], ql_nope.dtype,
@@ -188,3 +183,14 @@ def _latent(
     )
     written = cache.with_pages(pages)
     return (out, lse, written) if return_lse else (out, written)
+
+
+def _by_name(tokens, chosen_positions, cache, metadata) -> dict[str, jax.Array | None]:
+    """The kernel's arrays by the contract's names."""
+    return {
+        **dict(zip(("ql_nope", "q_pe", "kv_c", "k_pe"), tokens, strict=True)),
+        "latent_pages": cache.pages,
+        **dict(zip(("topk_indices",), chosen_positions, strict=False)),
+        **batch_arrays(metadata, tokens[2]),
+        "kv_scale": cache.kv_scale,
+    }

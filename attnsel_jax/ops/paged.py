@@ -13,7 +13,7 @@ from attnsel_jax.ops.calls import as_float32, batch_arrays, features, head_count
 from attnsel_jax.ops.ragged_arguments import check_paged
 from attnsel_jax.selector import BackendLike, DeviceLike, get_attn_backend
 from attnsel_jax.static_arguments import count, flag, number, window
-from attnsel_jax.value_checks import check_batch
+from attnsel_jax.value_checks import check_groups
 from pallas_kernels.masks import Window
 
 
@@ -64,7 +64,7 @@ def paged_attention(
     }
     check_paged(q, k, v, cache, metadata, per_head)
     if checked:
-        check_batch(metadata, q.shape[0], cache.num_pages, cache.page_size)
+        check_groups(metadata, q.shape[0], cache.num_pages, cache.page_size)
     static = {
         "scale": number("scale", scale), "causal": flag("metadata.causal", metadata.causal),
         "sliding_window": window("sliding_window", sliding_window),

@@ -209,10 +209,7 @@ def one_group(call, i, groups):
     """Group i of a call by itself: its own tokens, the whole cache."""
     q, k, v, cache, metadata = call
     cut = lambda x: x[i * (x.shape[0] // groups) : (i + 1) * (x.shape[0] // groups)]  # noqa: E731
-    own = jax.tree.map(cut, metadata)
-    return cut(q), cut(k), cut(v), cache, AttentionMetadata(
-        own.page_table, own.kv_lens, own.cu_q_lens, own.num_seqs[0], own.slot_mapping
-    )  # fmt: skip
+    return cut(q), cut(k), cut(v), cache, metadata.groups()[i]
 
 
 @pytest.mark.parametrize("on_a_mesh", [False, True])
@@ -230,7 +227,9 @@ def test_groups_of_sequences_with_their_pages(on_a_mesh):
     alone = call[3]
     for i in range(groups):
         q_i, k_i, v_i, _, metadata_i = one_group(call, i, groups)
-        expected, alone = attnsel_jax.paged_attention(q_i, k_i, v_i, alone, metadata_i)
+        expected, alone = attnsel_jax.paged_attention(
+            q_i, k_i, v_i, alone, metadata_i, checked=True
+        )
         close(np.asarray(out)[5 * i : 5 * i + 5], expected)
     close(written.pages, alone.pages)
 
