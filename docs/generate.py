@@ -108,6 +108,38 @@ def measured(path: pathlib.Path) -> str:
     return "\n\n".join(lines)
 
 
+def meshes() -> str:
+    """What `benchmarks/compile_over_meshes.py` read off compiled programs."""
+    from attnsel_jax.cli.terminal import si
+
+    run = json.loads((ROOT / "benchmarks" / "meshes.json").read_text())
+    shape = ", ".join(f"{name} {value}" for name, value in run["shape"].items())
+    body = [
+        [
+            f"{row['chip']} x {row['devices']}",
+            f"{row['length']:,}",
+            f"`{row['form']}`",
+            *(si(row["memory"][part], "B") for part in ("arguments", "outputs", "temporaries")),
+            si(sum(row["sent"].values()), "B"),
+            si(row["formula"], "B"),
+            row.get("refusal") or "compiles",
+        ]
+        if row["memory"]
+        else [f"{row['chip']} x {row['devices']}", f"{row['length']:,}", f"`{row['form']}`",
+              *["-"] * 4, si(row["formula"], "B"), row["refusal"]]
+        for row in run["rows"]
+    ]  # fmt: skip
+    header = ["devices", "length", "form", "arguments", "outputs", "temporaries", "sent", "formula"]
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    return "\n\n".join(
+        [
+            f"`{run['command']}`, {run['date']}, {versions}: one causal sequence, backend "
+            f"{run['backend']}, {shape}; bytes of one device.",
+            table([*header, "verdict"], body),
+        ]
+    )
+
+
 def said(reached: bool | None) -> str:
     """A verdict in words."""
     return {True: "reached", False: "not reached", None: "not measured"}[reached]
@@ -125,6 +157,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "chips": chips,
     "problems": problems,
     "measurements": measurements,
+    "meshes": meshes,
     "question": lambda: docstring("attnsel_jax.config:AttentionSelectorConfig"),
     "environment": lambda: docstring("attnsel_jax.envs"),
     "budgets": lambda: docstring("attnsel_jax.compare.budgets"),
