@@ -118,14 +118,11 @@ def _forward(ring: Ring, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
     """Once round: the keys are sent on before they are met, so that both go on at once."""
     q, width = arrays["q"], arrays["v"].shape[-1]
 
-    def meet(step, kv: Arrays, so_far: Partial) -> Partial:
-        parts = []
-        for i, rows in enumerate(ring.cut(q.shape[1])):
-            part = Partial(*(x[:, rows] for x in so_far))
-            for j in (j for first, j in ring.pairs(arrays) if first == i):
-                part = merged(part, _meeting(ring, arrays | kv, step, i, j))
-            parts.append(part)
-        return Partial(*(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True)))
+    def meet(step, kv: Arrays, so_far: list[Partial]) -> list[Partial]:
+        parts = list(so_far)
+        for i, j in ring.pairs(arrays):
+            parts[i] = _met_too(ring, arrays | kv, step, (i, j), parts[i])
+        return parts
 
     def one_step(step, carry):
         kv, so_far = carry
@@ -133,24 +130,26 @@ def _forward(ring: Ring, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
         return following, meet(step, kv, so_far)
 
     kv = {name: arrays[name] for name in BY_KEY if name in arrays}
-    carry = jax.lax.fori_loop(0, ring.n - 1, one_step, (kv, nothing(q.shape[:3], width)))
-    whole = meet(ring.n - 1, *carry)
+    rows = [q[:, cut].shape[:3] for cut in ring.cut(q.shape[1])]
+    empty = [nothing(shape, width) for shape in rows]
+    carry = jax.lax.fori_loop(0, ring.n - 1, one_step, (kv, empty))
+    parts = meet(ring.n - 1, *carry)
+    whole = Partial(*(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True)))
     whole = with_sinks(whole, arrays.get("sinks"), _exists(ring, arrays))
     return whole.out.astype(q.dtype), whole.lse
 
 
-def _meeting(ring: Ring, arrays: Arrays, step, i: int, j: int) -> Partial:
-    """Piece i of the queries over piece j of the keys that are here at a step."""
-    mine, told, some = _pair(ring, arrays, step, i, j)
+def _met_too(ring: Ring, arrays: Arrays, step, pair: tuple[int, int], so_far: Partial) -> Partial:
+    """What a piece of queries has, and what it finds in a piece of the keys that are here."""
+    mine, told, some = _pair(ring, arrays, step, *pair)
 
-    def attend() -> Partial:
+    def with_these(so_far: Partial) -> Partial:
         out, lse = ring.kernel(mine | told)
-        return Partial(out.astype(jnp.float32), lse)
+        return merged(so_far, Partial(out.astype(jnp.float32), lse))
 
     if some is None:
-        return attend()
-    rows, width = mine["q"].shape[:3], mine["v"].shape[-1]
-    return jax.lax.cond(some, attend, lambda: nothing(rows, width))
+        return with_these(so_far)
+    return jax.lax.cond(some, with_these, lambda so_far: so_far, so_far)
 
 
 def _pair(ring: Ring, arrays: Arrays, step, i: int, j: int):
