@@ -36,7 +36,17 @@ def kernel_over_mesh(
         backend: the backend.
         op: "dense", "paged", "mla" or "sparse_mla".
         plan: of the call that follows; None = no mesh.
+
+    Raises:
+        ValueError: partial results would be merged by lse, and the backend returns none.
     """
+    merges = plan is not None and plan.merges(op)
+    if merges and op in backend.capabilities and True not in backend.capabilities[op].needs_lse:
+        raise ValueError(
+            f"needs_lse is True, must be {backend.capabilities[op].needs_lse} with backend "
+            f"{backend.name}: mesh axis {plan.context!r} spreads a sequence's keys, and partial "
+            f"results are merged by lse"
+        )
     if plan is None and op == "dense":
         return jitted_kernel(backend, op)
     layout = backend.latent_layout if backend.is_mla() else backend.layout

@@ -38,6 +38,10 @@ class Plan:
     context: str | None = None
     form: str = "ring"
 
+    def merges(self, op: str) -> bool:
+        """Whether partial results are merged by lse."""
+        return self.context is not None and (op != "dense" or self.form == "ring")
+
     def size(self, axes: Axes | str | None) -> int:
         """Devices along some axes."""
         names = (axes,) if isinstance(axes, str) else axes or ()
