@@ -7,8 +7,8 @@ caller (`MeshAxes`). By it, `kernel_over_mesh` runs the kernel on each device's 
 """
 
 from attnsel_jax.mesh.forms import asked_of_kernel as asked_of_kernel
-from attnsel_jax.mesh.kernel_over_mesh import kernel_over_mesh as kernel_over_mesh
 from attnsel_jax.mesh.mesh_axes import MeshAxes as MeshAxes
 from attnsel_jax.mesh.mesh_axes import use_mesh_axes as use_mesh_axes
+from attnsel_jax.mesh.over_mesh import kernel_over_mesh as kernel_over_mesh
 from attnsel_jax.mesh.plan import Plan as Plan
 from attnsel_jax.mesh.plan import plan_call as plan_call

@@ -1,7 +1,5 @@
 """Each of these faults makes a test of this folder's kind fail: the checks can see them."""
 
-import sys
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -10,6 +8,7 @@ from test_context import DENSE, LATENT
 from test_context import check as check_context
 from test_heads_and_batch import check
 
+from attnsel_jax.mesh import over_mesh
 from attnsel_jax.mesh.merging import Partial
 from attnsel_jax.problems import Problem
 from attnsel_jax.problems.dense_inputs import dense_inputs
@@ -18,11 +17,9 @@ from attnsel_jax.problems.mla_inputs import mla_inputs
 
 @pytest.fixture(autouse=True)
 def _traced_afresh():
-    module = sys.modules["attnsel_jax.mesh.kernel_over_mesh"]
-    module._jitted.cache_clear()
-    jax.clear_caches()
+    over_mesh._jitted.cache_clear()
     yield
-    module._jitted.cache_clear()
+    over_mesh._jitted.cache_clear()
 
 
 def few_kv_heads():
@@ -43,7 +40,7 @@ def spread():
 
 FAULTS = {
     "the first kv head for all": (
-        "attnsel_jax.mesh.kernel_over_mesh", "_with_own_kv_heads",
+        "attnsel_jax.mesh.over_mesh", "_with_own_kv_heads",
         lambda arrays, *_: arrays | {n: arrays[n][:, :, :1] for n in "kv"}, few_kv_heads,
     ),
     "parts averaged, not weighed": (
