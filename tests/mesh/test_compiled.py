@@ -98,12 +98,18 @@ TEXT = """HloModule jit_f
   %r = (f32[4]{0}, bf16[6]{0}) all-reduce(%a, %b), replica_groups=mesh['s'=2,'m'=4] {'m'}
 }
 
+%offloaded (p: f32[8]) -> f32[32] {
+  ROOT %g.2 = f32[32]{0} all-gather(%p), replica_groups=mesh['s'=8] {'s'}
+}, execution_thread="sparsecore"
+
 ENTRY %main (q: f32[2,8]) -> f32[2,8] {
   %while.1 = (s32[], f32[2,8]) while(%t), condition=%cond.1, body=%body.1
   %while.2 = (s32[], f32[2,8]) while(%t), condition=%cond.2, body=%body.1, backend_config={"known_trip_count":{"n":"5"}}
   %g = (f32[8]{0}, f32[32]{0}) all-gather-start(%z), replica_groups=[2,4]<=[8]
   %s = f32[8]{0} reduce-scatter(%z), replica_groups={{0,1,2,3},{4,5,6,7}}
   %c = f32[4] conditional(%w), branch_computations={%branch, %other}
+  %o = ((), ()) custom-call-start(), called_computations={%offloaded}
+  %u = f32[32] custom-call-update(%o)
 }
 """  # noqa: E501
 
@@ -116,6 +122,7 @@ def test_collectives_are_read_off_a_program_s_text():
         Collective("all-gather", 4, 1, 96),
         Collective("reduce-scatter", 4, 1, 96),
         Collective("all-reduce", 4, 1, 42),
+        Collective("all-gather", 8, 1, 112),
     ]
     assert sent_bytes(found)["collective-permute"] == 8 * 64
     assert collectives_of("") == []
