@@ -2,7 +2,8 @@
 
 Inside, a block of queries is [batch, num_kv_heads, group, block_q, head_dim] and a block of keys
 [batch, num_kv_heads, block_kv, head_dim]; a tile is what they make together, float32
-[batch, num_kv_heads, group, block_q, block_kv]. Here `batch` is a block of batch rows.
+[batch, num_kv_heads, group, block_q, block_kv]. Here `batch` and `num_kv_heads` are a part's: some
+batch rows and some heads; the parts come one after another.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ NOWHERE = 2**30  # farther than any position
 
 @dataclass(frozen=True)
 class Static:
-    """What is known when tracing. `block_batch` divides the batch; the other blocks may not."""
+    """What is known when tracing. `block_q` and `block_kv` need not divide their axes."""
 
     scale: float
     causal: bool
@@ -29,6 +30,7 @@ class Static:
     soft_cap: float | None
     group: int
     block_batch: int
+    block_kv_heads: int
     block_q: int
     block_kv: int
 
@@ -69,6 +71,13 @@ class Masks(NamedTuple):
         return self.mask is not None or self.q_segment_ids is not None
 
 
+class Part(NamedTuple):
+    """Where a part begins: its first batch row and its first kv head."""
+
+    row: jax.Array
+    head: jax.Array
+
+
 class Block(NamedTuple):
     """Where a block is read: clamped, so that it stays inside the array.
 
@@ -104,22 +113,51 @@ def num_blocks(length: int, size: int) -> int:
     return -(-length // size)
 
 
-def over_batch(static: Static, batch: int, step: Callable, carry):
-    """Runs `step(index, carry)` over the blocks of batch rows."""
-    blocks = batch // static.block_batch
-    return step(jnp.int32(0), carry) if blocks == 1 else lax.fori_loop(0, blocks, step, carry)
+def over_parts(static: Static, batch: int, num_kv_heads: int, step: Callable, carry):
+    """Runs `step(part, carry)` over the blocks of batch rows and heads."""
+    of_heads = jnp.int32(num_kv_heads // static.block_kv_heads)
+
+    def one(i: jax.Array, carry):
+        row, head = lax.div(i, of_heads), lax.rem(i, of_heads)
+        part = Part(row * jnp.int32(static.block_batch), head * jnp.int32(static.block_kv_heads))
+        return step(part, carry)
+
+    count = batch // static.block_batch * (num_kv_heads // static.block_kv_heads)
+    start = jnp.int32(0)
+    return one(start, carry) if count == 1 else lax.fori_loop(start, jnp.int32(count), one, carry)
 
 
-def batch_rows(static: Static, tree, index: jax.Array):
-    """Block `index` of the batch, of arrays whose first axis is the batch (or 1)."""
-    base = index * jnp.int32(static.block_batch)
-    return jax.tree.map(lambda a: take(a, base, static.block_batch, 0), tree)
+def part_of(static: Static, part: Part, x: jax.Array, axis: int, group: int = 1) -> jax.Array:
+    """A part of an array [batch, ...] whose `axis` is kv heads, or `group` query heads for each."""
+    x = take(x, part.row, static.block_batch, 0)
+    return take(x, part.head * jnp.int32(group), static.block_kv_heads * group, axis)
 
 
-def batch_block(static: Static, x: Floats, who: Masks, index: jax.Array) -> tuple[Floats, Masks]:
-    """The arguments for block `index` of the batch."""
-    q, k, v, bias, who = batch_rows(static, (x.q, x.k, x.v, x.bias, who), index)
-    return x._replace(q=q, k=k, v=v, bias=bias), who
+def heads_first(static: Static, part: Part, q: jax.Array) -> jax.Array:
+    """A part of [batch, q_len, num_q_heads, d], as [batch, num_kv_heads, group, q_len, d]."""
+    return jnp.moveaxis(split_heads(part_of(static, part, q, 2, static.group), static, 2), 1, 3)
+
+
+def arguments_of(static: Static, x: Floats, who: Masks, part: Part) -> tuple[Floats, Masks]:
+    """The arguments for one part; q, k and v with their heads first, so that a block is rows."""
+
+    def of_heads(a: jax.Array | None) -> jax.Array | None:
+        size = static.block_kv_heads * static.group
+        return a if a is None else take(a, part.head * jnp.int32(static.group), size, 0)
+
+    def of_pairs(a: jax.Array | None) -> jax.Array | None:
+        return a if a is None else part_of(static, part, a, 1, static.group)
+
+    mask, *of_rows = who
+    of_rows = jax.tree.map(lambda a: take(a, part.row, static.block_batch, 0), of_rows)
+    floats = Floats(
+        heads_first(static, part, x.q),
+        *(jnp.swapaxes(part_of(static, part, a, 2), 1, 2) for a in (x.k, x.v)),
+        of_pairs(x.bias),
+        of_heads(x.alibi_slopes),
+        of_heads(x.sinks),
+    )
+    return floats, Masks(of_pairs(mask), *of_rows)
 
 
 def key_bounds(static: Static, who: Masks, q_block: Block, kv_len: int):
@@ -254,11 +292,11 @@ def split_heads(x: jax.Array, static: Static, axis: int) -> jax.Array:
     return x.reshape(*x.shape[:axis], *pair, *x.shape[axis + 1 :])
 
 
-def q_rows(x: jax.Array, static: Static, block: Block) -> jax.Array:
-    """[batch, q_len, num_q_heads, ...] -> [batch, num_kv_heads, group, block_q, ...]."""
-    return jnp.moveaxis(split_heads(take(x, block.base, block.size, 1), static, 2), 1, 3)
+def q_rows(x: jax.Array, block: Block) -> jax.Array:
+    """A block of [batch, num_kv_heads, group, q_len, ...]."""
+    return take(x, block.base, block.size, 3)
 
 
 def kv_rows(x: jax.Array, block: Block) -> jax.Array:
-    """[batch, kv_len, num_kv_heads, d] -> [batch, num_kv_heads, block_kv, d]."""
-    return jnp.swapaxes(take(x, block.base, block.size, 1), 1, 2)
+    """A block of [batch, num_kv_heads, kv_len, d]."""
+    return take(x, block.base, block.size, 2)
