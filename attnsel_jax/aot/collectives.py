@@ -17,7 +17,7 @@ _CALL = re.compile(rf"^\s*(?:ROOT )?%\S+ = (.*?) ({'|'.join(KINDS)})(-start)?\("
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _BODY = re.compile(r" while\(.*?condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _CALLED = re.compile(
-    r"(?:calls|to_apply|branch_computations|(?:true|false)_computation)=\{?([^}=]*)"
+    r"(?:calls|called_computations|to_apply|branch_computations|(?:true|false)_computation)=\{?([^}=]*)"
 )
 _KNOWN = re.compile(r"known_trip_count\W+n\W+(\d+)")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
