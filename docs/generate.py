@@ -122,20 +122,16 @@ def meshes() -> str:
             *(si(row["memory"][part], "B") for part in ("arguments", "outputs", "temporaries")),
             si(sum(row["sent"].values()), "B"),
             si(row["formula"], "B"),
-            row.get("refusal") or "compiles",
         ]
-        if row["memory"]
-        else [f"{row['chip']} x {row['devices']}", f"{row['length']:,}", f"`{row['form']}`",
-              *["-"] * 4, si(row["formula"], "B"), row["refusal"]]
         for row in run["rows"]
-    ]  # fmt: skip
+    ]
     header = ["devices", "length", "form", "arguments", "outputs", "temporaries", "sent", "formula"]
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     return "\n\n".join(
         [
             f"`{run['command']}`, {run['date']}, {versions}: one causal sequence, backend "
             f"{run['backend']}, {shape}; bytes of one device.",
-            table([*header, "verdict"], body),
+            table(header, body),
         ]
     )
 
