@@ -18,17 +18,15 @@ from attnsel_jax.xla.dense_blocks import (
     Block,
     Floats,
     Masks,
-    Part,
     Static,
-    arguments_of,
     block_at,
     kv_reach,
     kv_rows,
     num_blocks,
     over_blocks,
-    over_parts,
     q_rows,
 )
+from attnsel_jax.xla.dense_parts import Part, arguments_of, over_parts
 from attnsel_jax.xla.dense_tiles import (
     cap_and_bias,
     flat,
@@ -51,7 +49,7 @@ class Largest(NamedTuple):
 # Measured on two cores of a Zen 4 EPYC with noisy neighbours, 2026-11-24, float32, 8 heads of 128,
 # length 4096, causal; rows x keys of so many heads: seconds with jax 0.10.2 (0.12.0.1), median.
 # Forward: 512x512 of 2 heads 0.27 (0.26), of 1 0.26 (0.26), of 8 0.31 (0.29); 512x256 of 2
-# 0.30 (0.26), of 8 0.31 (0.27); earlier the same day, of 8: 256x256 0.31 (0.22), 512x128 0.46 (0.22).
+# 0.30 (0.26), of 8 0.31 (0.27); earlier that day, of 8: 256x256 0.31 (0.22), 512x128 0.46 (0.22).
 # The products alone take 0.21. A tile of more heads leaves the cores' caches.
 # With gradients: 256x256 of 2 heads 1.03 (0.83), of 4 1.08 (0.82), of 8 1.11 (0.89); 512x256 of 2
 # 1.16 (0.90); 512x512 of 2 1.21 (0.83).

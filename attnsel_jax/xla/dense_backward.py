@@ -17,20 +17,16 @@ from attnsel_jax.xla.dense_blocks import (
     Block,
     Floats,
     Masks,
-    Part,
     Static,
-    arguments_of,
     block_at,
-    heads_first,
     kv_rows,
     num_blocks,
     over_blocks,
-    over_parts,
-    part_of,
     q_reach,
     q_rows,
     split_heads,
 )
+from attnsel_jax.xla.dense_parts import Part, arguments_of, heads_first, over_parts, part_of
 from attnsel_jax.xla.dense_tiles import (
     cap_and_bias,
     distance,
