@@ -44,18 +44,23 @@ class MeshAxes:
             object.__setattr__(self, name, axes)
         if self.form not in FORMS:
             raise ValueError(f"form is {self.form!r}, must be one of {', '.join(FORMS)}")
-        named = [*self.batch, *self.heads, *([self.context] if self.context else [])]
-        twice = [axis for axis in named if named.count(axis) > 1]
+        twice = [axis for axis in self.named if self.named.count(axis) > 1]
         if twice:
+            times = self.named.count(twice[0])
             raise ValueError(
-                f"mesh axis {twice[0]!r} is named {named.count(twice[0])} times, must be named at "
+                f"mesh axis {twice[0]!r} is named {times} times, must be named at "
                 f"most once among batch {self.batch}, heads {self.heads}, context {self.context}"
             )
 
     @property
+    def named(self) -> Axes:
+        """Every axis that it names."""
+        return (*self.batch, *self.heads, *([self.context] if self.context else []))
+
+    @property
     def says_axes(self) -> bool:
         """Whether it names any axis."""
-        return bool(self.batch or self.heads or self.context)
+        return bool(self.named)
 
 
 # Part of `jax.jit`'s key: a function that was traced under other axes is traced again.

@@ -20,7 +20,7 @@ from attnsel_jax.kv_cache import layout_named
 from attnsel_jax.mesh import groups
 from attnsel_jax.mesh.dimensions import ARGUMENTS, POSITIONAL, RESULTS, by_name, dimensions
 from attnsel_jax.mesh.forms import attend_dense, attend_ragged, check_context
-from attnsel_jax.mesh.plan import Plan
+from attnsel_jax.mesh.plan import Mesh, Plan
 from attnsel_jax.mesh.shares import own_heads
 
 Arrays = dict[str, jax.Array]
@@ -104,13 +104,14 @@ def _shared_out(
         share, mesh=plan.mesh, in_specs=(specs,), out_specs=results, axis_names=plan.manual,
         check_vma=False,
     )  # fmt: skip
-    return over_mesh({name: _placed(array, specs[name]) for name, array in arrays.items()})
+    return over_mesh(
+        {name: _placed(array, plan.mesh, specs[name]) for name, array in arrays.items()}
+    )
 
 
-def _placed(array: jax.Array, spec: jax.P) -> jax.Array:
+def _placed(array: jax.Array, mesh: Mesh, spec: jax.P) -> jax.Array:
     """The array cut as the spec says; what is whole is cut where it lies, without communication."""
-    mesh = jax.typeof(array).sharding.mesh
-    if jax.sharding.AxisType.Explicit not in mesh.axis_types:
+    if jax.sharding.AxisType.Explicit not in mesh.axis_types:  # shard_map sees to it
         return array
     return jax.sharding.reshard(array, jax.NamedSharding(mesh, spec))
 

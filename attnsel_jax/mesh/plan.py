@@ -90,6 +90,8 @@ def plan_call(
         ValueError: shardings that cannot work: an axis, its size, and what it must divide.
     """
     said = said_by(mesh_axes)
+    if set(jax.sharding.get_abstract_mesh().manual_axes) & set(said.named):
+        said = MeshAxes(form=said.form)  # inside a shard_map of the caller's over these axes
     given = {name: array for name, array in arrays.items() if array is not None}
     dims = dimensions(op, given, layout)
     mesh, specs = _placements(given)

@@ -187,6 +187,8 @@ def test_inside_the_caller_s_own_shard_map_a_call_is_one_device_s():
     )  # fmt: skip
     placed = [put(x, on, "data", None, "model") for x in qkv()]
     close(jax.jit(mapped)(*placed), attend(*qkv()))
+    with attnsel_jax.use_mesh_axes(attnsel_jax.MeshAxes(batch="data", heads="model", mesh=on)):
+        close(jax.jit(mapped)(*placed), attend(*qkv()))
 
 
 def paged_call(groups=1, cache_heads=4):
