@@ -56,6 +56,10 @@ def dense_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Attention over contiguous q, k, v, as `pallas_kernels.dense` defines it, for TPU.
 
+    Differentiable in reverse mode in q, k, v, bias and sinks, through out and lse; alibi_slopes are
+    constants here. A bias' gradient is made in full, [batch, num_q_heads, q_len, kv_len] in
+    float32, and then summed where the bias is broadcast.
+
     Args:
         q, k, v, scale, causal, q_offset, sliding_window, attention_chunk_size, soft_cap, bias,
             alibi_slopes, q_segment_ids, kv_segment_ids, q_lens, kv_lens, sinks: the contract's,
@@ -72,12 +76,15 @@ def dense_attention(
 
     Numerics:
         float32 logits, softmax and accumulation; float32 inputs are multiplied at the highest
-        precision. For bfloat16 the weights are rounded before they meet v.
+        precision. For bfloat16 the weights are rounded before they meet v, as are the logits'
+        gradients before they meet q and k.
 
     Reference:
         Dao, "FlashAttention-2", 2023; Rabe and Staats, "Self-attention does not need O(n^2)
         memory", 2021.
     """
+    if alibi_slopes is not None:
+        alibi_slopes = jax.lax.stop_gradient(alibi_slopes)
     x = Floats(q, k, v, bias, alibi_slopes, sinks)
     if mask is not None:
         raise ValueError("mask is given, must be None: give a bias of 0 and -inf, or use XLA")
@@ -206,16 +213,13 @@ def _gradients(
     static: Static, x: Floats, who: Masks, out: jax.Array, lse: jax.Array, dout, dlse
 ) -> Floats:
     """Gradients of everything in x, in the contract's layout."""
-    if x.alibi_slopes is not None:
-        slopes_too = "their gradient is not computed here: use XLA, or needs_grad=False"
-        raise ValueError(
-            f"alibi_slopes are given, must be None under differentiation: {slopes_too}"
-        )
     static = dataclasses.replace(static, tiles=backward_tiles(*_size_class(x)))
     delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - dlse
     exists = lse > -jnp.inf  # also: the row exists
     delta = jnp.where(exists, delta, 0.0)
     bias, bias_of = _bias_operand(x.bias, static)
+    if bias_of in ("both", "queries"):
+        bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (0, _missing(static))))
     part = mosaic_tpu_backward.backward(
         static,
         mosaic_tpu_backward.Operands(
@@ -248,7 +252,7 @@ def _gradients(
         k=jnp.swapaxes(part.k[:, :, :kv_len], 1, 2),
         v=jnp.swapaxes(part.v[:, :, :kv_len], 1, 2),
         bias=dbias,
-        alibi_slopes=None,
+        alibi_slopes=None if x.alibi_slopes is None else jnp.zeros_like(x.alibi_slopes),
         sinks=dsinks,
     )
 

@@ -29,8 +29,8 @@ from pallas_kernels.dense.mosaic_tpu_walk import Tile, Walk
 class Operands(NamedTuple):
     """The arrays as the kernel takes them; None = not given.
 
-    Queries that do not exist, the ones that fill up the last major block included, are 0 in q and
-    dout, and their lse is inf: their weights are 0.
+    Queries are padded to whole tiles. Those that do not exist are 0 in q, dout and a bias, and
+    their lse is inf: their weights are 0.
 
     Attributes:
         q: [batch, num_q_heads, q_len, head_dim].
@@ -272,7 +272,8 @@ class _GridStep(NamedTuple):
         dp = logits.matmul(self.x["v"][keys, :], self.x["dout"][queries, :], (1, 1))
         k = self.x["k_across"][:, keys]
         if masked:
-            mask = logits.seen(static, self.extras, at)
+            # A query that does not exist would bring a NaN key into the sums over queries.
+            mask = logits.seen(static, self.extras, at) & logits.exists(at)
             s, dp = jnp.where(mask, s, -jnp.inf), jnp.where(mask, dp, 0.0)
             k = jnp.where(logits.used(static, self.extras, at, mask), k, jnp.zeros_like(k))
             slope = None if slope is None else jnp.where(mask, slope, 0.0)

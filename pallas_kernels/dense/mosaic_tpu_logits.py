@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import masks
-from pallas_kernels.dense.mosaic_tpu_schedule import KV_LEN, Q_OFFSET, Static
+from pallas_kernels.dense.mosaic_tpu_schedule import KV_LEN, Q_LEN, Q_OFFSET, Static
 from pallas_kernels.tpu_chip import LANES
 
 LOG2E = math.log2(math.e)
@@ -131,6 +131,11 @@ def seen(static: Static, extras: Extras, at: Where) -> jax.Array:
     return mask
 
 
+def exists(at: Where) -> jax.Array:
+    """Mask [keys, queries]: whether the query exists."""
+    return lax.broadcasted_iota(jnp.int32, at.shape, 1) + at.q_index < at.facts[Q_LEN]
+
+
 def used(static: Static, extras: Extras, at: Where, mask: jax.Array) -> jax.Array:
     """Mask [1, keys]: whether some query of the tile that exists sees the key.
 
@@ -145,8 +150,7 @@ def used(static: Static, extras: Extras, at: Where, mask: jax.Array) -> jax.Arra
     inside = (index >= start) & (index < stop)
     if extras.q_segments is None:
         return inside
-    exists = lax.broadcasted_iota(jnp.int32, at.shape, 1) + at.q_index < q_len
-    ones = jnp.where(mask & exists, 1.0, 0.0)
+    ones = jnp.where(mask & exists(at), 1.0, 0.0)
     some = ones[:, :LANES]
     for lane in range(LANES, at.shape[1], LANES):
         some = jnp.maximum(some, ones[:, lane : lane + LANES])
