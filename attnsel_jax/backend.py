@@ -15,7 +15,7 @@ from attnsel_jax.capabilities import Capabilities, Rejection
 from attnsel_jax.config import AttentionSelectorConfig, attention_type, dtype_name
 from attnsel_jax.config import kv_cache_dtype_name as cache_name
 from attnsel_jax.constraints import Constraint, MultipleOf, OneOf, every_value
-from attnsel_jax.kv_cache import FP8_DS_MLA_BYTES, layout_named
+from attnsel_jax.kv_cache import FP8_DS_MLA_BYTES, latent_layout_named, layout_named
 from attnsel_jax.metadata import AttentionMetadata, AttentionMetadataBuilder
 from attnsel_jax.platforms import Device, DeviceCapability, current_device
 from attnsel_jax.qualnames import resolve_obj_by_qualname
@@ -38,6 +38,7 @@ class AttentionBackend(abc.ABC):
             functions of the family (the indexer, ...) may stand beside the ops.
         impl: dotted path of the `AttentionImpl` that calls the kernels.
         layout: how its paged cache lies in memory: a name in `attnsel_jax.kv_cache.LAYOUTS`.
+        latent_layout: likewise of an MLA backend's cache: a name in `LATENT_LAYOUTS` there.
         preferred_block_size: tokens in a page, where the caller leaves it open.
         before: the backend that it precedes in automatic selection; for plug-ins, which are only
             ever used by name where this is None.
@@ -49,6 +50,7 @@ class AttentionBackend(abc.ABC):
     kernels: ClassVar[Mapping[str, str]] = {}
     impl: ClassVar[str] = "attnsel_jax.impls.standard:StandardImpl"
     layout: ClassVar[str] = "stacked"
+    latent_layout: ClassVar[str] = "rows"
     preferred_block_size: ClassVar[int] = 16
     before: ClassVar[str | None] = None
 
@@ -144,7 +146,7 @@ class AttentionBackend(abc.ABC):
                 f"num_kv_heads is {num_kv_heads}, must be 1: MLA's latent is shared by all heads"
             )
         if cache_name(cache_dtype_str) != "fp8_ds_mla":
-            return num_blocks, block_size, head_size
+            return latent_layout_named(cls.latent_layout).shape(num_blocks, block_size, head_size)
         if head_size != 576:
             raise ValueError(f"head_size is {head_size}, must be 576 (512 + 64) with fp8_ds_mla")
         return num_blocks, block_size, FP8_DS_MLA_BYTES
@@ -156,8 +158,10 @@ class AttentionBackend(abc.ABC):
 
     @classmethod
     def get_required_kv_cache_layout(cls) -> str | None:
-        """The name of the cache's layout; None for MLA, which has one only."""
-        return None if cls.is_mla() else cls.layout
+        """The name of the cache's layout; None for MLA backends that take plain rows."""
+        if cls.is_mla():
+            return None if cls.latent_layout == "rows" else cls.latent_layout
+        return cls.layout
 
     @classmethod
     def get_preferred_block_size(cls, default: int | None = None) -> int:

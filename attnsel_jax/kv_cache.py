@@ -48,6 +48,58 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class LatentLayout:
+    """How a layout stores the rows of a latent cache, logically [num_pages, page_size, row].
+
+    Attributes:
+        shape: (num_pages, page_size, row) -> the shape of `pages`.
+        dims: (num_pages, page_size, row) of an array of this layout.
+        to_rows: (pages, rope_dim) -> logical rows.
+        from_rows: (logical rows, rope_dim) -> pages.
+    """
+
+    shape: Callable[[int, int, int], tuple[int, ...]]
+    dims: Callable[[tuple[int, ...]], tuple[int, int, int]]
+    to_rows: Callable[[jax.Array, int], jax.Array]
+    from_rows: Callable[[jax.Array, int], jax.Array]
+
+
+def _pair(rows: jax.Array, rope_dim: int) -> jax.Array:
+    num_pages, page_size, width = rows.shape
+    two = rows.reshape(num_pages, page_size // 2, 2, width)
+    rank = width - rope_dim
+    parts = [two[:, :, i, at] for at in (slice(rank), slice(rank, None)) for i in (0, 1)]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def _unpair(pages: jax.Array, rope_dim: int) -> jax.Array:
+    num_pages, half, width = pages.shape
+    rank = width // 2 - rope_dim
+    latents = pages[..., : 2 * rank].reshape(num_pages, 2 * half, rank)
+    ropes = pages[..., 2 * rank :].reshape(num_pages, 2 * half, rope_dim)
+    return jnp.concatenate([latents, ropes], axis=-1)
+
+
+LATENT_LAYOUTS: dict[str, LatentLayout] = {
+    # [num_pages, page_size, row]: a latent and its rotary key.
+    "rows": LatentLayout(
+        shape=lambda *dims: dims,
+        dims=lambda shape: shape,
+        to_rows=lambda pages, rope_dim: pages,
+        from_rows=lambda rows, rope_dim: rows,
+    ),
+    # [num_pages, page_size / 2, 2 * row]: both latents of two tokens, then both rotary keys. With
+    # 512 + 64, nine registers of a TPU and no padding, each part at the beginning of one.
+    "paired": LatentLayout(
+        shape=lambda num_pages, page_size, row: (num_pages, page_size // 2, 2 * row),
+        dims=lambda shape: (shape[0], 2 * shape[1], shape[2] // 2),
+        to_rows=_unpair,
+        from_rows=_pair,
+    ),
+}
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
@@ -101,22 +153,25 @@ class LatentCache:
     """A paged MLA cache: one latent and one rotary key for each token, shared by all heads.
 
     Attributes:
-        pages: [num_pages, page_size, kv_lora_rank + rope_dim], or uint8 [..., 656] (fp8_ds_mla).
+        pages: the cache's array, in the shape of its layout: in "rows", [num_pages, page_size,
+            kv_lora_rank + rope_dim], or uint8 [..., 656] (fp8_ds_mla).
         kv_scale: float32 []; true value = stored value * scale; None = 1, and with fp8_ds_mla.
+        layout: a name in `LATENT_LAYOUTS`.
     """
 
     pages: jax.Array
     kv_scale: jax.Array | None = None
+    layout: str = dataclasses.field(default="rows", metadata={"static": True})
 
     @property
     def num_pages(self) -> int:
         """Pages in the cache."""
-        return self.pages.shape[0]
+        return LATENT_LAYOUTS[self.layout].dims(self.pages.shape)[0]
 
     @property
     def page_size(self) -> int:
         """Tokens in a page."""
-        return self.pages.shape[1]
+        return LATENT_LAYOUTS[self.layout].dims(self.pages.shape)[1]
 
     @property
     def kv_cache_dtype(self) -> str | None:
@@ -126,6 +181,20 @@ class LatentCache:
     def with_pages(self, pages: jax.Array) -> "LatentCache":
         """The same cache with other contents."""
         return dataclasses.replace(self, pages=pages)
+
+    def converted(self, layout: str, rope_dim: int = 64) -> "LatentCache":
+        """The same contents in another layout; rope_dim: size of the rotary key.
+
+        Raises:
+            ValueError: there is no such layout, or it has no room for fp8_ds_mla.
+        """
+        target = latent_layout_named(layout)
+        if layout == self.layout:
+            return self
+        if self.kv_cache_dtype is not None:
+            raise ValueError(f"layout is {layout!r}, must be 'rows' with {self.kv_cache_dtype}")
+        rows = LATENT_LAYOUTS[self.layout].to_rows(self.pages, rope_dim)
+        return dataclasses.replace(self, pages=target.from_rows(rows, rope_dim), layout=layout)
 
 
 def layout_named(layout: str) -> Layout:
@@ -137,6 +206,17 @@ def layout_named(layout: str) -> Layout:
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}, must be one of {', '.join(LAYOUTS)}")
     return LAYOUTS[layout]
+
+
+def latent_layout_named(layout: str) -> LatentLayout:
+    """The layout of latent caches of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if layout not in LATENT_LAYOUTS:
+        raise ValueError(f"layout is {layout!r}, must be one of {', '.join(LATENT_LAYOUTS)}")
+    return LATENT_LAYOUTS[layout]
 
 
 def check_stored(pages: jax.Array, kv_cache_dtype: Any, dtype: Any) -> None:

@@ -22,6 +22,7 @@ MOSAIC_TPU_DENSE = Capabilities(
     has_segment_ids=EITHER,
     has_lens=EITHER,
     has_q_offset=EITHER,
+    needs_grad=EITHER,
     needs_lse=EITHER,
 )
 

@@ -200,7 +200,8 @@ def _row(case: _Case, name: str, lowering: Kernel | type[AttentionBackend], chip
         if reasons:
             return Row(*head, REFUSED, reasons=tuple(reasons))
         try:
-            kernel, layout = lowering.get_kernel(problem.op), lowering.layout
+            kernel = lowering.get_kernel(problem.op)
+            layout = lowering.latent_layout if lowering.is_mla() else lowering.layout
         except (ImportError, OSError) as error:
             way_out = f"{type(error).__name__}: {error}"
             missing = Rejection("kernel", lowering.kernels[problem.op], "importable", way_out)

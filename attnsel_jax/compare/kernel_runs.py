@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnsel_jax.compare.expected import gradient_names
-from attnsel_jax.kv_cache import LAYOUTS
+from attnsel_jax.kv_cache import LATENT_LAYOUTS, LAYOUTS
 
 RESULTS = {
     "dense": ("out", "lse"),
@@ -38,7 +38,8 @@ def run(
         op: a key of `RESULTS`.
         arguments: the contract's, by name; what is no NumPy array is static.
         cotangents: of out and lse, if gradients are wanted.
-        layout: of the paged cache that the kernel takes; the arguments and results are "stacked".
+        layout: of the cache that the kernel takes; the arguments and results are "stacked", and
+            "rows" where the cache is a latent one.
         without: "lse" or "gradients", where the kernel has none.
 
     Returns:
@@ -60,7 +61,8 @@ def run(
     def call(wrt: dict[str, jax.Array], arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
         results = kernel(**_in_layout(arrays, layout), **wrt, **static)
         results = results if isinstance(results, tuple) else (results,)
-        return _stacked(dict(zip(RESULTS[op], results, strict=True)), layout)
+        named = dict(zip(RESULTS[op], results, strict=True))
+        return _as_the_oracle(named, layout, arrays)
 
     def call_and_differentiate(wrt, arrays, cotangents):
         results, pull_back = jax.vjp(lambda x: call(x, arrays), wrt)
@@ -90,15 +92,24 @@ def _check_dtypes(results: Mapping[str, jax.Array], arguments: Mapping[str, Any]
 
 def _in_layout(arrays: dict[str, jax.Array], layout: str) -> dict[str, jax.Array]:
     """The arguments with the cache as the backend wants it."""
-    if layout == "stacked" or "kv_pages" not in arrays:
-        return arrays
-    return arrays | {"kv_pages": LAYOUTS[layout].join(*arrays["kv_pages"])}
+    if layout in LAYOUTS and layout != "stacked" and "kv_pages" in arrays:
+        return arrays | {"kv_pages": LAYOUTS[layout].join(*arrays["kv_pages"])}
+    if layout in LATENT_LAYOUTS and "latent_pages" in arrays:
+        rope_dim = arrays["q_pe"].shape[-1]
+        pages = LATENT_LAYOUTS[layout].from_rows(arrays["latent_pages"], rope_dim)
+        return arrays | {"latent_pages": pages}
+    return arrays
 
 
-def _stacked(results: dict[str, jax.Array], layout: str) -> dict[str, jax.Array]:
+def _as_the_oracle(
+    results: dict[str, jax.Array], layout: str, arrays: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
     """The results with the cache as the oracle has it."""
-    if layout == "stacked" or "kv_pages" not in results:
-        return results
-    return results | {
-        "kv_pages": LAYOUTS["stacked"].join(*LAYOUTS[layout].split(results["kv_pages"]))
-    }
+    if layout in LAYOUTS and layout != "stacked" and "kv_pages" in results:
+        stacked = LAYOUTS["stacked"].join(*LAYOUTS[layout].split(results["kv_pages"]))
+        return results | {"kv_pages": stacked}
+    if layout in LATENT_LAYOUTS and "latent_pages" in results:
+        rope_dim = arrays["q_pe"].shape[-1]
+        rows = LATENT_LAYOUTS[layout].to_rows(results["latent_pages"], rope_dim)
+        return results | {"latent_pages": rows}
+    return results

@@ -73,6 +73,12 @@ class MLAImpl(MLAAttentionImpl):
 
     def _check(self, tokens, cache: LatentCache) -> None:
         """Refuses tokens and a cache of other sizes than were said when the layer was built."""
+        if cache.layout != self.backend.latent_layout:
+            raise ValueError(
+                f"kv_cache.layout is {cache.layout!r}, must be {self.backend.latent_layout!r} for "
+                f"backend {self.backend.name}: use "
+                f"kv_cache.converted({self.backend.latent_layout!r}, {self.qk_rope_head_dim})"
+            )
         check_stored(cache.pages, self.kv_cache_dtype, tokens[0].dtype)
         own = (self.kv_lora_rank, self.qk_rope_head_dim)
         for name, x, size in zip(("ql_nope", "q_pe"), tokens, own, strict=False):
@@ -85,7 +91,9 @@ class MLAImpl(MLAAttentionImpl):
     def _attend(self, tokens, chosen, kv_cache, metadata):
         """Calls the family's kernel; `chosen` holds what it takes between cache and batch."""
         is_wrapped = isinstance(kv_cache, LatentCache)
-        cache = kv_cache if is_wrapped else LatentCache(kv_cache)
+        cache = kv_cache
+        if not is_wrapped:
+            cache = LatentCache(kv_cache, layout=self.backend.latent_layout)
         self._check(tokens, cache)
         out, _, pages = jitted_kernel(self.backend, self.op)(
             *tokens,

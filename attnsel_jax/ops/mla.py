@@ -133,7 +133,7 @@ def allocate_latent_cache(
     size = page_size or chosen.get_preferred_block_size()
     shape = chosen.get_kv_cache_shape(num_pages, size, 1, head_size, name)
     pages = jnp.zeros(shape, stored_dtype(kv_cache_dtype, dtype))
-    return LatentCache(pages, as_float32("kv_scale", kv_scale))
+    return LatentCache(pages, as_float32("kv_scale", kv_scale), chosen.latent_layout)
 
 
 def _latent(
@@ -164,6 +164,12 @@ def _latent(
         head_size_v=ql_nope.shape[-1], num_heads=ql_nope.shape[1], num_kv_heads=1,
         has_soft_cap=soft_cap is not None, needs_lse=flag("return_lse", return_lse),
     )  # fmt: skip
+    if chosen.latent_layout != cache.layout:
+        raise ValueError(
+            f"cache.layout is {cache.layout!r}, must be {chosen.latent_layout!r} for backend "
+            f"{chosen.name}: use cache.converted({chosen.latent_layout!r}, {q_pe.shape[-1]}), or "
+            f"allocate it for the backend"
+        )
     batch = batch_arrays(metadata, tokens[2])
     if ql_nope.shape[0] == 0:
         lse = jnp.zeros(ql_nope.shape[:2], jnp.float32)

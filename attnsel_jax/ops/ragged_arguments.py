@@ -5,7 +5,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnsel_jax.kv_cache import FP8_DS_MLA_BYTES, KVCache, LatentCache, layout_named
+from attnsel_jax.kv_cache import (
+    FP8_DS_MLA_BYTES,
+    KVCache,
+    LatentCache,
+    latent_layout_named,
+    layout_named,
+)
 from attnsel_jax.metadata import AttentionMetadata
 from pallas_kernels.shape_checks import (
     CACHE_DTYPES,
@@ -105,7 +111,7 @@ def check_latent(
             "k_pe": (k_pe, "num_tokens rope_dim", FLOATS),
             "topk_indices": (topk_indices, "num_tokens topk", INT32),
             "cache.pages": (
-                cache.pages,
+                _logical(cache),
                 f"num_pages page_size {row}",
                 LATENT_DTYPES,
             ),
@@ -115,6 +121,14 @@ def check_latent(
     )
     check_same_dtype(ql_nope=ql_nope, q_pe=q_pe, kv_c=kv_c, k_pe=k_pe)
     _check_not_empty(dims, "num_heads", "kv_lora_rank", "rope_dim", *_CACHE_AND_BATCH)
+
+
+def _logical(cache: LatentCache) -> jax.Array | jax.ShapeDtypeStruct:
+    """What stands for the cache's array in the table: rows of one token each."""
+    layout, pages = latent_layout_named(cache.layout), cache.pages
+    if cache.layout == "rows" or len(pages.shape) != 3:
+        return pages
+    return jax.ShapeDtypeStruct(layout.dims(pages.shape), pages.dtype)
 
 
 def _batch_table(metadata: AttentionMetadata) -> dict[str, Spec]:

@@ -22,7 +22,8 @@ def quantise(x: ArrayLike, scale: ArrayLike | None, dtype: DTypeLike) -> NDArray
     dtype = np.dtype(dtype)
     quotient = np.asarray(x).astype(np.float32)
     if scale is not None:
-        quotient = quotient / np.asarray(scale).astype(np.float32)
+        with np.errstate(over="ignore"):  # past float32's largest is past the cache's too
+            quotient = quotient / np.asarray(scale).astype(np.float32)
     if dtype.kind == "i":
         limits = np.iinfo(dtype)
         return np.clip(np.rint(np.nan_to_num(quotient)), limits.min, limits.max).astype(dtype)

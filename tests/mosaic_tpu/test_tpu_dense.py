@@ -4,8 +4,6 @@ Tiles are cut to 128 queries and 128 keys, and major blocks to two of them, so t
 rows of tiles with nothing, something and everything to see, and odd and even numbers of tiles.
 """
 
-import dataclasses
-
 import jax.numpy as jnp
 import pytest
 from tpu_interpreter import tpu_interpreter
@@ -31,6 +29,7 @@ def _cut_tiles(monkeypatch):
         return mosaic_tpu_tiles.fitted(CUT, q_len, kv_len)
 
     monkeypatch.setattr(mosaic_tpu, "forward_tiles", cut)
+    monkeypatch.setattr(mosaic_tpu, "backward_tiles", cut)
 
 
 def problem(name, **options):
@@ -40,18 +39,24 @@ def problem(name, **options):
 
 # Each reaches several tiles, and what a tile alone cannot show.
 TILED = (
-    problem("causal", causal=True),
+    problem("causal", causal=True, gradients=True),
     problem("bfloat16, head size 128, odd lengths", causal=True, dtype="bfloat16", head_size=128,
-            q_len=257, kv_len=259, heads=(2, 2)),
+            q_len=257, kv_len=259, heads=(2, 2), gradients=True),
     problem("two-sided window", sliding_window=(50, 90), heads=(1, 1)),
     problem("lengths", batch=2, kv_len=341, q_lens=(260, 118), kv_lens=(341, 123)),
-    problem("segments, some blocks empty", segments=3, causal=True),
-    problem("offsets, empty rows", batch=2, kv_len=350, q_offset=(-140, 13), causal=True),
+    problem("segments, some blocks empty", segments=3, causal=True, gradients=True),
+    problem("offsets, empty rows", batch=2, kv_len=350, q_offset=(-140, 13), causal=True,
+            heads=(1, 1), gradients=True),
     problem("bias for keys, over three major blocks", bias=(True, False, False, True), q_len=30,
-            kv_len=600, heads=(2, 2)),
+            kv_len=600, heads=(2, 2), gradients=True),
+    problem("bias for queries, scale below 0", bias=(False, True, True, False), scale=-0.2,
+            gradients=True),
     problem("everything", batch=2, sinks=True, alibi=True, soft_cap=8.0, q_lens=(260, 210),
             bias=(True, True, True, True), segments=2, sliding_window=150, kv_lens=(260, 250),
             attention_chunk_size=200, causal=True),
+    problem("everything, one tile", batch=2, sinks=True, alibi=True, soft_cap=8.0, q_len=37,
+            q_lens=(37, 21), kv_lens=(37, 30), bias=(True, True, True, True), segments=2,
+            sliding_window=20, attention_chunk_size=24, causal=True, gradients=True),
 )  # fmt: skip
 
 
@@ -66,6 +71,10 @@ def test_tiles_agree_with_the_oracle(case):
     check(case, detect_races=case.name == "causal")
 
 
+def test_a_scale_of_zero_weighs_all_keys_alike():
+    check(problem("no scale", scale=0.0, q_len=20, kv_len=150))
+
+
 ACCEPTED = [
     case
     for case in QUICK
@@ -76,7 +85,7 @@ ACCEPTED = [
 
 @pytest.mark.parametrize("case", ACCEPTED, ids=lambda case: case.name)
 def test_the_contract_s_problems_agree_with_the_oracle(case):
-    check(dataclasses.replace(case, gradients=False), "v6e")
+    check(case, "v6e")
 
 
 @pytest.mark.parametrize(
@@ -115,7 +124,7 @@ TPUS = [name for name, chip in CHIPS.items() if chip.platform == "tpu"]
 
 @pytest.mark.parametrize("chip", ["v5e", "7x"])
 def test_it_compiles_for_a_tpu(chip):
-    compiles(chip)
+    compiles(chip, gradients=True)
 
 
 @pytest.mark.sweep
@@ -123,11 +132,11 @@ def test_it_compiles_for_a_tpu(chip):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("head_size", [8, 64, 72, 80, 96, 112, 128, 192, 256])
 def test_every_declared_size_compiles_for_every_tpu(chip, dtype, head_size):
-    compiles(chip, dtype=dtype, head_size=head_size)
+    compiles(chip, dtype=dtype, head_size=head_size, gradients=True)
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("chip", TPUS)
 @pytest.mark.parametrize("lengths", [(1, 33), (37, 37), (3, 271), (8192, 8192), (4096, 20000)])
 def test_every_length_compiles_for_every_tpu(chip, lengths):
-    compiles(chip, q_len=lengths[0], kv_len=lengths[1], dtype="float32")
+    compiles(chip, q_len=lengths[0], kv_len=lengths[1], dtype="float32", gradients=True)

@@ -18,8 +18,8 @@ DIFFERENTIABLE = ("q", "k", "v", "bias", "alibi_slopes", "sinks")
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks of 16 queries and 8 keys: every kind of block edge within a few dozen positions."""
-    monkeypatch.setattr(dense, "BLOCK_Q", 16)
-    monkeypatch.setattr(dense, "BLOCK_KV", 8)
+    monkeypatch.setattr(dense, "FORWARD_BLOCK", (16, 8))
+    monkeypatch.setattr(dense, "BACKWARD_BLOCK", (16, 8))
     monkeypatch.setattr(dense, "BLOCK_HEADS", 4)
 
 

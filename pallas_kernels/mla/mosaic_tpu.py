@@ -1,0 +1,173 @@
+"""MLA on TPU: one kernel writes this step's rows, then attends with decodes and prefills alike.
+
+The contract (maths, arguments, edge cases) is `pallas_kernels/mla/__init__.py`. The cache is
+"paired", [num_pages, page_size / 2, 2 * (kv_lora_rank + rope_dim)]: two tokens a row, first both
+latents, then both rotary keys, so that 576 + 576 lanes are nine whole registers, a page is one
+copy, and every operand of the matrix unit begins at a register.
+
+Phases, in one `pallas_call`: this step's rows into their pages (`mosaic_tpu_writes`); tiles of one
+query, for sequences with one new token; tiles of many queries, for the others; zeros for padding
+tokens. `mosaic_tpu_attend` has the pipeline.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import tpu_chip
+from pallas_kernels.mla import mosaic_tpu_attend as attending
+from pallas_kernels.mla.mosaic_tpu_arguments import check_paired, quantised
+from pallas_kernels.mla.mosaic_tpu_batch import Batch, blank_padding, list_tiles
+from pallas_kernels.mla.mosaic_tpu_tuning import tuning
+from pallas_kernels.mla.mosaic_tpu_writes import Writes, stored_rows, write_rows
+from pallas_kernels.shape_checks import check_positive
+
+
+class _Passes(NamedTuple):
+    """Static sizes of the passes; `many` is None where every tile is of one query."""
+
+    one: attending.Sizes
+    many: attending.Sizes | None
+
+
+def mla_attention(
+    ql_nope: jax.Array,
+    q_pe: jax.Array,
+    kv_c: jax.Array | None,
+    k_pe: jax.Array | None,
+    latent_pages: jax.Array,
+    page_table: jax.Array,
+    kv_lens: jax.Array,
+    cu_q_lens: jax.Array,
+    num_seqs: jax.Array,
+    slot_mapping: jax.Array | None,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    kv_scale: jax.Array | None = None,
+    kv_cache_dtype: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Absorbed MLA of a ragged batch over a paired latent cache, as the contract of `mla` has it.
+
+    Numerics: logits, softmax and sums are float32. bfloat16 queries are multiplied in bfloat16 (a
+    float32 cache is rounded to it), weights are rounded to bfloat16; float32 queries are multiplied
+    at the highest precision.
+
+    Raises:
+        ValueError: a shape or dtype is not the contract's, or not this lowering's: float16, a page
+            size other than 64, 128 and 256, a kv_lora_rank that is no multiple of 128, a rope_dim
+            other than 64, fp8_ds_mla.
+    """
+    check_paired(
+        {
+            "ql_nope": ql_nope, "q_pe": q_pe, "kv_c": kv_c, "k_pe": k_pe,
+            "latent_pages": latent_pages, "page_table": page_table, "kv_lens": kv_lens,
+            "cu_q_lens": cu_q_lens, "num_seqs": num_seqs, "slot_mapping": slot_mapping,
+            "kv_scale": kv_scale,
+        },
+        kv_cache_dtype,
+    )  # fmt: skip
+    check_positive("soft_cap", soft_cap)
+    num_heads = ql_nope.shape[1]
+    kv_scale_or_1 = jnp.ones((1,), jnp.float32) if kv_scale is None else kv_scale.reshape(1)
+    rows = None
+    if kv_c is not None:
+        stored = (quantised(x, kv_scale, latent_pages.dtype) for x in (kv_c, k_pe))
+        rows = stored_rows(*stored)
+    # Heads are sublanes: a packed register of bfloat16 has 16.
+    ql_nope, q_pe = (_heads_padded(x) for x in (ql_nope, q_pe))
+    out, lse, latent_pages = _call(
+        page_table, kv_lens, cu_q_lens, num_seqs.reshape(1), slot_mapping, kv_scale_or_1,
+        ql_nope, q_pe, rows, latent_pages, scale=float(scale), soft_cap=soft_cap,
+    )  # fmt: skip
+    return out[:, :num_heads], lse[:, 0, :num_heads], latent_pages
+
+
+def _call(
+    page_table, kv_lens, cu_q_lens, num_seqs, slot_mapping, kv_scale, ql_nope, q_pe, rows, pages,
+    *, scale, soft_cap,
+):  # fmt: skip
+    """The `pallas_call`."""
+    num_tokens, num_heads, _ = ql_nope.shape
+    max_num_seqs = kv_lens.shape[0]
+    writes = rows is not None
+    passes = _passes(ql_nope, q_pe, pages, max_num_seqs, scale, soft_cap)
+    scalars = [page_table, kv_lens, cu_q_lens, num_seqs, kv_scale]
+    scalars += [slot_mapping] if writes else []
+    arrays = [ql_nope, q_pe, *([rows] if writes else []), pages]
+    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    most_tiles = num_tokens
+    if passes.many is not None:
+        most_tiles = max(max_num_seqs, num_tokens // passes.many.block_q + max_num_seqs)
+    return pl.pallas_call(
+        functools.partial(_kernel, passes=passes, writes=writes),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(1,),
+            in_specs=[in_hbm] * len(arrays),
+            out_specs=[in_hbm] * 3,
+            scratch_shapes=[pltpu.SMEM((most_tiles,), jnp.int32) for _ in attending.Tiles._fields],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct(ql_nope.shape, ql_nope.dtype),
+            jax.ShapeDtypeStruct((num_tokens, 1, num_heads), jnp.float32),
+            jax.ShapeDtypeStruct(pages.shape, pages.dtype),
+        ],
+        input_output_aliases={len(scalars) + len(arrays) - 1: 2},
+        compiler_params=tpu_chip.compiler_params(["arbitrary"]),
+        name="mla_attention",
+    )(*scalars, *arrays)
+
+
+def _kernel(*refs, passes: _Passes, writes: bool):
+    """The phases of the kernel, one after another."""
+    refs = iter(refs)
+    page_table, kv_lens, cu_q_lens, num_seqs, kv_scale = (next(refs) for _ in range(5))
+    slot_mapping = next(refs) if writes else None
+    ql_nope, q_pe = next(refs), next(refs)
+    rows = next(refs) if writes else None
+    _, out, lse, pages, *tiles = refs
+    tiles, batch = attending.Tiles(*tiles), Batch(kv_lens, cu_q_lens, num_seqs)
+    arrays = attending.Arrays(ql_nope, q_pe, pages, out, lse, page_table, kv_scale)
+
+    if writes:
+        sizes = {"rank": passes.one.rank, "rope_dim": passes.one.rope_dim}
+        write_rows(Writes(slot_mapping, rows, pages), **sizes)
+    for sizes, belongs in (
+        (passes.one, lambda q_len: (q_len == 1) | (passes.many is None)),
+        (passes.many, lambda q_len: q_len > 1),
+    ):
+        if sizes is not None:
+            listed = list_tiles(
+                tiles, batch, belongs, block_q=sizes.block_q, block_kv=sizes.block_kv,
+                most_keys=page_table.shape[1] * sizes.page_size,
+            )  # fmt: skip
+            attending.attend_tiles(sizes, arrays, tiles, *listed)
+    blank_padding(arrays, batch)
+
+
+def _passes(ql_nope, q_pe, pages, max_num_seqs: int, scale: float, soft_cap) -> _Passes:
+    """The tile sizes of both passes."""
+    num_tokens, num_heads, rank = ql_nope.shape
+    page_size = 2 * pages.shape[1]
+
+    def sizes(is_decode: bool) -> attending.Sizes:
+        chosen = tuning(tpu_chip.current().generation, pages.dtype.name, is_decode=is_decode)
+        return attending.Sizes(
+            block_q=1 if is_decode else max(2, chosen.rows // num_heads),
+            block_kv=max(chosen.block_kv, page_size),
+            buffers=chosen.buffers,
+            num_heads=num_heads, rank=rank, rope_dim=q_pe.shape[2], page_size=page_size,
+            q_dtype=ql_nope.dtype, cache_dtype=pages.dtype, scale=scale, soft_cap=soft_cap,
+        )  # fmt: skip
+
+    return _Passes(sizes(True), None if num_tokens <= max_num_seqs else sizes(False))
+
+
+def _heads_padded(x: jax.Array) -> jax.Array:
+    """With heads up to a whole packed register."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 16), (0, 0)))

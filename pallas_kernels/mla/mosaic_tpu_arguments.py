@@ -1,0 +1,98 @@
+"""What the latent kernels for TPU take: the contract's arguments, within limits of theirs."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.shape_checks import FLOAT32, INT32, Spec, check_arguments, check_same_dtype
+from pallas_kernels.tpu_chip import LANES
+
+QUERY_DTYPES = ("float32", "bfloat16")
+CACHE_DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+PAGE_SIZES = (64, 128, 256)
+ROPE_DIM = 64  # two of them fill a register
+LARGEST_RANK = 896  # a row and its rotary keys fill a register of 8 x 128
+
+
+def check_paired(
+    arrays: Mapping[str, jax.Array | None],
+    kv_cache_dtype: str | None,
+    more: Mapping[str, Spec] | None = None,
+) -> dict[str, int]:
+    """Refuses what the contract, or a kernel over a paired cache, does not take.
+
+    Args:
+        arrays: the op's array arguments by name.
+        kv_cache_dtype: must be None: the rows of fp8_ds_mla are another layout.
+        more: what only this op has.
+
+    Returns:
+        Dimension name -> size.
+
+    Raises:
+        ValueError: something is not allowed; the message says what is.
+    """
+    if kv_cache_dtype is not None:
+        raise ValueError(
+            f"kv_cache_dtype is {kv_cache_dtype!r}, must be None: this kernel takes a cache whose "
+            f"dtype says all; use XLA_MLA for fp8_ds_mla"
+        )
+    missing = [name for name in ("kv_c", "k_pe", "slot_mapping") if arrays[name] is None]
+    if len(missing) in (1, 2):
+        raise ValueError(
+            f"{' and '.join(missing)} is None, must be given with the rest of kv_c, k_pe and "
+            f"slot_mapping: all are given to write this step's rows, or none"
+        )
+    dims = check_arguments(_table(arrays) | dict(more or {}))
+    check_arguments({"cu_q_lens": (arrays["cu_q_lens"], str(dims["max_num_seqs"] + 1), INT32)})
+    check_same_dtype(**{name: arrays[name] for name in ("ql_nope", "q_pe", "kv_c", "k_pe")})
+    _check_sizes(dims)
+    return dims
+
+
+def _table(arrays) -> dict[str, Spec]:
+    """Every argument that the ops share, with its dimensions and dtypes."""
+    specs = {
+        "ql_nope": ("num_tokens num_q_heads kv_lora_rank", QUERY_DTYPES),
+        "q_pe": ("num_tokens num_q_heads rope_dim", QUERY_DTYPES),
+        "kv_c": ("num_tokens kv_lora_rank", QUERY_DTYPES),
+        "k_pe": ("num_tokens rope_dim", QUERY_DTYPES),
+        "latent_pages": ("num_pages half_page two_rows", CACHE_DTYPES),
+        "page_table": ("max_num_seqs pages_per_seq", INT32),
+        "kv_lens": ("max_num_seqs", INT32),
+        "num_seqs": ("", INT32),
+        "slot_mapping": ("num_tokens", INT32),
+        "kv_scale": ("", FLOAT32),
+    }
+    return {name: (arrays[name], *spec) for name, spec in specs.items()}
+
+
+def _check_sizes(dims: Mapping[str, int]) -> None:
+    """Refuses sizes that the layout or the kernels have no room for."""
+    rank, rope, page_size = dims["kv_lora_rank"], dims["rope_dim"], 2 * dims["half_page"]
+    if rope != ROPE_DIM:
+        raise ValueError(f"rope_dim is {rope}, must be {ROPE_DIM}: use XLA_MLA for others")
+    if rank % LANES or rank > LARGEST_RANK:
+        raise ValueError(
+            f"kv_lora_rank is {rank}, must be a multiple of {LANES}, at most {LARGEST_RANK}: use "
+            f"XLA_MLA for others"
+        )
+    if dims["two_rows"] != 2 * (rank + rope):
+        raise ValueError(
+            f"latent_pages has rows of {dims['two_rows']}, must be {2 * (rank + rope)}, two tokens "
+            f"of {rank} + {rope}: convert the cache to layout 'paired'"
+        )
+    if page_size not in PAGE_SIZES:
+        raise ValueError(
+            f"page_size is {page_size}, must be one of {', '.join(map(str, PAGE_SIZES))}"
+        )
+
+
+def quantised(values: jax.Array, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+    """True values as the cache stores them: divided, saturated, rounded."""
+    stored = values.astype(jnp.float32)
+    if scale is not None:
+        stored = stored / scale
+    largest = float(jnp.finfo(dtype).max)
+    return jnp.clip(stored, -largest, largest).astype(dtype)
