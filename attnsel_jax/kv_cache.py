@@ -45,6 +45,15 @@ LAYOUTS: dict[str, Layout] = {
         join=lambda k_pages, v_pages: jnp.stack([k_pages, v_pages]),
         stride_order=(0, 1, 2, 3, 4),
     ),
+    # [num_pages, num_kv_heads, tiles, page_size, lanes]: a head's key and value side by side, 2 *
+    # head_dim numbers, as tiles of 128 lanes where these divide them, as one tile elsewhere.
+    "side_by_side": Layout(
+        shape=lambda pages, size, heads, head_dim: (pages, heads, *_tiles(head_dim, size)),
+        dims=lambda shape: (shape[0], shape[3], shape[1], shape[2] * shape[4] // 2),
+        split=lambda pages: _split_tiles(pages),
+        join=lambda k_pages, v_pages: _join_tiles(k_pages, v_pages),
+        stride_order=(0, 1, 2, 3, 4),
+    ),
 }
 
 
@@ -98,6 +107,28 @@ LATENT_LAYOUTS: dict[str, LatentLayout] = {
         from_rows=_pair,
     ),
 }
+
+
+def _tiles(head_dim: int, page_size: int) -> tuple[int, int, int]:
+    """(tiles, page_size, lanes) of one head in one page."""
+    tiles = 2 * head_dim // 128 if head_dim % 64 == 0 else 1
+    return tiles, page_size, 2 * head_dim // tiles
+
+
+def _split_tiles(pages: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values, logical, of a side-by-side cache."""
+    rows = jnp.transpose(pages, (0, 3, 1, 2, 4))
+    keys, values = jnp.split(rows.reshape(*rows.shape[:3], -1), 2, axis=-1)
+    return keys, values
+
+
+def _join_tiles(k_pages: jax.Array, v_pages: jax.Array) -> jax.Array:
+    """A side-by-side cache of logical keys and values."""
+    num_pages, page_size, num_heads, head_dim = k_pages.shape
+    tiles, _, lanes = _tiles(head_dim, page_size)
+    rows = jnp.concatenate([k_pages, v_pages], axis=-1)
+    rows = rows.reshape(num_pages, page_size, num_heads, tiles, lanes)
+    return jnp.transpose(rows, (0, 2, 3, 1, 4))
 
 
 @jax.tree_util.register_dataclass

@@ -6,6 +6,7 @@ keys that causality, window, chunk or lengths exclude are neither loaded nor mul
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +19,14 @@ from attnsel_jax.xla.dense_blocks import (
     Floats,
     Masks,
     Static,
-    batch_block,
     block_at,
     kv_reach,
     kv_rows,
     num_blocks,
-    over_batch,
     over_blocks,
     q_rows,
 )
+from attnsel_jax.xla.dense_parts import Part, arguments_of, over_parts
 from attnsel_jax.xla.dense_tiles import (
     cap_and_bias,
     flat,
@@ -37,14 +37,23 @@ from attnsel_jax.xla.dense_tiles import (
 )
 from pallas_kernels import masks, shape_checks
 
-# At most so many heads (of all batch rows of a step), and so many queries and keys, in a tile.
-# Measured, float32, 8 heads of 128, length 4096, causal, seconds on two cores. Forward, 2026-11-24,
-# Zen 4 EPYC, jax 0.10.2 (0.12.0.1): 512x256 0.23 (0.22), 256x512 0.23 (0.23), 512x512 0.24 (0.23),
-# 1024x256 0.26, 256x256 0.31 (0.22), 512x128 0.46 (0.22); the products alone take 0.21. With
-# gradients, 2026-11-23, Sapphire Rapids: 256x256 1.7, 256x512 1.75, 512x256 1.85. Products batched
-# over 8 heads run at 220 GFLOP/s there, one by one at 180.
-BLOCK_HEADS = 16
-FORWARD_BLOCK, BACKWARD_BLOCK = (512, 256), (256, 256)
+
+class Largest(NamedTuple):
+    """At most how much a tile holds."""
+
+    rows: int  # queries times the query heads of a kv head
+    keys: int
+    elements: int  # logits, over all heads and batch rows
+
+
+# Measured on two cores of a Zen 4 EPYC with noisy neighbours, 2026-11-24, float32, 8 heads of 128,
+# length 4096, causal; rows x keys of so many heads: seconds with jax 0.10.2 (0.12.0.1), median.
+# Forward: 512x512 of 2 heads 0.27 (0.26), of 1 0.26 (0.26), of 8 0.31 (0.29); 512x256 of 2
+# 0.30 (0.26), of 8 0.31 (0.27); earlier that day, of 8: 256x256 0.31 (0.22), 512x128 0.46 (0.22).
+# The products alone take 0.21. A tile of more heads leaves the cores' caches.
+# With gradients: 256x256 of 2 heads 1.03 (0.83), of 4 1.08 (0.82), of 8 1.11 (0.89); 512x256 of 2
+# 1.16 (0.90); 512x512 of 2 1.21 (0.83).
+FORWARD, BACKWARD = Largest(512, 512, 2**19), Largest(256, 256, 2**18)
 
 
 def dense_attention(
@@ -108,22 +117,30 @@ def dense_attention(
         attention_chunk_size=attention_chunk_size,
         soft_cap=soft_cap,
         group=shape_checks.check_groups(dims["num_q_heads"], dims["num_kv_heads"]),
-        **block_sizes(FORWARD_BLOCK, q, k),
+        **block_sizes(FORWARD, q, k),
     )
     return _attend(static, floats, who)
 
 
-def block_sizes(largest: tuple[int, int], q: jax.Array, k: jax.Array) -> dict[str, int]:
-    """How much of each axis one tile holds; few queries take more keys at a time."""
-    batch, q_len, num_q_heads, _ = q.shape
-    largest_q, largest_kv = largest
-    rows = max(1, min(batch, BLOCK_HEADS // num_q_heads))
-    block_q = min(largest_q, q_len)
+def block_sizes(largest: Largest, q: jax.Array, k: jax.Array) -> dict[str, int]:
+    """How much of each axis one tile holds; few queries take more keys, short rows more heads."""
+    (batch, q_len, num_q_heads, _), (_, kv_len, num_kv_heads, _) = q.shape, k.shape
+    group = num_q_heads // num_kv_heads
+    block_q = min(max(1, largest.rows // group), q_len)
+    block_kv = min(largest.keys * min(8, max(1, largest.rows // (group * block_q))), kv_len)
+    heads = max(1, largest.elements // (group * block_q * block_kv))
+    block_kv_heads = _largest_divisor(num_kv_heads, heads)
     return {
-        "block_batch": max(n for n in range(1, rows + 1) if batch % n == 0),
+        "block_batch": _largest_divisor(batch, heads // block_kv_heads),
+        "block_kv_heads": block_kv_heads,
         "block_q": block_q,
-        "block_kv": min(largest_kv * min(8, largest_q // block_q), k.shape[1]),
+        "block_kv": block_kv,
     }
+
+
+def _largest_divisor(of: int, most: int) -> int:
+    """The largest divisor of `of` that is at most `most`, and at least 1."""
+    return max(n for n in range(1, max(1, min(of, most)) + 1) if of % n == 0)
 
 
 def _check(x: Floats, mask, q_segment_ids, kv_segment_ids, q_lens, kv_lens) -> dict[str, int]:
@@ -166,37 +183,37 @@ def _offsets(q_offset: int | jax.Array | None, batch: int) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(static: Static, x: Floats, who: Masks) -> tuple[jax.Array, jax.Array]:
-    """The two results, one block of batch rows and queries after another."""
+    """The two results, one part and one block of its queries after another."""
     batch, q_len, num_q_heads, _ = x.q.shape
 
-    def batch_step(row, outputs):
-        x_rows, who_rows = batch_block(static, x, who, row)
+    def part_step(part: Part, outputs):
+        x_part, who_part = arguments_of(static, x, who, part)
 
         def q_step(i, outputs):
             block = block_at(i, static.block_q, q_len)
-            parts = _q_block(static, x_rows, who_rows, block)
-            at = row * jnp.int32(static.block_batch), block.base
-            return tuple(_write_rows(*pair, at) for pair in zip(outputs, parts, strict=True))
+            results = _q_block(static, x_part, who_part, block)
+            at = part.row, block.base, part.head * jnp.int32(static.group)
+            return tuple(_write_rows(*pair, at) for pair in zip(outputs, results, strict=True))
 
         return lax.fori_loop(0, num_blocks(q_len, static.block_q), q_step, outputs)
 
     out = jnp.zeros((batch, q_len, num_q_heads, x.v.shape[-1]), x.q.dtype)
     lse = jnp.zeros((batch, q_len, num_q_heads), jnp.float32)
-    return over_batch(static, batch, batch_step, (out, lse))
+    return over_parts(static, batch, x.k.shape[2], part_step, (out, lse))
 
 
-def _write_rows(whole: jax.Array, part: jax.Array, at) -> jax.Array:
-    """Writes [b, k, g, t, ...] into [batch, q_len, num_q_heads, ...] at (batch row, query)."""
-    part = jnp.moveaxis(part, 3, 1)
-    part = part.reshape(*part.shape[:2], *whole.shape[2:]).astype(whole.dtype)
-    zeros = (jnp.int32(0),) * (whole.ndim - 2)
-    return lax.dynamic_update_slice(whole, part, (*at, *zeros))
+def _write_rows(whole: jax.Array, rows: jax.Array, at) -> jax.Array:
+    """Writes [b, k, g, t, ...] into [batch, q_len, num_q_heads, ...] at (row, query, head)."""
+    rows = jnp.moveaxis(rows, 3, 1)
+    rows = rows.reshape(*rows.shape[:2], -1, *rows.shape[4:]).astype(whole.dtype)
+    zeros = (jnp.int32(0),) * (whole.ndim - 3)
+    return lax.dynamic_update_slice(whole, rows, (*at, *zeros))
 
 
 def _q_block(static: Static, x: Floats, who: Masks, block: Block) -> tuple[jax.Array, jax.Array]:
     """One block of queries against all keys that it sees: [b, k, g, t, d] and [b, k, g, t]."""
-    kv_len = x.k.shape[1]
-    q = q_rows(x.q, static, block) * jnp.asarray(split_scale(static, x.q.dtype)[0], x.q.dtype)
+    kv_len = x.k.shape[2]
+    q = q_rows(x.q, block) * jnp.asarray(split_scale(static, x.q.dtype)[0], x.q.dtype)
 
     def kv_step(j, carry, *, masked):
         m, total, acc = carry
@@ -240,7 +257,7 @@ def _forward(static: Static, x: Floats, who: Masks):
 
 def _backward(static: Static, residuals, cotangents):
     x, who, out, lse = residuals
-    static = dataclasses.replace(static, **block_sizes(BACKWARD_BLOCK, x.q, x.k))
+    static = dataclasses.replace(static, **block_sizes(BACKWARD, x.q, x.k))
     gradients = dense_backward.gradients(static, x, who, out, lse, *cotangents)
     return gradients, jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), who)
 

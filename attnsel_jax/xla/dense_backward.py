@@ -18,18 +18,15 @@ from attnsel_jax.xla.dense_blocks import (
     Floats,
     Masks,
     Static,
-    batch_block,
-    batch_rows,
     block_at,
     kv_rows,
     num_blocks,
-    over_batch,
     over_blocks,
     q_reach,
     q_rows,
     split_heads,
-    take,
 )
+from attnsel_jax.xla.dense_parts import Part, arguments_of, heads_first, over_parts, part_of
 from attnsel_jax.xla.dense_tiles import (
     cap_and_bias,
     distance,
@@ -63,13 +60,14 @@ def gradients(
         for a in (jnp.where(empty, jnp.inf, lse), jnp.where(empty, 0.0, delta))
     )
 
-    def batch_step(row, grads):
-        x_rows, who_rows = batch_block(static, x, who, row)
-        rows = batch_rows(static, (x.q, dout, row_lse, row_delta), row)
+    def part_step(part: Part, grads: Floats) -> Floats:
+        x_part, who_part = arguments_of(static, x, who, part)
+        do = heads_first(static, part, dout)
+        rows = x_part.q, do, *(part_of(static, part, a, 1) for a in (row_lse, row_delta))
         return lax.fori_loop(
             0,
             num_blocks(kv_len, static.block_kv),
-            lambda j, grads: _kv_block(static, x_rows, who_rows, rows, row, j, grads),
+            lambda j, grads: _kv_block(static, x_part, who_part, rows, part, j, grads),
             grads,
         )
 
@@ -79,7 +77,7 @@ def gradients(
         q=q_shape, k=(batch, heads, kv_len, size), v=(batch, heads, kv_len, x.v.shape[-1])
     )
     zeros = Floats(*(s if s is None else jnp.zeros(s, jnp.float32) for s in shapes))
-    grads = over_batch(static, batch, batch_step, zeros)
+    grads = over_parts(static, batch, heads, part_step, zeros)
     dq = jnp.moveaxis(grads.q, 3, 1).reshape(batch, q_len, num_q_heads, size) * static.scale
     dk, dv = jnp.swapaxes(grads.k, 1, 2), jnp.swapaxes(grads.v, 1, 2)
     dk *= split_scale(static, x.q.dtype)[1]
@@ -90,12 +88,11 @@ def gradients(
     return jax.tree.map(lambda g, a: g.astype(a.dtype), grads, x)
 
 
-def _kv_block(static: Static, x: Floats, who: Masks, rows, row, j, grads: Floats) -> Floats:
+def _kv_block(static: Static, x: Floats, who: Masks, rows, part: Part, j, grads: Floats) -> Floats:
     """Adds to `grads` what one block of keys gives; `rows` are q, dout, lse and delta."""
-    q_len, kv_len = x.q.shape[1], x.k.shape[1]
+    q_len, kv_len = x.q.shape[3], x.k.shape[2]
     kv_block = block_at(j, static.block_kv, kv_len)
     k, v = kv_rows(x.k, kv_block), kv_rows(x.v, kv_block)
-    at = row * jnp.int32(static.block_batch)
 
     def q_step(i, carry, *, masked):
         grads, dk, dv = carry
@@ -114,30 +111,29 @@ def _kv_block(static: Static, x: Floats, who: Masks, rows, row, j, grads: Floats
         dp = matmul(flat(v_used), flat(do), (2, 2)).reshape(tile)
         ds = p * (dp - delta[:, :, None])
         dv += matmul(flat(p.astype(do.dtype), 2), flat(do), (2, 1)).reshape(dv.shape)
-        grads = _add_to_bias(grads, who, keys_last(ds), block, kv_block, at)
+        grads = _add_to_bias(grads, who, keys_last(ds), static, block, kv_block, part)
         ds = flat((ds if cap_slope is None else ds * cap_slope).astype(q.dtype), 2)
         dk += matmul(ds, flat(q), (2, 1)).reshape(dk.shape)
         # Left to itself XLA merges this transposition into the product, which is slower.
         ds = lax.optimization_barrier(jnp.swapaxes(ds, 1, 2))
         dq = matmul(ds, flat(k_used), (2, 1)).reshape(q.shape)
-        return grads._replace(q=_add(grads.q, dq, (at, 0, 0, block.base, 0))), dk, dv
+        return grads._replace(q=_add(grads.q, dq, (*part, 0, block.base, 0))), dk, dv
 
     reach = q_reach(static, who, kv_block, q_len, kv_len)
     zeros = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
     grads, dk, dv = over_blocks(reach, q_step, (grads, *zeros))
-    place = (at, 0, kv_block.base, 0)
+    place = (*part, kv_block.base, 0)
     return grads._replace(k=_add(grads.k, dk, place), v=_add(grads.v, dv, place))
 
 
 def _own_rows(static: Static, who: Masks, rows, block: Block):
     """The block's scaled q, dout, lse and delta; rows of the block before take no part."""
-    q, do = (q_rows(a, static, block) for a in rows[:2])
-    lse, delta = (take(a, block.base, block.size, 3) for a in rows[2:])
+    q, do, lse, delta = (q_rows(a, block) for a in rows)
     if who.q_lens is not None:
         # Past q_lens anything may stand, NaN included.
         real = (block.indices() < who.q_lens[:, None])[:, None, None, :, None]
         q, do = zero_unless(real, q), zero_unless(real, do)
-    if rows[0].shape[1] % block.size:
+    if rows[0].shape[3] % block.size:
         lse = jnp.where(block.indices() >= block.own, lse, jnp.inf)
     return q * jnp.asarray(split_scale(static, q.dtype)[0], q.dtype), do, lse, delta
 
@@ -150,17 +146,24 @@ def _add(whole: jax.Array, part: jax.Array, at) -> jax.Array:
 
 
 def _add_to_bias(
-    grads: Floats, who: Masks, ds: jax.Array, q_block: Block, kv_block: Block, row: jax.Array
+    grads: Floats,
+    who: Masks,
+    ds: jax.Array,
+    static: Static,
+    q_block: Block,
+    kv_block: Block,
+    part: Part,
 ) -> Floats:
     """Adds a tile of the logits' gradient to those of bias and ALiBi slopes."""
+    head = part.head * jnp.int32(static.group)
     if grads.alibi_slopes is not None:
         slopes = jnp.sum(ds * distance(who, q_block, kv_block), axis=(0, 3, 4)).reshape(-1)
-        grads = grads._replace(alibi_slopes=grads.alibi_slopes - slopes)
+        grads = grads._replace(alibi_slopes=_add(grads.alibi_slopes, -slopes, (head,)))
     if grads.bias is None:
         return grads
     tile = ds.reshape(ds.shape[0], -1, *ds.shape[3:])
     full = [size > 1 for size in grads.bias.shape]
     shared = tuple(i for i in range(4) if not full[i])
-    bases = (row, 0, q_block.base, kv_block.base)
+    bases = (part.row, head, q_block.base, kv_block.base)
     at = [base if own else 0 for base, own in zip(bases, full, strict=True)]
     return grads._replace(bias=_add(grads.bias, jnp.sum(tile, axis=shared, keepdims=True), at))

@@ -2,7 +2,8 @@
 
 Inside, a block of queries is [batch, num_kv_heads, group, block_q, head_dim] and a block of keys
 [batch, num_kv_heads, block_kv, head_dim]; a tile is what they make together, float32
-[batch, num_kv_heads, group, block_q, block_kv]. Here `batch` is a block of batch rows.
+[batch, num_kv_heads, group, block_q, block_kv]. Here `batch` and `num_kv_heads` are a part's: some
+batch rows and some heads; the parts come one after another.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ NOWHERE = 2**30  # farther than any position
 
 @dataclass(frozen=True)
 class Static:
-    """What is known when tracing. `block_batch` divides the batch; the other blocks may not."""
+    """What is known when tracing. `block_q` and `block_kv` need not divide their axes."""
 
     scale: float
     causal: bool
@@ -29,6 +30,7 @@ class Static:
     soft_cap: float | None
     group: int
     block_batch: int
+    block_kv_heads: int
     block_q: int
     block_kv: int
 
@@ -102,24 +104,6 @@ def block_at(index: jax.Array, size: int, length: int) -> Block:
 def num_blocks(length: int, size: int) -> int:
     """How many blocks cover `length`."""
     return -(-length // size)
-
-
-def over_batch(static: Static, batch: int, step: Callable, carry):
-    """Runs `step(index, carry)` over the blocks of batch rows."""
-    blocks = batch // static.block_batch
-    return step(jnp.int32(0), carry) if blocks == 1 else lax.fori_loop(0, blocks, step, carry)
-
-
-def batch_rows(static: Static, tree, index: jax.Array):
-    """Block `index` of the batch, of arrays whose first axis is the batch (or 1)."""
-    base = index * jnp.int32(static.block_batch)
-    return jax.tree.map(lambda a: take(a, base, static.block_batch, 0), tree)
-
-
-def batch_block(static: Static, x: Floats, who: Masks, index: jax.Array) -> tuple[Floats, Masks]:
-    """The arguments for block `index` of the batch."""
-    q, k, v, bias, who = batch_rows(static, (x.q, x.k, x.v, x.bias, who), index)
-    return x._replace(q=q, k=k, v=v, bias=bias), who
 
 
 def key_bounds(static: Static, who: Masks, q_block: Block, kv_len: int):
@@ -254,11 +238,11 @@ def split_heads(x: jax.Array, static: Static, axis: int) -> jax.Array:
     return x.reshape(*x.shape[:axis], *pair, *x.shape[axis + 1 :])
 
 
-def q_rows(x: jax.Array, static: Static, block: Block) -> jax.Array:
-    """[batch, q_len, num_q_heads, ...] -> [batch, num_kv_heads, group, block_q, ...]."""
-    return jnp.moveaxis(split_heads(take(x, block.base, block.size, 1), static, 2), 1, 3)
+def q_rows(x: jax.Array, block: Block) -> jax.Array:
+    """A block of [batch, num_kv_heads, group, q_len, ...]."""
+    return take(x, block.base, block.size, 3)
 
 
 def kv_rows(x: jax.Array, block: Block) -> jax.Array:
-    """[batch, kv_len, num_kv_heads, d] -> [batch, num_kv_heads, block_kv, d]."""
-    return jnp.swapaxes(take(x, block.base, block.size, 1), 1, 2)
+    """A block of [batch, num_kv_heads, kv_len, d]."""
+    return take(x, block.base, block.size, 2)

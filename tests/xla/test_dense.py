@@ -17,10 +17,9 @@ DIFFERENTIABLE = ("q", "k", "v", "bias", "alibi_slopes", "sinks")
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Blocks of 16 queries and 8 keys: every kind of block edge within a few dozen positions."""
-    monkeypatch.setattr(dense, "FORWARD_BLOCK", (16, 8))
-    monkeypatch.setattr(dense, "BACKWARD_BLOCK", (16, 8))
-    monkeypatch.setattr(dense, "BLOCK_HEADS", 4)
+    """Tiles of 16 queries, 8 keys and 1 or 2 kv heads: every edge within a few dozen positions."""
+    monkeypatch.setattr(dense, "FORWARD", dense.Largest(rows=32, keys=8, elements=512))
+    monkeypatch.setattr(dense, "BACKWARD", dense.Largest(rows=32, keys=8, elements=256))
 
 
 def problem(

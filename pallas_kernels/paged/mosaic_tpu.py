@@ -1,0 +1,194 @@
+"""Paged attention on TPU: Pallas kernels that walk each sequence's pages with prefetched copies.
+
+The contract (maths, arguments, edge cases) is `pallas_kernels/paged/__init__.py`. The cache is
+"side_by_side": [num_pages, num_kv_heads, tiles, page_size, lanes], a head's key and value beside
+each other in tiles of 128 lanes (`mosaic_tpu_geometry`). First a kernel writes this step's keys and
+values (`mosaic_tpu_write`), then one kernel attends (`mosaic_tpu_attend`).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.masks import Window, window_bounds
+from pallas_kernels.paged.mosaic_tpu_attend import PerHead, attend
+from pallas_kernels.paged.mosaic_tpu_geometry import LANES, ROWS, Geometry, Masks, round_up
+from pallas_kernels.paged.mosaic_tpu_tiles import Tiles, tiles_for_chip
+from pallas_kernels.paged.mosaic_tpu_write import write_kv
+from pallas_kernels.shape_checks import (
+    FLOAT32,
+    INT32,
+    check_arguments,
+    check_groups,
+    check_positive,
+    check_same_dtype,
+)
+
+DTYPES = ("float32", "bfloat16")
+CACHES = (*DTYPES, "float8_e4m3fn", "float8_e5m2", "int8")
+LOG2E = 1.4426950408889634
+
+
+def paged_attention(
+    q: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
+    kv_pages: jax.Array,
+    page_table: jax.Array,
+    kv_lens: jax.Array,
+    cu_q_lens: jax.Array,
+    num_seqs: jax.Array,
+    slot_mapping: jax.Array | None,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    sliding_window: Window = None,
+    attention_chunk_size: int | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attention of a ragged batch over a paged cache, as the contract of `paged` has it.
+
+    Args:
+        q, k, v, kv_pages, page_table, kv_lens, cu_q_lens, num_seqs, slot_mapping, scale, causal,
+            sliding_window, attention_chunk_size, soft_cap, alibi_slopes, sinks, k_scale, v_scale:
+            the contract's, see `pallas_kernels.paged`; the cache is "side_by_side".
+
+    Returns:
+        out [num_tokens, num_q_heads, head_dim] in q's dtype, lse float32 [num_tokens, num_q_heads],
+        and kv_pages with k and v written.
+
+    Numerics:
+        Operands of both products have q's dtype: keys and values of a wider cache are rounded to
+        it, and so are the probabilities. Logits, softmax and sums are float32; products of float32
+        operands are computed in full precision.
+
+    Raises:
+        ValueError: a shape or dtype is not the contract's, or some of k, v and slot_mapping are
+            given and some are not.
+    """
+    _check(
+        {
+            "q": q, "kv_pages": kv_pages, "k": k, "v": v, "page_table": page_table,
+            "kv_lens": kv_lens, "cu_q_lens": cu_q_lens, "num_seqs": num_seqs,
+            "slot_mapping": slot_mapping, "alibi_slopes": alibi_slopes, "sinks": sinks,
+            "k_scale": k_scale, "v_scale": v_scale,
+        },
+        [
+            ("attention_chunk_size", attention_chunk_size),
+            ("soft_cap", soft_cap),
+            *(("sliding_window", side) for side in window_bounds(sliding_window)),
+        ],
+    )  # fmt: skip
+    if k is not None:
+        kv_pages = write_kv(kv_pages, k, v, slot_mapping, k_scale=k_scale, v_scale=v_scale)
+    geometry = _geometry(q, kv_pages, page_table, tiles_for_chip())
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    per_head = _per_head(geometry, scale, soft_cap, k_scale, v_scale, alibi_slopes, sinks)
+    out, lse = attend(
+        _arranged(q, geometry), kv_pages, page_table, kv_lens, cu_q_lens, num_seqs, per_head,
+        geometry=geometry, masks=Masks(causal, sliding_window, attention_chunk_size),
+        soft_cap=None if soft_cap is None else float(soft_cap) * LOG2E,
+    )  # fmt: skip
+    heads = out.reshape(-1, geometry.num_q_heads, geometry.out_lanes)
+    begin = geometry.v_offset
+    out = heads[: q.shape[0], :, begin : begin + geometry.head_dim]
+    return out, lse.reshape(-1, geometry.lse_lanes)[: q.shape[0], : q.shape[1]], kv_pages
+
+
+def _geometry(q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, tiles: Tiles) -> Geometry:
+    """The sizes of this call."""
+    num_tokens, num_q_heads, head_dim = q.shape
+    _, num_kv_heads, _, page_size, _ = kv_pages.shape
+    chunk_pages = max(1, tiles.chunk_tokens // page_size)
+    chunks = max(1, tiles.block_tokens // (chunk_pages * page_size))
+    return Geometry(
+        num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
+        page_size=page_size, pages_per_seq=page_table.shape[1], num_tokens=num_tokens,
+        tile_tokens=min(tiles.tile_tokens, max(ROWS, 1 << (num_tokens - 1).bit_length())),
+        block_pages=chunks * chunk_pages, chunk_pages=chunk_pages, num_buffers=tiles.num_buffers,
+    )  # fmt: skip
+
+
+def _arranged(q: jax.Array, geometry: Geometry) -> jax.Array:
+    """[row tiles, 16, num_q_heads * k_lanes]: each head in lanes of its own, 0 where q has none."""
+    multiple = ROWS if q.shape[0] > geometry.tile_tokens else geometry.tile_tokens
+    tokens = round_up(q.shape[0], multiple) - q.shape[0]
+    lanes = geometry.k_lanes - geometry.head_dim
+    if tokens or lanes:
+        q = jnp.pad(q, ((0, tokens), (0, 0), (0, lanes)))
+    return q.reshape(-1, ROWS, geometry.num_q_heads * geometry.k_lanes)
+
+
+def _per_head(geometry, scale, soft_cap, k_scale, v_scale, alibi_slopes, sinks) -> PerHead:
+    """The numbers of each query head, in base 2 where they join the logits."""
+    heads = geometry.num_q_heads
+
+    def of_q_heads(x):
+        x = jnp.broadcast_to(
+            jnp.asarray(1.0 if x is None else x, jnp.float32), geometry.num_kv_heads
+        )
+        return jnp.repeat(x, geometry.group)
+
+    unit = LOG2E if soft_cap is None else 1 / float(soft_cap)
+    return PerHead(
+        factor=of_q_heads(k_scale) * jnp.float32(scale * unit),
+        v_factor=of_q_heads(v_scale),
+        slope=jnp.zeros(heads, jnp.float32) if alibi_slopes is None else alibi_slopes * LOG2E,
+        sink=jnp.full(heads, -jnp.inf, jnp.float32) if sinks is None else sinks * LOG2E,
+        has_slope=alibi_slopes is not None,
+    )
+
+
+def _check(arrays: dict[str, jax.Array | None], statics: list[tuple[str, float | None]]) -> None:
+    """Refuses what the contract does not allow."""
+    written = ("k", "v", "slot_mapping")
+    missing = [name for name in written if arrays[name] is None]
+    if missing and len(missing) < len(written):
+        given = [name for name in written if name not in missing]
+        raise ValueError(
+            f"{' and '.join(missing)} is None, must be given with {' and '.join(given)}: give all "
+            f"of k, v and slot_mapping to have them written, or none"
+        )
+    table = {name: (arrays[name], *spec) for name, spec in _ARGUMENTS.items()}
+    for name in ("k_scale", "v_scale"):
+        dims = "num_kv_heads" if getattr(arrays[name], "ndim", 0) else ""
+        table[name] = (arrays[name], dims, FLOAT32)
+    dims = check_arguments(table)
+    numbers = dims["tiles"] * dims["lanes"]
+    if numbers != 2 * dims["head_dim"] or (dims["tiles"] > 1 and dims["lanes"] != LANES):
+        raise ValueError(
+            f"kv_pages has {dims['tiles']} tiles of {dims['lanes']} lanes, must have "
+            f"{2 * dims['head_dim']} lanes, twice the head_dim of q, in tiles of {LANES} or in one"
+        )
+    if dims["one_more"] != dims["max_num_seqs"] + 1:
+        raise ValueError(
+            f"cu_q_lens has {dims['one_more']} entries, must have {dims['max_num_seqs'] + 1}, one "
+            f"more than kv_lens: it starts with 0 and ends with the number of tokens"
+        )
+    for name in ("max_num_seqs", "pages_per_seq", "num_pages"):
+        if dims[name] < 1:
+            raise ValueError(f"{name} is 0, must be above 0: a cache holds at least one page")
+    if dims["page_size"] % 8 or not dims["page_size"]:
+        raise ValueError(f"page_size is {dims['page_size']}, must be a multiple of 8")
+    check_groups(dims["num_q_heads"], dims["num_kv_heads"])
+    check_same_dtype(q=arrays["q"], k=arrays["k"], v=arrays["v"])
+    for name, value in statics:
+        check_positive(name, value)
+
+
+_ARGUMENTS = {
+    "q": ("num_tokens num_q_heads head_dim", DTYPES),
+    "kv_pages": ("num_pages num_kv_heads tiles page_size lanes", CACHES),
+    "k": ("num_tokens num_kv_heads head_dim", DTYPES),
+    "v": ("num_tokens num_kv_heads head_dim", DTYPES),
+    "page_table": ("max_num_seqs pages_per_seq", INT32),
+    "kv_lens": ("max_num_seqs", INT32),
+    "cu_q_lens": ("one_more", INT32),
+    "num_seqs": ("", INT32),
+    "slot_mapping": ("num_tokens", INT32),
+    "alibi_slopes": ("num_q_heads", FLOAT32),
+    "sinks": ("num_q_heads", FLOAT32),
+}

@@ -1,0 +1,244 @@
+"""How the TPU kernel of `paged` computes a span of one token: all heads of a block at once.
+
+The token's query heads are rows, a kv head's group beside the next. A register of 8 rows may hold
+the groups of several kv heads: it is multiplied with each one's keys, and from each product the
+rows of that kv head are taken. So the softmax works on no row but the query heads.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.paged import mosaic_tpu_softmax as softmax
+from pallas_kernels.paged.mosaic_tpu_geometry import LANES, ROWS, Geometry, divided, remainder
+from pallas_kernels.paged.mosaic_tpu_walk import Span
+
+
+def scratch_shapes(geometry: Geometry) -> list:
+    """The token's queries, m, l, acc, output; a row tile of q, of out and of lse; cells."""
+    rows = geometry.all_decode_rows
+    return [
+        pltpu.VMEM((rows, geometry.k_lanes), jnp.float32),
+        pltpu.VMEM((rows, LANES), jnp.float32),
+        pltpu.VMEM((rows, LANES), jnp.float32),
+        pltpu.VMEM((rows, geometry.v_lanes), jnp.float32),
+        pltpu.VMEM((rows, geometry.out_lanes), jnp.float32),
+        # One register wide: only then may a load or store begin at any row.
+        pltpu.VMEM((geometry.num_q_heads * geometry.k_lanes // LANES, ROWS, LANES), jnp.float32),
+        pltpu.VMEM((geometry.num_q_heads * geometry.out_lanes // LANES, ROWS, LANES), jnp.float32),
+        pltpu.VMEM((geometry.lse_lanes // LANES, ROWS, LANES), jnp.float32),
+        pltpu.SMEM((2,), jnp.int32),
+    ]
+
+
+# The row tile whose q is in scratch, and the rows of it, as bits, whose out and lse are.
+ROW_TILE, STAGED = range(2)
+
+
+def begin_tile(step) -> None:
+    """Forgets the last tile, and makes rows between groups numbers: they are multiplied, too."""
+    step.scratch[0][...] = jnp.zeros_like(step.scratch[0])
+    step.scratch[-1][ROW_TILE], step.scratch[-1][STAGED] = jnp.int32(-1), jnp.int32(0)
+
+
+def end_row_tile(step) -> None:
+    """Puts the rows that are staged into the tile."""
+    tile, lse, cells = step.scratch[6:]
+
+    @pl.when(cells[STAGED] != 0)
+    def _():
+        row_tile = cells[ROW_TILE]
+        row = lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 0)
+        mine = lax.shift_right_logical(jnp.broadcast_to(cells[STAGED], row.shape), row) & 1 != 0
+        for i in range(tile.shape[0]):
+            lanes = slice(i * LANES, (i + 1) * LANES)
+            old = step.out[row_tile, :, lanes].astype(jnp.float32)
+            step.out[row_tile, :, lanes] = jnp.where(mine, tile[i], old).astype(step.out.dtype)
+        for i in range(lse.shape[0]):
+            lanes = slice(i * LANES, (i + 1) * LANES)
+            step.lse[row_tile, :, lanes] = jnp.where(mine, lse[i], step.lse[row_tile, :, lanes])
+        cells[STAGED] = jnp.int32(0)
+
+
+def attend_span(step, span: Span) -> None:
+    """Attends with one token, and stages its output and lse."""
+    walk, geometry = step.walk, step.walk.geometry
+    _, m, l, acc, *_ = step.scratch
+    token = span.begin - step.first_token
+    row_tile, row = divided(token, ROWS), remainder(token, ROWS)
+    _load_q(step, row_tile, row)
+    m[...] = jnp.full_like(m, softmax.START)
+    l[...] = jnp.zeros_like(l)
+    acc[...] = jnp.zeros_like(acc)
+    first, last = walk.blocks(span)
+    start, stop = walk.masks.bounds_of_all(span.first_q, span.last_q, span.start, span.stop)
+
+    def attend_block(block, _):
+        position = block * geometry.block_tokens
+        inside = (position >= start) & (position + geometry.block_tokens <= stop)
+        ahead = walk.whole_block_ahead()
+
+        @pl.when(inside & ahead)
+        def _():
+            buffer = walk.next_whole_block()
+            _attend_block(step, span, buffer, position, geometry.block_pages, masked=False)
+
+        @pl.when(jnp.logical_not(inside & ahead))
+        def _():
+            buffer = walk.next_block(span, block)
+            _attend_part(step, span, buffer, position)
+
+    lax.fori_loop(first, last, attend_block, None)
+    _finish(step, row)
+
+
+def _attend_part(step, span: Span, buffer, position) -> None:
+    """A block with keys that are not to be seen: no more of its pages than half, or a quarter."""
+    pages = step.walk.geometry.block_pages
+    sizes = [pages >> shift for shift in (2, 1, 0) if pages % (1 << shift) == 0]
+    used = span.stop - position
+    below = jnp.int32(-1)
+    for size in sizes:
+        tokens = size * step.walk.geometry.page_size
+        fits = (used > below) & ((used <= tokens) | (size == pages))
+
+        def attend(size=size):
+            _attend_block(step, span, buffer, position, size, masked=True)
+
+        pl.when(fits)(attend)
+        below = jnp.int32(tokens)
+
+
+def _load_q(step, row_tile, row) -> None:
+    """Turns the token's heads, side by side along lanes, into rows."""
+    geometry, q, tile, cells = (
+        step.walk.geometry,
+        step.scratch[0],
+        step.scratch[5],
+        step.scratch[-1],
+    )
+    registers = list(_registers(geometry, geometry.k_lanes))
+
+    @pl.when(cells[ROW_TILE] != row_tile)
+    def _():
+        end_row_tile(step)
+        cells[ROW_TILE] = row_tile
+        for i, _, of_all, _ in registers:
+            tile[i] = step.q[row_tile, :, of_all].astype(jnp.float32)
+
+    for i, at, _, lanes in registers:
+        q[at : at + 1, lanes] = tile[i, pl.ds(row, 1)]
+
+
+def _registers(geometry: Geometry, width: int):
+    """For each register of a token's heads, `width` lanes each, side by side.
+
+    Its number, the row that its head has, its lanes among all heads', and among its head's.
+    """
+    for i in range(geometry.num_q_heads * width // LANES):
+        head, lane = divmod(i * LANES, width)
+        yield (
+            i,
+            geometry.decode_row(head),
+            slice(i * LANES, (i + 1) * LANES),
+            slice(lane, lane + LANES),
+        )
+
+
+def _attend_block(step, span: Span, buffer, position, pages: int, *, masked: bool) -> None:
+    """The first pages of a block, for all heads."""
+    geometry = step.walk.geometry
+    q, m, l, acc = step.scratch[:4]
+    buffers = step.walk.buffers.at[buffer, pl.ds(0, pages)]
+    keys = pages * geometry.page_size
+    kv_pos = position + lax.broadcasted_iota(jnp.int32, (1, keys), 1)
+    kept = (span.start - position, span.stop - position) if masked else None
+
+    def logits_of(head, rows):
+        k = geometry.read(buffers.at[:, head], 0, geometry.k_lanes)
+        return product(rows, k.astype(step.q.dtype), 1)
+
+    def values_of(head, weights):
+        v = geometry.read(buffers.at[:, head], geometry.v_start, 2 * geometry.head_dim)
+        return product(weights, rows_kept(v, kept).astype(step.q.dtype), 0)
+
+    logits = _by_kv_head(geometry, q[...].astype(step.q.dtype), logits_of)
+    logits = logits * step.rows[0][:, :1]
+    slope = step.rows[2][:, :1] if step.has_slope else None
+    logits = softmax.join(logits, span.first_q, kv_pos, soft_cap=step.soft_cap, slope=slope)
+    if masked:
+        logits = softmax.mask(logits, span.first_q, kv_pos, span.start, span.stop, step.walk.masks)
+    weights, shrink, m[...], l[...] = softmax.update(logits, m[...], l[...])
+    values = _by_kv_head(geometry, weights.astype(step.q.dtype), values_of)
+    acc[...] = acc[...] * softmax.widened(shrink, geometry.v_lanes) + values
+
+
+def product(x, y, contracted: int):
+    """X [rows, n] times y, summed over x's lanes and y's dimension `contracted`; float32."""
+    return lax.dot_general(
+        x, y, (((1,), (contracted,)), ((), ())), preferred_element_type=jnp.float32,
+        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+    )  # fmt: skip
+
+
+def rows_kept(v: jax.Array, kept) -> jax.Array:
+    """Values with rows outside [begin, end) made 0, as bits (what lies there may be NaN).
+
+    Several rows of a narrow dtype share a 32-bit word.
+    """
+    if kept is None:
+        return v
+    packed = 4 // v.dtype.itemsize
+    words = pltpu.bitcast(v, jnp.int32)
+    first_row = lax.broadcasted_iota(jnp.int32, (words.shape[0], 1), 0) * packed
+    bits = jnp.zeros_like(first_row)
+    for i in range(packed):
+        row = first_row + i
+        mine = ((1 << (32 // packed)) - 1) << (i * 32 // packed)
+        mine = mine - (1 << 32) if mine >= 1 << 31 else mine
+        bits |= jnp.where((row >= kept[0]) & (row < kept[1]), jnp.int32(mine), 0)
+    return pltpu.bitcast(words & bits, v.dtype)
+
+
+def _by_kv_head(geometry: Geometry, x: jax.Array, f) -> jax.Array:
+    """f(kv head, rows of x) for the rows of each kv head, put together."""
+    size = geometry.decode_rows
+    tile = max(size, 8)
+    parts = []
+    for first in range(0, geometry.all_decode_rows, tile):
+        rows = x[first : first + tile]
+        heads = range(first // size, min((first + tile) // size, geometry.num_kv_heads))
+        part = f(heads[0], rows)
+        row = lax.broadcasted_iota(jnp.int32, part.shape, 0)
+        for i, head in list(enumerate(heads))[1:]:
+            part = jnp.where(row >= i * size, f(head, rows), part)
+        parts.append(part)
+    return jnp.concatenate(parts, axis=0) if len(parts) > 1 else parts[0]
+
+
+def _finish(step, row) -> None:
+    """Stages output and lse."""
+    geometry = step.walk.geometry
+    _, m, l, acc, rows, _, tile, lse_tile, cells = step.scratch
+    factor, lse = softmax.finish(m[...], l[...], step.rows[3], step.rows[1])
+    values = acc[...] * softmax.widened(factor, geometry.v_lanes)
+    rows[:, : geometry.v_lanes] = jnp.where(factor[:, :1] != 0, values, 0.0)
+    for i, at, _, lanes in _registers(geometry, geometry.out_lanes):
+        tile[i, pl.ds(row, 1)] = rows[at : at + 1, lanes]
+    line = _as_lanes(geometry, lse)
+    for i in range(lse_tile.shape[0]):
+        lse_tile[i, pl.ds(row, 1)] = line[:, i * LANES : (i + 1) * LANES]
+    cells[STAGED] |= lax.shift_left(jnp.int32(1), row)
+
+
+def _as_lanes(geometry: Geometry, lse: jax.Array) -> jax.Array:
+    """[rows, 128], the same along lanes, as [1, lse_lanes] by query head."""
+    shape = (geometry.all_decode_rows, geometry.lse_lanes)
+    row, lane = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    size, group = geometry.decode_rows, geometry.group
+    head = jnp.where(lax.rem(row, size) < group, row // size * group + lax.rem(row, size), -1)
+    spread = softmax.widened(jnp.maximum(lse, -1e38), geometry.lse_lanes)  # no -inf * 0
+    line = jnp.sum(jnp.where(head == lane, spread, 0.0), axis=0, keepdims=True)
+    return jnp.where(line <= -1e38, -jnp.inf, line)

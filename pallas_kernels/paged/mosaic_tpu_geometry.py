@@ -1,0 +1,152 @@
+"""What the TPU kernels of `paged` know when they are traced: sizes, lanes, masks, tile sizes."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import tpu_chip
+from pallas_kernels.masks import Window, seen_bounds, window_bounds
+
+LANES, ROWS = tpu_chip.LANES, 16  # a row tile holds 16 tokens: one register of bfloat16
+
+
+def round_up(x: int, multiple: int) -> int:
+    """The least multiple that is not below x."""
+    return -(-x // multiple) * multiple
+
+
+def divided(x: jax.Array, by: int) -> jax.Array:
+    """The quotient, rounded down: a shift where it can be, for the scalar unit divides slowly."""
+    if by & (by - 1):
+        return x // by
+    return lax.shift_right_arithmetic(x, jnp.int32(by.bit_length() - 1))
+
+
+def remainder(x: jax.Array, by: int) -> jax.Array:
+    """What `divided` leaves, not negative."""
+    return x - divided(x, by) * by
+
+
+class Masks(NamedTuple):
+    """Which keys a query sees; as the contract has it."""
+
+    causal: bool
+    sliding_window: Window
+    attention_chunk_size: int | None
+
+    def bounds(self, first_q: jax.Array, last_q: jax.Array, kv_len: jax.Array):
+        """[start, stop) of the keys that some query of the range sees."""
+        return seen_bounds(first_q, last_q, kv_len, **self._asdict())
+
+    def bounds_of_all(self, first_q: jax.Array, last_q: jax.Array, start, stop):
+        """[start, stop) of the keys that every query of the range sees."""
+        left, right = window_bounds(self.sliding_window)
+        if self.causal:
+            stop = jnp.minimum(stop, first_q + 1)
+        if left is not None:
+            start = jnp.maximum(start, last_q - left + 1)
+        if right is not None and not self.causal:
+            stop = jnp.minimum(stop, first_q + right)
+        if self.attention_chunk_size is not None:
+            chunk = self.attention_chunk_size
+            start = jnp.maximum(start, divided(last_q, chunk) * chunk)
+            stop = jnp.minimum(stop, (divided(first_q, chunk) + 1) * chunk)
+        return start, stop
+
+
+class Geometry(NamedTuple):
+    """Static sizes of one call.
+
+    The cache is [num_pages, num_kv_heads, tiles, page_size, lanes]. A head's key and value lie side
+    by side, the key in lanes [0, head_dim) of all tiles' together. Registers are 128 lanes wide, so
+    a key is read as lanes [0, k_lanes), which may hold the value's beginning (q is 0 there), and a
+    value as [v_start, 2 * head_dim), of which [v_offset, v_offset + head_dim) is the value.
+    """
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    pages_per_seq: int
+    num_tokens: int
+    tile_tokens: int  # queries of a grid step
+    block_pages: int  # pages of a block: what one buffer holds
+    chunk_pages: int  # pages that prefill computes at once
+    num_buffers: int
+
+    @property
+    def group(self) -> int:
+        """Query heads of one kv head."""
+        return self.num_q_heads // self.num_kv_heads
+
+    @property
+    def decode_rows(self) -> int:
+        """Rows that one kv head's group takes among the 8 sublanes of a register."""
+        if self.group >= 8:
+            return round_up(self.group, 8)
+        return 1 << (self.group - 1).bit_length()
+
+    @property
+    def all_decode_rows(self) -> int:
+        """Rows of one token's query heads, whole registers."""
+        return round_up(self.num_kv_heads * self.decode_rows, 8)
+
+    @property
+    def k_lanes(self) -> int:
+        """Lanes of a row that are read as a key."""
+        return round_up(self.head_dim, LANES)
+
+    @property
+    def v_start(self) -> int:
+        """First lane of a row that is read as a value."""
+        return self.head_dim // LANES * LANES
+
+    @property
+    def v_lanes(self) -> int:
+        """Lanes of a row that are read as a value."""
+        return 2 * self.head_dim - self.v_start
+
+    @property
+    def v_offset(self) -> int:
+        """Where the value begins among them."""
+        return self.head_dim - self.v_start
+
+    @property
+    def out_lanes(self) -> int:
+        """Lanes of one head's output, whole registers."""
+        return round_up(self.v_lanes, LANES)
+
+    @property
+    def lse_lanes(self) -> int:
+        """Lanes of one token's lse, whole registers."""
+        return round_up(self.num_q_heads, LANES)
+
+    @property
+    def block_tokens(self) -> int:
+        """Keys in a block."""
+        return self.block_pages * self.page_size
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Keys in a chunk."""
+        return self.chunk_pages * self.page_size
+
+    def read(self, head: Any, begin: int, end: int) -> jax.Array:
+        """Lanes [begin, end) of a head in some pages, as [keys, lanes].
+
+        Args:
+            head: reference [pages, tiles, page_size, lanes].
+            begin, end: whole registers, or the end of the last tile.
+        """
+        if head.shape[1] == 1:
+            rows = head[:, 0, :, begin:end]
+        else:
+            tiles = range(begin // LANES, end // LANES)
+            rows = jnp.concatenate([head[:, tile] for tile in tiles], axis=-1)
+        return rows.reshape(-1, rows.shape[-1])
+
+    def decode_row(self, q_head: int) -> int:
+        """The row of a query head among one token's."""
+        return q_head // self.group * self.decode_rows + q_head % self.group

@@ -1,0 +1,64 @@
+"""How logits become weights in the TPU kernels of `paged`: cap, ALiBi, masks, running softmax.
+
+Logits are in base 2. An unseen key's logit is UNSEEN, far below where a running maximum starts, so
+that its weight is 0 whatever the row has seen so far.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.masks import seen
+from pallas_kernels.paged.mosaic_tpu_geometry import Masks
+
+START, UNSEEN = -1e30, -1e38
+LN2 = 0.6931471805599453
+
+
+def join(logits, q_pos, kv_pos, *, soft_cap: float | None, slope=None):
+    """Soft cap and ALiBi, as far as they are asked for."""
+    if soft_cap is not None:
+        logits = jnp.tanh(logits) * soft_cap
+    if slope is not None:
+        logits = logits - slope * jnp.abs(q_pos - kv_pos).astype(jnp.float32)
+    return logits
+
+
+def mask(logits, q_pos, kv_pos, start, stop, masks: Masks):
+    """UNSEEN for keys outside [start, stop) and for those that the query does not see."""
+    may = (kv_pos >= start) & (kv_pos < stop)
+    more = seen(q_pos, kv_pos, **masks._asdict())
+    return jnp.where(may if more is None else may & more, logits, UNSEEN)
+
+
+def update(logits: jax.Array, m: jax.Array, l: jax.Array):
+    """One step of the running softmax.
+
+    Args:
+        logits: [rows, keys].
+        m, l: [rows, 128], the same along lanes.
+
+    Returns:
+        weights [rows, keys], the factor [rows, 128] on what was summed before, m, l.
+    """
+    m_next = jnp.maximum(m, jnp.max(logits, axis=1, keepdims=True))
+    weights = jnp.exp2(logits - m_next[:, :1])
+    shrink = jnp.exp2(m - m_next)
+    return weights, shrink, m_next, l * shrink + jnp.sum(weights, axis=1, keepdims=True)
+
+
+def finish(m: jax.Array, l: jax.Array, sink, v_factor):
+    """The factor on the accumulated output, and the lse: [rows, 128] each."""
+    m_last = jnp.maximum(m, sink)
+    shrink = jnp.exp2(m - m_last)
+    total = l * shrink + jnp.exp2(sink - m_last)
+    some = total > 0
+    safe = jnp.where(some, total, 1.0)
+    lse = jnp.where(some, (m_last + jnp.log2(safe)) * LN2, -jnp.inf)
+    return jnp.where(some, shrink * v_factor / safe, 0.0), lse
+
+
+def widened(x: jax.Array, lanes: int) -> jax.Array:
+    """[rows, 128], the same along lanes, as [rows, lanes]."""
+    if lanes % x.shape[1]:
+        return jnp.broadcast_to(x[:, :1], (x.shape[0], lanes))
+    return jnp.concatenate([x] * (lanes // x.shape[1]), axis=1)

@@ -1,0 +1,187 @@
+"""Paged attention's TPU kernels in the TPU interpreter, against the float64 oracle."""
+
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tpu_interpreter import tpu_interpreter
+
+from attnsel_jax.aot import compile_for, target_for
+from attnsel_jax.backends.mosaic_tpu import PAGED as DECLARED
+from attnsel_jax.backends.mosaic_tpu import MosaicTpuBackend
+from attnsel_jax.compare.deviations import deviation
+from attnsel_jax.compare.expected import expected
+from attnsel_jax.compare.kernel_runs import run
+from attnsel_jax.kv_cache import LAYOUTS, KVCache
+from attnsel_jax.platforms import Device
+from attnsel_jax.problems import QUICK
+from attnsel_jax.problems.paged_inputs import paged_inputs
+from pallas_kernels.paged import mosaic_tpu, mosaic_tpu_tiles
+
+KERNEL = MosaicTpuBackend.get_kernel("paged")
+PAGED = [problem for problem in QUICK if problem.op == "paged"]
+# So small that short sequences have several tiles, blocks and chunks.
+SMALL = mosaic_tpu_tiles.Tiles(tile_tokens=32, block_tokens=32, chunk_tokens=16, num_buffers=3)
+
+
+def check(arguments, generation="v5e"):
+    """Out, lse and the written cache, each within the oracle's budget."""
+    with tpu_interpreter(generation):
+        results = run(KERNEL, "paged", arguments, layout="side_by_side")
+    for name, answer in expected("paged", arguments).items():
+        found = deviation(name, results[name], answer)
+        assert found.passed, str(found)
+    return results
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    monkeypatch.setitem(mosaic_tpu_tiles.TILES, "v5e", SMALL)
+
+
+def batch(q_lens, kv_lens, *, seed=0, **options):
+    """Arguments of a ragged batch, NaN wherever nothing may be read."""
+    shape = {"heads": (4, 2), "head_size": 64, "page_size": 8, "pad_tokens": 3}
+    rng = np.random.default_rng(seed)
+    return paged_inputs(rng, q_lens=q_lens, kv_lens=kv_lens, **shape | options)
+
+
+@pytest.mark.parametrize("problem", PAGED, ids=lambda problem: problem.name)
+def test_quick_problems(problem):
+    reasons = MosaicTpuBackend.validate_configuration(problem.config, Device.named("v5e"))
+    if reasons:
+        pytest.skip("; ".join(map(str, reasons)))
+    check(problem.make())
+
+
+# A decode, a chunk over two tiles, nothing, speculative decodes over a row tile's border, a decode.
+LONG = ((1, 28, 0, 5, 11, 1), (70, 59, 9, 29, 24, 33))
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "float32", "sliding_window": 19, "sinks": True},
+        {"causal": False, "sliding_window": (30, 3)},
+        {"attention_chunk_size": 24, "soft_cap": 6.0, "alibi": True},
+    ],
+    ids=["window", "two-sided", "chunked"],
+)
+def test_spans_tiles_and_blocks(options):
+    check(batch(*LONG, **options))
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("heads", [(3, 3), (3, 1), (8, 1), (10, 1)])
+def test_groups(heads):
+    check(batch((1, 3), (30, 11), heads=heads, page_size=16))
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_more_queries_than_keys_see_nothing():
+    arguments = batch((5, 1, 20), (7, 3, 22), writes=False)
+    arguments["kv_lens"] = np.array([2, 0, 9, 10**6], np.int32)
+    lse = check(arguments)["lse"]
+    assert np.isneginf(lse[[0, 1, 2, 5]]).all()
+    check(arguments | {"sinks": np.array([0, -np.inf, 1, 2], np.float32)})
+
+
+def test_no_sequences():
+    arguments = batch((3, 1), (9, 4))
+    arguments["slot_mapping"] = np.full_like(arguments["slot_mapping"], -1)
+    arguments["num_seqs"] = np.array(0, np.int32)
+    check(arguments)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_expired_pages_may_be_gone():
+    """Pages before every query's window: their table entries are junk."""
+    arguments = batch((1, 2), (60, 71), writes=False, sliding_window=6)
+    table = arguments["page_table"] = arguments["page_table"].copy()
+    table[0, : (60 - 6) // 8] = -7
+    table[1, : (71 - 7) // 8] = 2**30
+    given, arguments["page_table"] = arguments, np.maximum(table, 0) % 10
+    with tpu_interpreter("v5e"):
+        results = run(KERNEL, "paged", given, layout="side_by_side")
+    for name, answer in expected("paged", arguments).items():
+        assert deviation(name, results[name], answer).passed
+
+
+def test_any_slot_mapping_is_honoured():
+    """Tokens of one page far apart, in any order, to pages that nobody reads, and nowhere."""
+    arguments = batch((44, 1, 4), (44, 3, 4), page_size=16, dtype="float32")
+    slots = arguments["slot_mapping"].copy()
+    rng = np.random.default_rng(0)
+    slots[10:44] = rng.permutation(slots[10:44])
+    slots[0] = 10**6
+    _, num_pages, page_size = arguments["kv_pages"].shape[:3]
+    unused = set(range(num_pages)) - set(slots[slots < 10**6] // page_size)
+    slots[1] = max(unused) * page_size + 3
+    oracle_slots = np.where(slots < 10**6, slots, -1)
+    pages = np.nan_to_num(arguments["kv_pages"], nan=0.25)  # what is not written is read now
+    arguments |= {"kv_pages": pages, "slot_mapping": oracle_slots}
+    check(arguments)
+
+
+def test_the_layout_converts_both_ways():
+    rng = np.random.default_rng(0)
+    stacked = KVCache(jnp.asarray(rng.standard_normal((2, 5, 8, 3, 80)), jnp.bfloat16))
+    there = stacked.converted("side_by_side")
+    assert there.pages.shape == LAYOUTS["side_by_side"].shape(5, 8, 3, 80)
+    assert (there.num_pages, there.page_size, there.num_kv_heads) == (5, 8, 3)
+    np.testing.assert_array_equal(there.converted("stacked").pages, stacked.pages)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"v": None}, "v is None, must be given with k and slot_mapping"),
+        ({"cu_q_lens": np.zeros(9, np.int32)}, "cu_q_lens has 9 entries, must have 4"),
+        ({"kv_pages": np.zeros((5, 2, 1, 8, 96))}, "kv_pages has dtype float64, must be one of"),
+        (
+            {"kv_pages": np.zeros((5, 2, 1, 8, 96), np.float32)},
+            "1 tiles of 96 lanes, must have 128",
+        ),
+        ({"kv_pages": np.zeros((5, 2, 1, 12, 128), np.float32)}, "page_size is 12, must be a"),
+        ({"soft_cap": -1.0}, "soft_cap is -1.0, must be above 0"),
+    ],
+)
+def test_refuses(change, message):
+    arguments = batch((3, 1), (9, 4))
+    arguments["kv_pages"] = LAYOUTS["side_by_side"].join(*jnp.asarray(arguments["kv_pages"]))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        mosaic_tpu.paged_attention(**arguments | change)
+
+
+def needs_compiler(chip):
+    missing = target_for(chip).missing()
+    if missing:
+        pytest.skip(f"no compiler for {chip} here: {missing}")
+
+
+def compiles(chip, **options):
+    """Lets the chip's own compiler have the kernels, with a cache in the backend's layout."""
+    needs_compiler(chip)
+    arguments = batch((1, 40, 3), (70, 75, 9), pad_tokens=0, **options)
+    pages = LAYOUTS["side_by_side"].join(*jnp.asarray(arguments["kv_pages"]))
+    report = compile_for(chip, MosaicTpuBackend.kernels["paged"], arguments | {"kv_pages": pages})
+    assert report.compiled, report.refusal
+
+
+EVERYTHING = {"sinks": True, "alibi": True, "soft_cap": 8.0, "sliding_window": 20}
+
+
+@pytest.mark.parametrize("chip", DECLARED.generation.values)
+def test_a_sample_compiles(chip):
+    compiles(chip, heads=(8, 2), head_size=128, page_size=16, **EVERYTHING)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("chip", DECLARED.generation.values)
+@pytest.mark.parametrize("head_size", DECLARED.head_size.values)
+@pytest.mark.parametrize("page_size", DECLARED.block_size.values)
+@pytest.mark.parametrize("dtype", DECLARED.dtype.values)
+def test_every_size_compiles(chip, head_size, page_size, dtype):
+    compiles(chip, head_size=head_size, page_size=page_size, dtype=dtype)
