@@ -46,9 +46,7 @@ def check_arguments(table: Mapping[str, Spec], required: Collection[str] = ()) -
         dims = dims_text.split()
         layout = f"[{', '.join(d.lstrip('~') for d in dims)}]"
         if array is None:
-            raise ValueError(
-                f"{name} is None, must be an array {layout}: it is required"
-            )
+            raise ValueError(f"{name} is None, must be an array {layout}: it is required")
         if not hasattr(array, "shape") or not hasattr(array, "dtype"):
             raise TypeError(
                 f"{name} is {type(array).__name__}, must be an array {layout}: "
