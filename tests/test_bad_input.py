@@ -515,7 +515,7 @@ def test_the_builder(arguments, message):
 
 
 def test_the_builders_other_arguments():
-    with pytest.raises(ValueError, match=r"^page_size is 0, must be an integer of at least 1"):
+    with pytest.raises(ValueError, match=r"^block_size is 0, must be an integer of at least 1"):
         AttentionMetadataBuilder(0)
     with pytest.raises(
         TypeError, match=r"^common_attn_metadata is AttentionMetadata, must be Comm"
