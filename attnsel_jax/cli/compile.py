@@ -56,6 +56,7 @@ def _shape(help_text: str) -> Any:
 
 # Longer than 40 lines: its options are the shapes of every op.
 def compile_(
+    ctx: typer.Context,
     device: Annotated[list[str], typer.Option(help="Chip to compile for; may be repeated.")],
     problem: Annotated[
         list[str] | None,
@@ -96,6 +97,7 @@ def compile_(
     """
     options = dict(locals())
     with callers_mistakes():
+        _check_options(options, [o for o in options if _on_command_line(ctx, o)])
         cases = list(_cases(options))
         outcomes = list(_outcomes(cases, device, backend, options))
     if json:
@@ -112,7 +114,6 @@ def compile_(
 def _cases(options: dict[str, Any]) -> Iterator[Case]:
     """The named problems, or the one that the options describe."""
     if not options["problem"]:
-        _check_op(options["op"])
         yield Case("options", options["op"], options, options["gradients"])
         return
     from attnsel_jax.problems import named
@@ -122,11 +123,46 @@ def _cases(options: dict[str, Any]) -> Iterator[Case]:
         yield Case(problem.name, problem.op, problem.make(), wanted, problem.attn_type)
 
 
-def _check_op(op: str) -> None:
-    from attnsel_jax.config import OPS
+# Options that not every op has an argument for.
+_ONLY = {
+    "causal": ("dense", "paged"),
+    "num_kv_heads": ("dense", "paged"),
+    "kv_cache_dtype": ("paged", "mla", "sparse_mla"),
+    "block_size": ("paged", "mla", "sparse_mla"),
+    "topk": ("sparse_mla",),
+}
+_SETTINGS = ("device", "problem", "backend", "gradients", "json")
 
+
+def _check_options(options: dict[str, Any], said: list[str]) -> None:
+    """Refuses shapes that no array has, and options that would not be looked at."""
+    from attnsel_jax.config import OPS, dtype_name
+    from attnsel_jax.static_arguments import count, number
+
+    op = options["op"]
     if op not in OPS:
         raise ValueError(f"op is {op!r}, must be one of {', '.join(OPS)}")
+    for name in said:
+        flag = f"--{name.replace('_', '-')}"
+        if options["problem"] and name not in _SETTINGS:
+            raise ValueError(f"{flag} is given, must be left out with --problem: it has its shapes")
+        if op not in _ONLY.get(name, OPS):
+            raise ValueError(f"{flag} is given, must be left out with op {op}: it has no such")
+    for name in ("batch", "q_len", "num_heads", "topk"):
+        count(name, options[name], optional=False)
+    for name in ("kv_len", "num_kv_heads", "head_size", "block_size", "sliding_window"):
+        count(name, options[name])
+    number("soft_cap", options["soft_cap"], positive=True)
+    dtype_name(options["dtype"])
+    if op in ("mla", "sparse_mla") and (options["head_size"] or 576) <= 64:
+        raise ValueError(
+            f"head_size is {options['head_size']}, must be above 64 with op {op}: 64 are rotary"
+        )
+
+
+def _on_command_line(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _outcomes(
