@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnsel_jax.static_arguments import count
+from attnsel_jax.static_arguments import count, flag
+
+INT32_MAX = 2**31 - 1
 
 
 @jax.tree_util.register_dataclass
@@ -23,8 +25,9 @@ class AttentionMetadata:
     Attributes:
         page_table: int32 [max_num_seqs, pages_per_seq].
         kv_lens: int32 [max_num_seqs]: positions in the cache, this step's included.
-        cu_q_lens: int32 [max_num_seqs + 1]: cumulative query lengths, from 0.
-        num_seqs: int32 []: sequences that exist.
+        cu_q_lens: int32 [max_num_seqs + 1]: cumulative query lengths, from 0; of several groups
+            (see `grouped`) [max_num_seqs + groups], from 0 in each.
+        num_seqs: int32 []: sequences that exist; of several groups [groups], those of each.
         slot_mapping: int32 [num_tokens], page * page_size + offset, -1 = nowhere; None where this
             step writes nothing.
         causal: static; False for encoder and cross attention.
@@ -36,6 +39,52 @@ class AttentionMetadata:
     num_seqs: jax.Array
     slot_mapping: jax.Array | None = None
     causal: bool = dataclasses.field(default=True, metadata={"static": True})
+
+    def arrays(self) -> dict[str, jax.Array | None]:
+        """The batch by the contracts' names."""
+        names = ("page_table", "kv_lens", "cu_q_lens", "num_seqs", "slot_mapping")
+        return {name: getattr(self, name) for name in names}
+
+    @staticmethod
+    def grouped(batches: Sequence["AttentionMetadata"]) -> "AttentionMetadata":
+        """Batches side by side, as shards of a data-parallel mesh hold them.
+
+        Each array is shared out by its first dimension, and so are the tokens and the pages: group
+        i's tokens are the i-th part of q, and the pages that it names lie in the shard that holds
+        the group. Page ids and slots are of the whole cache.
+
+        Args:
+            batches: of equal sizes (pad them in `from_lengths`).
+
+        Raises:
+            ValueError: none, batches of unequal sizes, or of groups.
+        """
+        shapes = [jax.tree.map(jnp.shape, batch) for batch in batches]
+        if not shapes or any(shape != shapes[0] for shape in shapes) or shapes[0].num_seqs:
+            raise ValueError(
+                f"batches have shapes {shapes}, must be at least one, all alike and of one group "
+                f"each: pad them to the same num_tokens, max_num_seqs and pages_per_seq"
+            )
+        return jax.tree.map(
+            lambda *parts: jnp.concatenate([jnp.atleast_1d(part) for part in parts]), *batches
+        )
+
+    def groups(self) -> list["AttentionMetadata"]:
+        """The batches of which it is made, see `grouped`; itself, where it is one."""
+        if jnp.ndim(self.num_seqs) == 0:
+            return [self]
+        count = self.num_seqs.shape[0]
+
+        def parts(array: jax.Array) -> list[jax.Array]:
+            size = array.shape[0] // count
+            return [array[i * size : (i + 1) * size] for i in range(count)]
+
+        cut = {name: parts(array) for name, array in self.arrays().items() if array is not None}
+        cut["num_seqs"] = [self.num_seqs[i] for i in range(count)]
+        return [
+            dataclasses.replace(self, **{name: mine[i] for name, mine in cut.items()})
+            for i in range(count)
+        ]
 
     @staticmethod
     def from_lengths(
@@ -97,7 +146,7 @@ class AttentionMetadata:
             cu_q_lens=jnp.asarray(cu_q_lens),
             num_seqs=jnp.asarray(len(q_lens), jnp.int32),
             slot_mapping=jnp.asarray(slots) if writes else None,
-            causal=causal,
+            causal=flag("causal", causal),
         )
 
 
@@ -244,10 +293,11 @@ def _check_lengths(q_lens, kv_lens, page_table, page_size, writes) -> None:
                 f"kv_lens[{i}] is {kv_len}, must be at most {len(row) * page_size}: its "
                 f"{len(row)} pages hold {page_size} tokens each"
             )
-        negative = row[: -(-kv_len // page_size)] < 0
-        if negative.any():
-            j = int(np.argmax(negative))
+        used = row[: -(-kv_len // page_size)]
+        outside = (used < 0) | (used > INT32_MAX)
+        if outside.any():
+            j = int(np.argmax(outside))
             raise ValueError(
-                f"page_table[{i}][{j}] is {row[j]}, must be at least 0: kv_lens[{i}] is {kv_len}, "
-                f"so that page is read"
+                f"page_table[{i}][{j}] is {row[j]}, must be 0 to {INT32_MAX}: kv_lens[{i}] is "
+                f"{kv_len}, so that page is read"
             )

@@ -92,6 +92,7 @@ def test_select_passes_every_option_on():
     values = {
         "head_size": 96, "dtype": "float32", "kv_cache_dtype": "int8", "block_size": 32,
         "attn_type": "encoder", "op": "dense", "head_size_v": 64, "num_heads": 8, "num_kv_heads": 2,
+        "context_axis": "seq",
     }  # fmt: skip
     options = [f"--{flag.replace('_', '-')}" for flag in flags]
     for name, value in values.items():
@@ -173,6 +174,8 @@ def test_matrix_writes_then_checks(tmp_path):
     assert "stale: docs/backends.md, README.md" in stale
     attnsel("matrix", "--write", str(tmp_path))
     attnsel("matrix", "--check", str(tmp_path))
+    assert attnsel_json("matrix", "--check", str(tmp_path)) == {"stale": []}
+    assert "must be one" in error_of("matrix", "--check", "x", "--write", "y")
     page = tmp_path / matrix_library.PAGE
     page.write_text(page.read_text().replace("yes", "no", 1))
     assert "stale: docs/backends.md;" in error_of("matrix", "--check", str(tmp_path), code=1)
@@ -282,6 +285,19 @@ def test_bench_s_mistakes(options, said):
         (("--device", "cpu", "--problem", "zz"), "problem is 'zz', must be"),
         (("--device", "cpu", "--backend", "XLAA"), "backend is 'XLAA'"),
         (("--device", "cpu", "--op", "sparse"), "op is 'sparse', must be one of dense"),
+        (("--device", "cpu", "--dtype", "foo"), "dtype is 'foo', must be a floating dtype"),
+        (("--device", "cpu", "--q-len", "0"), "q_len is 0, must be an integer of at least 1"),
+        (("--device", "cpu", "--batch", "-1"), "batch is -1, must be an integer of at least 1"),
+        (("--device", "cpu", "--kv-len", "0"), "kv_len is 0, must be an integer of at least 1"),
+        (("--device", "cpu", "--sliding-window", "0"), "sliding_window is 0, must be an integer"),
+        (("--device", "cpu", "--soft-cap", "0"), "soft_cap is 0.0, must be a finite number above"),
+        (("--device", "cpu", "--op", "mla", "--head-size", "64"), "head_size is 64, must be above"),
+        (("--device", "cpu", "--op", "mla", "--no-causal"), "--causal is given, must be left out"),
+        (("--device", "cpu", "--topk", "8"), "--topk is given, must be left out with op dense"),
+        (
+            ("--device", "cpu", "--problem", "llama3.decode", "--q-len", "8"),
+            "--q-len is given, must be left out with --problem",
+        ),
     ],
 )
 def test_compile_s_mistakes(options, said):

@@ -1,5 +1,6 @@
 """`attnsel compile`: a backend's op through a chip's real compiler, without the chip."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, NamedTuple
 
@@ -7,6 +8,15 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from attnsel_jax.cli.mesh_options import (
+    BatchAxis,
+    ContextAxis,
+    Form,
+    HeadsAxis,
+    MeshShape,
+    mesh_axes,
+    mesh_call,
+)
 from attnsel_jax.cli.terminal import (
     CHECK_FAILED,
     NOTHING_SERVES,
@@ -46,6 +56,7 @@ def _shape(help_text: str) -> Any:
 
 # Longer than 40 lines: its options are the shapes of every op.
 def compile_(
+    ctx: typer.Context,
     device: Annotated[list[str], typer.Option(help="Chip to compile for; may be repeated.")],
     problem: Annotated[
         list[str] | None,
@@ -71,6 +82,11 @@ def compile_(
     sliding_window: Annotated[int | None, _shape("Keys a query sees, its own included.")] = None,
     soft_cap: Annotated[float | None, _shape("On the logits.")] = None,
     topk: Annotated[int, _shape("Positions of each token, for sparse_mla.")] = 2048,
+    mesh: MeshShape = None,
+    batch_axis: BatchAxis = None,
+    heads_axis: HeadsAxis = None,
+    context_axis: ContextAxis = None,
+    form: Form = "ring",
     json: Json = False,
 ) -> None:
     """Compiles a backend's op for a chip that is not here.
@@ -81,8 +97,9 @@ def compile_(
     """
     options = dict(locals())
     with callers_mistakes():
+        _check_options(options, [o for o in options if _on_command_line(ctx, o)])
         cases = list(_cases(options))
-        outcomes = list(_outcomes(cases, device, backend))
+        outcomes = list(_outcomes(cases, device, backend, options))
     if json:
         print_json([_as_json(outcome) for outcome in outcomes])
     else:
@@ -97,7 +114,6 @@ def compile_(
 def _cases(options: dict[str, Any]) -> Iterator[Case]:
     """The named problems, or the one that the options describe."""
     if not options["problem"]:
-        _check_op(options["op"])
         yield Case("options", options["op"], options, options["gradients"])
         return
     from attnsel_jax.problems import named
@@ -107,14 +123,51 @@ def _cases(options: dict[str, Any]) -> Iterator[Case]:
         yield Case(problem.name, problem.op, problem.make(), wanted, problem.attn_type)
 
 
-def _check_op(op: str) -> None:
-    from attnsel_jax.config import OPS
+# Options that not every op has an argument for.
+_ONLY = {
+    "causal": ("dense", "paged"),
+    "num_kv_heads": ("dense", "paged"),
+    "kv_cache_dtype": ("paged", "mla", "sparse_mla"),
+    "block_size": ("paged", "mla", "sparse_mla"),
+    "topk": ("sparse_mla",),
+}
+_SETTINGS = ("device", "problem", "backend", "gradients", "json")
 
+
+def _check_options(options: dict[str, Any], said: list[str]) -> None:
+    """Refuses shapes that no array has, and options that would not be looked at."""
+    from attnsel_jax.config import OPS, dtype_name
+    from attnsel_jax.static_arguments import count, number
+
+    op = options["op"]
     if op not in OPS:
         raise ValueError(f"op is {op!r}, must be one of {', '.join(OPS)}")
+    for name in said:
+        flag = f"--{name.replace('_', '-')}"
+        if options["problem"] and name not in _SETTINGS:
+            raise ValueError(f"{flag} is given, must be left out with --problem: it has its shapes")
+        if op not in _ONLY.get(name, OPS):
+            raise ValueError(f"{flag} is given, must be left out with op {op}: it has no such")
+    for name in ("batch", "q_len", "num_heads", "topk"):
+        count(name, options[name], optional=False)
+    for name in ("kv_len", "num_kv_heads", "head_size", "block_size", "sliding_window"):
+        count(name, options[name])
+    number("soft_cap", options["soft_cap"], positive=True)
+    dtype_name(options["dtype"])
+    if op in ("mla", "sparse_mla") and (options["head_size"] or 576) <= 64:
+        raise ValueError(
+            f"head_size is {options['head_size']}, must be above 64 with op {op}: 64 are rotary"
+        )
 
 
-def _outcomes(cases: list[Case], chips: list[str], backend: str | None) -> Iterator[Outcome]:
+def _on_command_line(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _outcomes(
+    cases: list[Case], chips: list[str], backend: str | None, options: Mapping[str, Any]
+) -> Iterator[Outcome]:
     """Each case on each chip: selection, then the compiler."""
     from attnsel_jax.aot import target_for
 
@@ -123,10 +176,10 @@ def _outcomes(cases: list[Case], chips: list[str], backend: str | None) -> Itera
         for case in cases:
             for target in targets:
                 status.update(f"compiling {case.name} for {target.chip}")
-                yield _outcome(case, target, backend)
+                yield _outcome(case, target, backend, options)
 
 
-def _outcome(case: Case, target: Any, backend: str | None) -> Outcome:
+def _outcome(case: Case, target: Any, backend: str | None, options: Mapping[str, Any]) -> Outcome:
     from attnsel_jax.aot import NoCompilerError, compile_for
     from attnsel_jax.platforms import CHIPS
     from attnsel_jax.problems import question
@@ -137,6 +190,9 @@ def _outcome(case: Case, target: Any, backend: str | None) -> Outcome:
     if case.name == "options":
         arguments = _abstract_arguments(arguments, chip, backend)
     config = question(case.op, arguments, attn_type=case.attn_type, needs_grad=case.gradients)
+    axes = mesh_axes(options)
+    if axes is not None and axes.context and (axes.form == "ring" or case.op != "dense"):
+        config = dataclasses.replace(config, context_axis=axes.context)
     selection = select(config, chip, backend)
     if selection.backend is None:
         reasons = str(selection)
@@ -147,7 +203,10 @@ def _outcome(case: Case, target: Any, backend: str | None) -> Outcome:
         name = selection.backend.name
         return Outcome(case.name, target.chip, name, "refused by selection", None, reasons)
     try:
-        report = compile_for(target.chip, kernels[case.op], arguments, gradients=case.gradients)
+        report = compile_for(
+            target.chip, kernels[case.op], arguments, gradients=case.gradients,
+            over=mesh_call(options, selection.backend, case.op),
+        )  # fmt: skip
     except NoCompilerError as error:
         return Outcome(
             case.name, target.chip, selection.backend.name, "no compiler here", None, str(error)
@@ -209,7 +268,16 @@ def _print(outcomes: list[Outcome]) -> None:
     """A table of memory and cost, then every refusal in full."""
     out = console()
     table = Table("case", "device", "backend", "verdict")
-    for heading in ("arguments", "outputs", "in place", "temporaries", "flops", "bytes", "seconds"):
+    for heading in (
+        "arguments",
+        "outputs",
+        "in place",
+        "temporaries",
+        "flops",
+        "bytes",
+        "sent",
+        "seconds",
+    ):
         table.add_column(heading, justify="right")
     for outcome in outcomes:
         style = "green" if outcome.verdict == "compiled" else "bold red"
@@ -224,9 +292,9 @@ def _print(outcomes: list[Outcome]) -> None:
 
 def _figures(report: Any) -> list[str]:
     if report is None:
-        return ["-"] * 7
+        return ["-"] * 8
     if not report.compiled:
-        return ["-"] * 6 + [f"{report.seconds:.1f}" if report.seconds else "-"]
+        return ["-"] * 7 + [f"{report.seconds:.1f}" if report.seconds else "-"]
     memory = [
         si(report.memory[name], "B") for name in ("arguments", "outputs", "aliased", "temporaries")
     ]
@@ -234,5 +302,6 @@ def _figures(report: Any) -> list[str]:
         *memory,
         si(report.cost["flops"]),
         si(report.cost["bytes"], "B"),
+        si(sum(report.sent.values()), "B") if report.sent else "-",
         f"{report.seconds:.1f}",
     ]
