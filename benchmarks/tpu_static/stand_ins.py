@@ -82,9 +82,9 @@ def traced_as(given: list[Recorded], vmem_bytes: int) -> Iterator[list[Call]]:
 
     Args:
         given: as recorded.
-        vmem_bytes: limit given to every kernel, where its own is not larger. With nearly all of VMEM none
-            is left for XLA, which would otherwise move operands there beforehand where they fit:
-            bytes would cross HBM that no kernel's schedule shows.
+        vmem_bytes: limit given to every kernel, where its own is not larger. With nearly all of
+            VMEM none is left for XLA, which would otherwise move operands there beforehand where
+            they fit: bytes would cross HBM that no kernel's schedule shows.
     """
     calls: list[Call] = []
     real = pl.pallas_call
