@@ -25,6 +25,7 @@ _HOMES = {
         "global_force_attn_backend_context_manager",
     ),
     "attnsel_jax.kv_cache": ("KVCache", "LatentCache", "stored_dtype"),
+    "attnsel_jax.mesh": ("MeshAxes", "use_mesh_axes"),
     "attnsel_jax.metadata": (
         "AttentionMetadata",
         "AttentionMetadataBuilder",

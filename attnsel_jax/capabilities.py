@@ -99,7 +99,17 @@ class Capabilities:
             if field.name == "head_size_v" and allowed is None:
                 yield Rejection("head_size_v", asked, f"{config.head_size}, as head_size")
             elif asked not in allowed:
-                yield Rejection(field.name, asked, allowed, WAYS_OUT.get(field.name, ""))
+                yield Rejection(field.name, asked, allowed, _way_out(field.name, config))
+
+
+def _way_out(name: str, config: AttentionSelectorConfig) -> str:
+    """What to do about a refused field, or where it came from."""
+    if name == "needs_lse" and config.context_axis is not None:
+        return (
+            f"mesh axis {config.context_axis!r} spreads a sequence's keys, and partial results are "
+            f"merged by lse"
+        )
+    return WAYS_OUT.get(name, "")
 
 
 def _asked(name: str, config: AttentionSelectorConfig, device: Device) -> Any:

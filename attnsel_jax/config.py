@@ -58,6 +58,8 @@ class AttentionSelectorConfig:
         has_segment_ids, has_lens, has_q_offset: which features the calls will use.
         needs_grad: gradients will be taken.
         needs_lse: the log-sum-exp will be read.
+        context_axis: the mesh axis over which one sequence's keys are spread, so that partial
+            results are merged by lse, which is then needed; None = each device meets them all.
 
     Raises:
         ValueError: a value that no backend could ever accept.
@@ -88,6 +90,7 @@ class AttentionSelectorConfig:
     has_q_offset: bool = False
     needs_grad: bool = False
     needs_lse: bool = False
+    context_axis: str | None = None
 
     def __post_init__(self):
         def put(name: str, value: Any) -> None:
@@ -103,9 +106,18 @@ class AttentionSelectorConfig:
         for field in dataclasses.fields(self):
             if field.type is bool:
                 put(field.name, flag(field.name, getattr(self, field.name)))
+        put("needs_lse", self.needs_lse or self._merges())
         put("op", self._resolved_op())
         put("causal", self._resolved_causal())
         self._check_head_counts()
+
+    def _merges(self) -> bool:
+        """Whether partial results will be merged."""
+        if not isinstance(self.context_axis, str | None):
+            raise ValueError(
+                f"context_axis is {self.context_axis!r}, must be the name of a mesh axis, or None"
+            )
+        return self.context_axis is not None
 
     def _resolved_op(self) -> str:
         if self.use_sparse and not self.use_mla:

@@ -35,14 +35,16 @@ def _may_be_set(variable: str) -> bool:
     return table is None or _ENCODED[variable] in table
 
 
-def environment_for_compiling() -> dict[str, str]:
-    """The environment of a process that compiles for a chip that is not here.
+def environment_for_compiling(devices: int | None = None) -> dict[str, str]:
+    """The environment of a process that compiles for a chip, or `devices`, that are not here.
 
     jax itself runs on the CPU; libtpu asks no metadata server, writes no logs (they grow without
     bound in the temporary folder otherwise), and does not mind another process that compiles.
     """
+    several = f" --xla_force_host_platform_device_count={devices}" if devices else ""
     return {
         **os.environ,
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + several,
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_LOG_DIR": "disabled",

@@ -25,7 +25,11 @@ def jitted_kernel(backend: type[AttentionBackend], op: str) -> Callable[..., Any
 
 @functools.cache
 def _jitted(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    return jax.jit(kernel, static_argnames=static_names(kernel))
+
+
+def static_names(kernel: Callable[..., Any]) -> tuple[str, ...]:
+    """The kernel's arguments that are fixed when it is traced."""
     parameters = inspect.signature(kernel).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())  # a wrapper's **others
-    static = _STATIC if takes_any else _STATIC.intersection(parameters)
-    return jax.jit(kernel, static_argnames=tuple(sorted(static)))
+    return tuple(sorted(_STATIC if takes_any else _STATIC.intersection(parameters)))

@@ -23,8 +23,9 @@ class AttentionMetadata:
     Attributes:
         page_table: int32 [max_num_seqs, pages_per_seq].
         kv_lens: int32 [max_num_seqs]: positions in the cache, this step's included.
-        cu_q_lens: int32 [max_num_seqs + 1]: cumulative query lengths, from 0.
-        num_seqs: int32 []: sequences that exist.
+        cu_q_lens: int32 [max_num_seqs + 1]: cumulative query lengths, from 0; of several groups
+            (see `grouped`) [max_num_seqs + groups], from 0 in each.
+        num_seqs: int32 []: sequences that exist; of several groups [groups], those of each.
         slot_mapping: int32 [num_tokens], page * page_size + offset, -1 = nowhere; None where this
             step writes nothing.
         causal: static; False for encoder and cross attention.
@@ -36,6 +37,52 @@ class AttentionMetadata:
     num_seqs: jax.Array
     slot_mapping: jax.Array | None = None
     causal: bool = dataclasses.field(default=True, metadata={"static": True})
+
+    def arrays(self) -> dict[str, jax.Array | None]:
+        """The batch by the contracts' names."""
+        names = ("page_table", "kv_lens", "cu_q_lens", "num_seqs", "slot_mapping")
+        return {name: getattr(self, name) for name in names}
+
+    @staticmethod
+    def grouped(batches: Sequence["AttentionMetadata"]) -> "AttentionMetadata":
+        """Batches side by side, as shards of a data-parallel mesh hold them.
+
+        Each array is shared out by its first dimension, and so are the tokens and the pages: group
+        i's tokens are the i-th part of q, and the pages that it names lie in the shard that holds
+        the group. Page ids and slots are of the whole cache.
+
+        Args:
+            batches: of equal sizes (pad them in `from_lengths`).
+
+        Raises:
+            ValueError: none, batches of unequal sizes, or of groups.
+        """
+        shapes = [jax.tree.map(jnp.shape, batch) for batch in batches]
+        if not shapes or any(shape != shapes[0] for shape in shapes) or shapes[0].num_seqs:
+            raise ValueError(
+                f"batches have shapes {shapes}, must be at least one, all alike and of one group "
+                f"each: pad them to the same num_tokens, max_num_seqs and pages_per_seq"
+            )
+        return jax.tree.map(
+            lambda *parts: jnp.concatenate([jnp.atleast_1d(part) for part in parts]), *batches
+        )
+
+    def groups(self) -> list["AttentionMetadata"]:
+        """The batches of which it is made, see `grouped`; itself, where it is one."""
+        if jnp.ndim(self.num_seqs) == 0:
+            return [self]
+        count = self.num_seqs.shape[0]
+
+        def parts(array: jax.Array) -> list[jax.Array]:
+            size = array.shape[0] // count
+            return [array[i * size : (i + 1) * size] for i in range(count)]
+
+        cut = {name: parts(array) for name, array in self.arrays().items() if array is not None}
+        cut["num_seqs"] = [self.num_seqs[i] for i in range(count)]
+        return [
+            dataclasses.replace(self, **{name: mine[i] for name, mine in cut.items()})
+            for i in range(count)
+        ]
 
     @staticmethod
     def from_lengths(

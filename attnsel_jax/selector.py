@@ -65,6 +65,7 @@ class FurtherQuestions(TypedDict, total=False):
     has_q_offset: bool
     needs_grad: bool
     needs_lse: bool
+    context_axis: str | None
 
 
 def get_attn_backend(

@@ -44,6 +44,15 @@ def check_batch(
             raise ValueError("slot_mapping names a slot twice, must name each at most once")
 
 
+def check_groups(
+    metadata: AttentionMetadata, num_tokens: int, num_pages: int, page_size: int
+) -> None:
+    """Refuses a batch, or one of its groups, as `check_batch` does; arguments as there."""
+    groups = metadata.groups()
+    for group in groups:
+        check_batch(group, num_tokens // len(groups), num_pages, page_size)
+
+
 def check_lengths(name: str, lens: jax.Array | None, limit: int) -> None:
     """Refuses lengths that are negative or beyond the array they count in.
 

@@ -116,6 +116,34 @@ def tpu_static(part: str) -> str:
     return getattr(importlib.import_module("benchmarks.tpu_static.page"), part)()
 
 
+def meshes() -> str:
+    """What `benchmarks/compile_over_meshes.py` read off compiled programs."""
+    from attnsel_jax.cli.terminal import si
+
+    run = json.loads((ROOT / "benchmarks" / "meshes.json").read_text())
+    shape = ", ".join(f"{name} {value}" for name, value in run["shape"].items())
+    body = [
+        [
+            f"{row['chip']} x {row['devices']}",
+            f"{row['length']:,}",
+            f"`{row['form']}`",
+            *(si(row["memory"][part], "B") for part in ("arguments", "outputs", "temporaries")),
+            si(sum(row["sent"].values()), "B"),
+            si(row["formula"], "B"),
+        ]
+        for row in run["rows"]
+    ]
+    header = ["devices", "length", "form", "arguments", "outputs", "temporaries", "sent", "formula"]
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    return "\n\n".join(
+        [
+            f"`{run['command']}`, {run['date']}, {versions}: one causal sequence, backend "
+            f"{run['backend']}, {shape}; bytes of one device.",
+            table(header, body),
+        ]
+    )
+
+
 def said(reached: bool | None) -> str:
     """A verdict in words."""
     return {True: "reached", False: "not reached", None: "not measured"}[reached]
@@ -133,6 +161,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "chips": chips,
     "problems": problems,
     "measurements": measurements,
+    "meshes": meshes,
     "question": lambda: docstring("attnsel_jax.config:AttentionSelectorConfig"),
     "environment": lambda: docstring("attnsel_jax.envs"),
     "tpu works": lambda: tpu_static("works"),

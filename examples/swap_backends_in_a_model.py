@@ -129,15 +129,18 @@ def run_step(params, caches, sequences, q_lens, num_tokens):
     return step(params, caches, tokens, positions, metadata)
 
 
-def generate(params, prompts, new_tokens=NEW_TOKENS):
-    """Greedy continuations [prompts, new_tokens], and the logits that they were chosen by."""
+def generate(params, prompts, new_tokens=NEW_TOKENS, cache_heads=NUM_KV_HEADS):
+    """Greedy continuations [prompts, new_tokens], and the logits that they were chosen by.
+
+    `cache_heads` may be more than the kv heads: each is then held as often (see on_a_mesh.py).
+    """
     page_ids = np.random.default_rng(0).permutation(len(prompts) * PAGES_PER_SEQ).tolist()
     sequences = [
         Sequence(list(prompt.encode()), page_ids[i * PAGES_PER_SEQ : (i + 1) * PAGES_PER_SEQ])
         for i, prompt in enumerate(prompts)
     ]
     caches = [
-        attnsel_jax.allocate_kv_cache(len(page_ids), PAGE_SIZE, NUM_KV_HEADS, HEAD_SIZE, "float32")
+        attnsel_jax.allocate_kv_cache(len(page_ids), PAGE_SIZE, cache_heads, HEAD_SIZE, "float32")
         for _ in range(NUM_LAYERS)
     ]
     chosen_by = []

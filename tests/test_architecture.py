@@ -29,7 +29,7 @@ LAYERS = {
     r"attnsel_jax\.(config|constraints|platforms|envs|jax_versions|qualnames|static_arguments)": 1,
     r"attnsel_jax\.(capabilities|kv_cache|metadata|backend_names)": 2,
     r"attnsel_jax\.(backend|xla)": 3,
-    r"attnsel_jax\.(impls|backends|jitted_kernels)": 4,
+    r"attnsel_jax\.(impls|backends|jitted_kernels|mesh)": 4,
     r"attnsel_jax\.(registry|forcing|plugins)": 5,
     r"attnsel_jax\.(selection|selector)": 6,
     r"attnsel_jax\.(ops|value_checks)": 7,
@@ -168,7 +168,8 @@ def test_the_enum_is_the_registry_s_table():
 
 def test_question_and_answer_have_the_same_fields():
     machine = {"platform", "compute_capability", "generation", "jax_version"}
-    derived = {"use_mla", "use_sparse", "op"}  # answered by the family and the op's own entry
+    # Answered by the family, by the op's own entry, and by needs_lse.
+    derived = {"use_mla", "use_sparse", "op", "context_axis"}
     asked = {field.name for field in dataclasses.fields(AttentionSelectorConfig)}
     answered = {field.name for field in dataclasses.fields(Capabilities)}
     assert answered - machine == asked - derived

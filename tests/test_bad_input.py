@@ -248,7 +248,7 @@ BATCH = [
         np.ones(3, np.int32),
         r"^metadata.cu_q_lens has size 3, must be 4 \(",
     ),
-    ("metadata.num_seqs", np.ones(1, np.int32), r"num_seqs has 1 dimensions \(1,\), must have 0"),
+    ("metadata.num_seqs", np.ones((1, 1), np.int32), r"num_seqs has 2 dimensions \(1, 1\), must"),
     ("metadata.slot_mapping", np.ones(4, np.int32), r"slot_mapping has num_tokens 4, must be 5"),
     (
         "metadata.slot_mapping",

@@ -92,6 +92,7 @@ def test_select_passes_every_option_on():
     values = {
         "head_size": 96, "dtype": "float32", "kv_cache_dtype": "int8", "block_size": 32,
         "attn_type": "encoder", "op": "dense", "head_size_v": 64, "num_heads": 8, "num_kv_heads": 2,
+        "context_axis": "seq",
     }  # fmt: skip
     options = [f"--{flag.replace('_', '-')}" for flag in flags]
     for name, value in values.items():

@@ -76,7 +76,7 @@ def test_cells_of_values():
 def test_plug_ins_are_shown_but_not_in_the_docs():
     before = matrix.docs_page()
 
-    @register_backend("PLUGGED_IN", before="XLA")
+    @register_backend("PLUGGED_IN", before="MOSAIC_TPU")
     class PluggedIn(AttentionBackend):
         name = "PLUGGED_IN"
         capabilities = {

@@ -8,18 +8,21 @@ libtpu takes a lock, and its variables must be set before jax is imported. What 
 words if it refuses.
 """
 
+import dataclasses
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 from attnsel_jax.aot.arguments import described
+from attnsel_jax.aot.mesh_call import MeshCall
 from attnsel_jax.aot.report import CompileReport
-from attnsel_jax.aot.targets import NoCompilerError, Target, target_for
+from attnsel_jax.aot.targets import NoCompilerError, Target, slice_for, target_for
 from attnsel_jax.envs import environment_for_compiling
 
-__all__ = ["CompileReport", "NoCompilerError", "Target", "compile_for", "target_for"]
+__all__ = ["CompileReport", "MeshCall", "NoCompilerError", "Target", "compile_for", "target_for"]
 
 TIMEOUT_S = 900.0
 
@@ -30,6 +33,7 @@ def compile_for(
     arguments: Mapping[str, Any],
     *,
     gradients: bool = False,
+    over: MeshCall | None = None,
     timeout_s: float = TIMEOUT_S,
 ) -> CompileReport:
     """Compiles one call of a kernel for a chip.
@@ -40,6 +44,7 @@ def compile_for(
         arguments: the op contract's, by name. Of arrays (NumPy, jax, `jax.ShapeDtypeStruct`) only
             shapes and dtypes matter; everything else is static.
         gradients: compile the backward pass of `out` too (dense only).
+        over: the mesh that the call is shared out over; None = one device.
         timeout_s: seconds after which the compiler is stopped.
 
     Raises:
@@ -47,12 +52,15 @@ def compile_for(
         NoCompilerError: the chip's compiler is not installed here; says what to install.
     """
     target = target_for(chip)
+    if over is not None:
+        target = slice_for(target, over.devices)
     target.check_installed()
     task = {
         "target": target.to_json(),
         "kernel": kernel,
         "arguments": described(arguments),
         "gradients": gradients,
+        "mesh": None if over is None else dataclasses.asdict(over),
     }
     return CompileReport(
         chip=chip, kernel=kernel, gradients=gradients, **_in_child(task, timeout_s)
@@ -68,7 +76,9 @@ def _in_child(task: dict[str, Any], timeout_s: float) -> dict[str, Any]:
             capture_output=True,
             text=True,
             timeout=timeout_s,
-            env=environment_for_compiling(),
+            env=environment_for_compiling(
+                task["mesh"] and math.prod(task["mesh"]["axes"].values())
+            ),
             check=False,
         )
     except subprocess.TimeoutExpired:

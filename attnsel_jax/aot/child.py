@@ -14,6 +14,8 @@ from typing import Any
 import jax
 
 from attnsel_jax.aot.arguments import read_back
+from attnsel_jax.aot.collectives import collectives_of, sent_bytes
+from attnsel_jax.aot.mesh_call import MeshCall, shared_out
 from attnsel_jax.aot.report import cost_of, memory_of
 from attnsel_jax.qualnames import resolve_obj_by_qualname
 
@@ -35,18 +37,26 @@ def main() -> None:
 
     # Whatever the lowering or the compiler says, in whatever type it says it, is the answer.
     sys.excepthook = refuse
-    program = _compile(json.load(sys.stdin))
-    answer(memory=memory_of(program), cost=cost_of(program))
+    task = json.load(sys.stdin)
+    program = _compile(task)
+    sent = sent_bytes(collectives_of(program.as_text())) if task["mesh"] else {}
+    answer(memory=memory_of(program), cost=cost_of(program), sent=sent)
 
 
 def _compile(task: dict[str, Any]) -> Any:
     """The program of a task, for one device of its target."""
     target = task["target"]
-    sharding = _device_sharding(target)
-    arrays, static = read_back(task["arguments"], sharding)
-    function = _forward(task["kernel"], static)
+    devices = _devices(target)
+    sharding = None if devices is None else jax.sharding.SingleDeviceSharding(devices[0])
+    if task["mesh"] is not None:
+        arrays, static = read_back(task["arguments"])
+        over = MeshCall(**task["mesh"])
+        function, arrays = shared_out(over, devices or jax.devices(), arrays, static)
+    else:
+        arrays, static = read_back(task["arguments"], sharding)
+        function = _forward(task["kernel"], static)
     if task["gradients"]:
-        function, arrays = _with_gradients(function, arrays, sharding)
+        function, arrays = _with_gradients(function, arrays)
     caches = {name: arrays.pop(name) for name in CACHES if name in arrays}
 
     def program(caches: dict[str, jax.Array], arrays: dict[str, jax.Array]) -> Any:
@@ -57,14 +67,14 @@ def _compile(task: dict[str, Any]) -> Any:
         return traced.lower().compile()
 
 
-def _device_sharding(target: dict[str, Any]) -> Any:
-    """One device of the target's topology; None for the processor that is here."""
+def _devices(target: dict[str, Any]) -> Any:
+    """The devices of the target's topology; None for the processor that is here."""
     if target["platform"] == "cpu":
         return None
     from jax.experimental import topologies
 
     topology = topologies.get_topology_desc(platform=target["platform"], **target["topology"])
-    return jax.sharding.SingleDeviceSharding(topology.devices[0])
+    return topology.devices
 
 
 def _forward(kernel: str, static: dict[str, Any]) -> Callable[..., Any]:
@@ -77,7 +87,7 @@ def _forward(kernel: str, static: dict[str, Any]) -> Callable[..., Any]:
 
 
 def _with_gradients(
-    forward: Callable[..., Any], arrays: dict[str, Any], sharding: Any
+    forward: Callable[..., Any], arrays: dict[str, Any]
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
     """A function that gives out and the gradients of what is differentiable in it."""
     out = jax.eval_shape(forward, **arrays)[0]
@@ -92,7 +102,8 @@ def _with_gradients(
         value, pull_back = jax.vjp(of_wanted, {name: given[name] for name in wanted})
         return value, pull_back(dout)
 
-    dout = jax.ShapeDtypeStruct(out.shape, out.dtype, sharding=sharding)
+    # Over a mesh the result lies as q does; its last dimension is whole.
+    dout = jax.ShapeDtypeStruct(out.shape, out.dtype, sharding=arrays["q"].sharding)
     return forward_and_backward, {**arrays, "dout": dout}
 
 

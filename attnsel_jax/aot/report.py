@@ -16,6 +16,7 @@ class CompileReport:
         memory: bytes: "arguments", "outputs", "temporaries", "code" (see `memory_of`).
         cost: "flops" and "bytes" by the compiler's own count, which is one pass through a loop's
             body where it does not know the trip count; None where it does not say.
+        sent: bytes that one device sends to others, by kind of collective; over a mesh only.
         refusal: the compiler's own words; None = it compiled.
         versions: of jax, jaxlib and the compiler's package.
     """
@@ -26,6 +27,7 @@ class CompileReport:
     seconds: float | None = None
     memory: dict[str, int | None] = dataclasses.field(default_factory=dict)
     cost: dict[str, float | None] = dataclasses.field(default_factory=dict)
+    sent: dict[str, float] = dataclasses.field(default_factory=dict)
     refusal: str | None = None
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 from typing import Any
 
 from attnsel_jax.platforms import CHIPS, Device
@@ -14,6 +15,15 @@ TPU_TOPOLOGIES = {
     "v6e": "v6e:2x2",
     "7x": "tpu7x:2x2x1",
 }
+
+# How the chips of larger slices are laid out; of each generation those that libtpu describes. A
+# chip of 7x is two devices.
+_SQUARES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+SLICES: dict[str, tuple[str, ...]] = {
+    "v4": _CUBES, "v5e": _SQUARES, "v5p": _CUBES, "v6e": _SQUARES, "7x": _CUBES,
+}  # fmt: skip
+DEVICES_OF_A_CHIP = {"7x": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +129,30 @@ def target_for(chip: str) -> Target:
         f"device is {chip!r}, must be one of {allowed}: no compiler for {device.platform} runs "
         f"without the chip"
     )
+
+
+def slice_for(target: Target, devices: int) -> Target:
+    """The target with as many devices: a slice of TPUs, or a processor that stands for several.
+
+    Raises:
+        ValueError: no slice of the generation has so many, or the platform has none.
+    """
+    if target.platform == "cpu":
+        return target
+    if target.platform != "tpu":
+        raise ValueError(
+            f"device is {target.chip!r}, must be a TPU or cpu with a mesh: no compiler for several "
+            f"{target.platform} devices runs without them"
+        )
+    each = DEVICES_OF_A_CHIP.get(target.chip, 1)
+    sizes = {each * math.prod(map(int, s.split("x"))): s for s in SLICES[target.chip]}
+    if devices not in sizes:
+        raise ValueError(
+            f"mesh has {devices} devices, must have one of {', '.join(map(str, sizes))} for "
+            f"{target.chip}: the slices that its compiler describes"
+        )
+    family = target.topology["topology_name"].split(":")[0]
+    return dataclasses.replace(target, topology={"topology_name": f"{family}:{sizes[devices]}"})
 
 
 def _packages(platform: str) -> tuple[str, ...]:

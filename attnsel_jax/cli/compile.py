@@ -1,5 +1,6 @@
 """`attnsel compile`: a backend's op through a chip's real compiler, without the chip."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, NamedTuple
 
@@ -7,6 +8,15 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from attnsel_jax.cli.mesh_options import (
+    BatchAxis,
+    ContextAxis,
+    Form,
+    HeadsAxis,
+    MeshShape,
+    mesh_axes,
+    mesh_call,
+)
 from attnsel_jax.cli.terminal import (
     CHECK_FAILED,
     NOTHING_SERVES,
@@ -71,6 +81,11 @@ def compile_(
     sliding_window: Annotated[int | None, _shape("Keys a query sees, its own included.")] = None,
     soft_cap: Annotated[float | None, _shape("On the logits.")] = None,
     topk: Annotated[int, _shape("Positions of each token, for sparse_mla.")] = 2048,
+    mesh: MeshShape = None,
+    batch_axis: BatchAxis = None,
+    heads_axis: HeadsAxis = None,
+    context_axis: ContextAxis = None,
+    form: Form = "ring",
     json: Json = False,
 ) -> None:
     """Compiles a backend's op for a chip that is not here.
@@ -82,7 +97,7 @@ def compile_(
     options = dict(locals())
     with callers_mistakes():
         cases = list(_cases(options))
-        outcomes = list(_outcomes(cases, device, backend))
+        outcomes = list(_outcomes(cases, device, backend, options))
     if json:
         print_json([_as_json(outcome) for outcome in outcomes])
     else:
@@ -114,7 +129,9 @@ def _check_op(op: str) -> None:
         raise ValueError(f"op is {op!r}, must be one of {', '.join(OPS)}")
 
 
-def _outcomes(cases: list[Case], chips: list[str], backend: str | None) -> Iterator[Outcome]:
+def _outcomes(
+    cases: list[Case], chips: list[str], backend: str | None, options: Mapping[str, Any]
+) -> Iterator[Outcome]:
     """Each case on each chip: selection, then the compiler."""
     from attnsel_jax.aot import target_for
 
@@ -123,10 +140,10 @@ def _outcomes(cases: list[Case], chips: list[str], backend: str | None) -> Itera
         for case in cases:
             for target in targets:
                 status.update(f"compiling {case.name} for {target.chip}")
-                yield _outcome(case, target, backend)
+                yield _outcome(case, target, backend, options)
 
 
-def _outcome(case: Case, target: Any, backend: str | None) -> Outcome:
+def _outcome(case: Case, target: Any, backend: str | None, options: Mapping[str, Any]) -> Outcome:
     from attnsel_jax.aot import NoCompilerError, compile_for
     from attnsel_jax.platforms import CHIPS
     from attnsel_jax.problems import question
@@ -137,6 +154,9 @@ def _outcome(case: Case, target: Any, backend: str | None) -> Outcome:
     if case.name == "options":
         arguments = _abstract_arguments(arguments, chip, backend)
     config = question(case.op, arguments, attn_type=case.attn_type, needs_grad=case.gradients)
+    axes = mesh_axes(options)
+    if axes is not None and axes.context and (axes.form == "ring" or case.op != "dense"):
+        config = dataclasses.replace(config, context_axis=axes.context)
     selection = select(config, chip, backend)
     if selection.backend is None:
         reasons = str(selection)
@@ -147,7 +167,10 @@ def _outcome(case: Case, target: Any, backend: str | None) -> Outcome:
         name = selection.backend.name
         return Outcome(case.name, target.chip, name, "refused by selection", None, reasons)
     try:
-        report = compile_for(target.chip, kernels[case.op], arguments, gradients=case.gradients)
+        report = compile_for(
+            target.chip, kernels[case.op], arguments, gradients=case.gradients,
+            over=mesh_call(options, selection.backend, case.op),
+        )  # fmt: skip
     except NoCompilerError as error:
         return Outcome(
             case.name, target.chip, selection.backend.name, "no compiler here", None, str(error)
@@ -209,7 +232,16 @@ def _print(outcomes: list[Outcome]) -> None:
     """A table of memory and cost, then every refusal in full."""
     out = console()
     table = Table("case", "device", "backend", "verdict")
-    for heading in ("arguments", "outputs", "in place", "temporaries", "flops", "bytes", "seconds"):
+    for heading in (
+        "arguments",
+        "outputs",
+        "in place",
+        "temporaries",
+        "flops",
+        "bytes",
+        "sent",
+        "seconds",
+    ):
         table.add_column(heading, justify="right")
     for outcome in outcomes:
         style = "green" if outcome.verdict == "compiled" else "bold red"
@@ -224,9 +256,9 @@ def _print(outcomes: list[Outcome]) -> None:
 
 def _figures(report: Any) -> list[str]:
     if report is None:
-        return ["-"] * 7
+        return ["-"] * 8
     if not report.compiled:
-        return ["-"] * 6 + [f"{report.seconds:.1f}" if report.seconds else "-"]
+        return ["-"] * 7 + [f"{report.seconds:.1f}" if report.seconds else "-"]
     memory = [
         si(report.memory[name], "B") for name in ("arguments", "outputs", "aliased", "temporaries")
     ]
@@ -234,5 +266,6 @@ def _figures(report: Any) -> list[str]:
         *memory,
         si(report.cost["flops"]),
         si(report.cost["bytes"], "B"),
+        si(sum(report.sent.values()), "B") if report.sent else "-",
         f"{report.seconds:.1f}",
     ]

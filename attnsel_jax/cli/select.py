@@ -57,6 +57,9 @@ def select(
     has_q_offset: Annotated[bool, _feature("--has-q-offset", "A position for query 0.")] = False,
     needs_grad: Annotated[bool, _feature("--needs-grad", "Gradients.")] = False,
     needs_lse: Annotated[bool, _feature("--needs-lse", "The log-sum-exp.")] = False,
+    context_axis: Annotated[
+        str | None, typer.Option(help="Mesh axis that spreads a sequence's keys.")
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="Any chip (attnsel devices); default: the one here.")
     ] = None,

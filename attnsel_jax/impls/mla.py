@@ -6,8 +6,8 @@ import jax
 
 from attnsel_jax.backend import MLAAttentionImpl
 from attnsel_jax.config import kv_cache_dtype_name
-from attnsel_jax.jitted_kernels import jitted_kernel
 from attnsel_jax.kv_cache import LatentCache, check_stored
+from attnsel_jax.mesh import kernel_over_mesh, plan_call
 from attnsel_jax.metadata import AttentionMetadata
 from attnsel_jax.static_arguments import count, number
 
@@ -69,7 +69,7 @@ class MLAImpl(MLAAttentionImpl):
             kv_cache: a `LatentCache`, or its bare array in the shape of `get_kv_cache_shape`.
             metadata: the batch.
         """
-        return self._attend((ql_nope, q_pe, kv_c, k_pe), (), kv_cache, metadata)
+        return self._attend((ql_nope, q_pe, kv_c, k_pe), {}, kv_cache, metadata)
 
     def _check(self, tokens, cache: LatentCache) -> None:
         """Refuses tokens and a cache of other sizes than were said when the layer was built."""
@@ -89,24 +89,26 @@ class MLAImpl(MLAAttentionImpl):
                 )
 
     def _attend(self, tokens, chosen, kv_cache, metadata):
-        """Calls the family's kernel; `chosen` holds what it takes between cache and batch."""
+        """Calls the family's kernel; `chosen` holds what it takes beside MLA's."""
         is_wrapped = isinstance(kv_cache, LatentCache)
         cache = kv_cache
         if not is_wrapped:
             cache = LatentCache(kv_cache, layout=self.backend.latent_layout)
         self._check(tokens, cache)
-        out, _, pages = jitted_kernel(self.backend, self.op)(
-            *tokens,
-            cache.pages,
-            *chosen,
-            metadata.page_table,
-            metadata.kv_lens,
-            metadata.cu_q_lens,
-            metadata.num_seqs,
-            None if tokens[2] is None else metadata.slot_mapping,
+        names = ("ql_nope", "q_pe", "kv_c", "k_pe")
+        arrays = {
+            **dict(zip(names, tokens, strict=True)),
+            "latent_pages": cache.pages,
+            **chosen,
+            **metadata.arrays(),
+            "slot_mapping": None if tokens[2] is None else metadata.slot_mapping,
+            "kv_scale": cache.kv_scale,
+        }
+        plan = plan_call(self.op, arrays)
+        out, _, pages = kernel_over_mesh(self.backend, self.op, plan)(
+            **arrays,
             scale=self.scale,
             soft_cap=self.logits_soft_cap,
-            kv_scale=cache.kv_scale,
             kv_cache_dtype=cache.kv_cache_dtype,
         )
         return out, cache.with_pages(pages) if is_wrapped else pages

@@ -33,4 +33,5 @@ class SparseMLAImpl(MLAImpl):
         """
         if topk_indices is None:
             raise ValueError("topk_indices is None, must be int32 [num_tokens, topk] positions")
-        return self._attend((ql_nope, q_pe, kv_c, k_pe), (topk_indices,), kv_cache, metadata)
+        chosen = {"topk_indices": topk_indices}
+        return self._attend((ql_nope, q_pe, kv_c, k_pe), chosen, kv_cache, metadata)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from attnsel_jax.backend import AttentionImpl
 from attnsel_jax.config import AttentionType, attention_type, kv_cache_dtype_name
-from attnsel_jax.jitted_kernels import jitted_kernel
 from attnsel_jax.kv_cache import KVCache, check_stored
+from attnsel_jax.mesh import kernel_over_mesh, plan_call
 from attnsel_jax.metadata import AttentionMetadata
 from attnsel_jax.static_arguments import count, number, window
 from pallas_kernels.shape_checks import check_groups
@@ -102,28 +102,37 @@ class StandardImpl(AttentionImpl):
         """
         cache = kv_cache if isinstance(kv_cache, KVCache) else self._wrapped(kv_cache)
         self._check_cache(cache, q)
-        out, _, pages = jitted_kernel(self.backend, "paged")(
-            q.reshape(-1, self.num_heads, self.head_size),
-            None if k is None else k.reshape(-1, self.num_kv_heads, self.head_size),
-            None if v is None else v.reshape(-1, self.num_kv_heads, self.head_size),
-            cache.pages,
-            metadata.page_table,
-            metadata.kv_lens,
-            metadata.cu_q_lens,
-            metadata.num_seqs,
-            None if k is None else metadata.slot_mapping,
+        arrays = self._arrays(q, k, v, cache, metadata)
+        plan = plan_call("paged", arrays, layout=cache.layout)
+        out, _, pages = kernel_over_mesh(self.backend, "paged", plan)(
+            **arrays,
             scale=self.scale,
             causal=metadata.causal and self.attn_type == AttentionType.DECODER,
             sliding_window=self.sliding_window,
             attention_chunk_size=self.attention_chunk_size,
             soft_cap=self.logits_soft_cap,
-            alibi_slopes=self.alibi_slopes,
-            sinks=self.sinks,
-            k_scale=cache.k_scale,
-            v_scale=cache.v_scale,
         )
         written = pages if cache is not kv_cache else cache.with_pages(pages)
         return out.reshape(q.shape), written
+
+    def _arrays(self, q, k, v, cache: KVCache, metadata: AttentionMetadata) -> dict[str, Any]:
+        """The kernel's arrays by name; flat tokens get their heads."""
+
+        def of_heads(x: jax.Array | None, count: int) -> jax.Array | None:
+            return x if x is None or x.ndim == 3 else x.reshape(-1, count, self.head_size)
+
+        return {
+            "q": of_heads(q, self.num_heads),
+            "k": of_heads(k, self.num_kv_heads),
+            "v": of_heads(v, self.num_kv_heads),
+            "kv_pages": cache.pages,
+            **metadata.arrays(),
+            "slot_mapping": None if k is None else metadata.slot_mapping,
+            "alibi_slopes": self.alibi_slopes,
+            "sinks": self.sinks,
+            "k_scale": cache.k_scale,
+            "v_scale": cache.v_scale,
+        }
 
     def _check_cache(self, cache: KVCache, q: jax.Array) -> None:
         """Refuses a cache of another layout or dtype than was said when the layer was built."""

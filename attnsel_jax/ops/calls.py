@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from attnsel_jax.mesh import Plan
+from attnsel_jax.mesh.shares import own_heads
 from attnsel_jax.metadata import AttentionMetadata
 
 
@@ -18,16 +20,25 @@ def features(static: dict[str, Any]) -> dict[str, bool]:
     }
 
 
-def batch_arrays(metadata: AttentionMetadata, k: jax.Array | None) -> tuple[jax.Array | None, ...]:
-    """The batch as the contracts order it; no slots where there is nothing to write."""
+def head_counts(plan: Plan | None, num_heads: int, num_kv_heads: int) -> dict[str, int]:
+    """The heads that a kernel meets, which is what the question asks: those of one shard."""
+    if plan is None:
+        return {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
+    return {
+        "num_heads": num_heads // plan.size(plan.heads),
+        "num_kv_heads": own_heads(plan, num_heads, num_kv_heads),
+    }
+
+
+def batch_arrays(metadata: AttentionMetadata, k: jax.Array | None) -> dict[str, jax.Array | None]:
+    """The batch by the contracts' names; no slots where there is nothing to write."""
     slots = None if k is None else metadata.slot_mapping
     if k is not None and slots is None:
         raise ValueError(
             "k and v are given and metadata.slot_mapping is None, must be an array: build the "
             "batch with writes=True, or pass k=None and v=None"
         )
-    batch = (metadata.page_table, metadata.kv_lens, metadata.cu_q_lens, metadata.num_seqs)
-    return (*batch, slots)
+    return metadata.arrays() | {"slot_mapping": slots}
 
 
 def as_array(name: str, values: ArrayLike) -> jax.Array:

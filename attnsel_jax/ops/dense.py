@@ -1,12 +1,12 @@
 """Attention over contiguous keys and values: `dot_product_attention`."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from jax.typing import ArrayLike
 
-from attnsel_jax.jitted_kernels import jitted_kernel
-from attnsel_jax.ops.calls import as_array, as_float32, features
+from attnsel_jax.mesh import MeshAxes, Plan, asked_of_kernel, kernel_over_mesh, plan_call
+from attnsel_jax.ops.calls import as_array, as_float32, features, head_counts
 from attnsel_jax.ops.dense_arguments import (
     as_int32,
     check_dense,
@@ -49,6 +49,7 @@ def dot_product_attention(
     backend: BackendLike = None,
     device: DeviceLike = None,
     checked: bool = False,
+    mesh_axes: MeshAxes | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attention over contiguous keys: `jax.nn.dot_product_attention`, and more keywords.
 
@@ -78,6 +79,8 @@ def dot_product_attention(
         backend: insist on one: a name, a member, a class.
         device: the chip to select for; None = JAX's default device.
         checked: also check values (outside `jit` only).
+        mesh_axes: which mesh axes share out batch, heads and positions; None = what
+            `use_mesh_axes` says, else what the arrays' shardings show.
 
     Returns:
         out [batch, q_len, num_heads, head_size_v] in query's dtype; with return_residual also the
@@ -110,24 +113,37 @@ def dot_product_attention(
     if checked:
         check_lengths("query_seq_lengths", arrays["q_lens"], q.shape[1])
         check_lengths("key_value_seq_lengths", arrays["kv_lens"], k.shape[1])
+    plan = plan_call("dense", {"q": q, "k": k, "v": v, **arrays}, mesh_axes)
     chosen = get_attn_backend(
-        q.shape[-1], q.dtype, "auto", None, has_sink=sinks is not None, op="dense",
-        device=device, backend=_insisted(backend, implementation),
-        head_size_v=v.shape[-1], num_heads=q.shape[2], num_kv_heads=k.shape[2], causal=is_causal,
-        has_bias=bias is not None, has_mask=mask is not None,
-        has_segment_ids=q_segment_ids is not None,
-        has_lens=query_seq_lengths is not None or key_value_seq_lengths is not None,
-        has_q_offset=q_offset is not None, has_alibi=alibi_slopes is not None,
+        q.shape[-1], q.dtype, "auto", None, op="dense", device=device,
+        backend=_insisted(backend, implementation), head_size_v=v.shape[-1], causal=is_causal,
         needs_grad=flag("needs_grad", needs_grad),
-        needs_lse=flag("return_residual", return_residual), **features(static),
+        needs_lse=flag("return_residual", return_residual),
+        **head_counts(plan, q.shape[2], k.shape[2]), **_asked(plan, static, arrays),
     )  # fmt: skip
     if 0 in (q.shape[0], q.shape[1], k.shape[1]):
         out, lse = no_key_seen(q, v, arrays["sinks"], arrays["q_lens"])
     else:
-        out, lse = jitted_kernel(chosen, "dense")(q, k, v, **arrays, **static)
+        out, lse = kernel_over_mesh(chosen, "dense", plan)(q, k, v, **arrays, **static)
     if not has_batch:
         out, lse = out[0], lse if lse is None else lse[0]
     return (out, lse) if return_residual else out
+
+
+def _asked(
+    plan: Plan | None, static: dict[str, Any], arrays: dict[str, jax.Array | None]
+) -> dict[str, Any]:
+    """The question's flags for the arrays and the static arguments that are given."""
+    names = {
+        "has_sink": "sinks", "has_bias": "bias", "has_mask": "mask", "has_q_offset": "q_offset",
+        "has_alibi": "alibi_slopes", "has_segment_ids": "q_segment_ids",
+    }  # fmt: skip
+    given = {name for name, array in arrays.items() if array is not None}
+    flags = features(static) | {flag: name in given for flag, name in names.items()}
+    flags["has_lens"] = bool(given & {"q_lens", "kv_lens"})
+    masks = ("has_sliding_window", "has_attention_chunk", "has_alibi")
+    by_position = static["causal"] or any(flags[mask] for mask in masks)
+    return asked_of_kernel("dense", plan, flags, by_position=by_position)
 
 
 def _insisted(backend: BackendLike, implementation: str | None) -> BackendLike:

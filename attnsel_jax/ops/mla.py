@@ -7,14 +7,14 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from attnsel_jax.config import kv_cache_dtype_name
-from attnsel_jax.jitted_kernels import jitted_kernel
 from attnsel_jax.kv_cache import LatentCache, stored_dtype
+from attnsel_jax.mesh import MeshAxes, asked_of_kernel, kernel_over_mesh, plan_call
 from attnsel_jax.metadata import AttentionMetadata
-from attnsel_jax.ops.calls import as_float32, batch_arrays
+from attnsel_jax.ops.calls import as_float32, batch_arrays, head_counts
 from attnsel_jax.ops.ragged_arguments import check_latent
 from attnsel_jax.selector import BackendLike, DeviceLike, get_attn_backend
 from attnsel_jax.static_arguments import flag, number
-from attnsel_jax.value_checks import check_batch, check_topk
+from attnsel_jax.value_checks import check_groups, check_topk
 
 
 def mla_attention(
@@ -31,6 +31,7 @@ def mla_attention(
     backend: BackendLike = None,
     device: DeviceLike = None,
     checked: bool = False,
+    mesh_axes: MeshAxes | None = None,
 ) -> tuple[jax.Array, LatentCache] | tuple[jax.Array, jax.Array, LatentCache]:
     """Multi-head latent attention, absorbed: writes this step's latents, then attends.
 
@@ -40,7 +41,7 @@ def mla_attention(
         cache: the latents so far.
         metadata: the batch.
         scale: factor on the logits: (qk_nope_head_dim + rope_dim) ** -0.5 of the model.
-        soft_cap, return_lse, backend, device, checked: as in `paged_attention`.
+        soft_cap, return_lse, backend, device, checked, mesh_axes: as in `paged_attention`.
 
     Returns:
         (out, cache), or (out, lse, cache); out [num_tokens, num_heads, kv_lora_rank].
@@ -52,7 +53,7 @@ def mla_attention(
     """
     return _latent(
         "mla", (ql_nope, q_pe, kv_c, k_pe), (), cache, metadata, scale, soft_cap, return_lse,
-        backend, device, checked,
+        backend, device, checked, mesh_axes,
     )  # fmt: skip
 
 
@@ -71,13 +72,14 @@ def sparse_mla_attention(
     backend: BackendLike = None,
     device: DeviceLike = None,
     checked: bool = False,
+    mesh_axes: MeshAxes | None = None,
 ) -> tuple[jax.Array, LatentCache] | tuple[jax.Array, jax.Array, LatentCache]:
     """`mla_attention` over each token's own top-k positions.
 
     Args:
         ql_nope, q_pe, kv_c, k_pe, cache, metadata, scale: as in `mla_attention`.
         topk_indices: int32 [num_tokens, topk], positions in the token's sequence, -1 padded.
-        soft_cap, return_lse, backend, device, checked: as in `paged_attention`.
+        soft_cap, return_lse, backend, device, checked, mesh_axes: as in `paged_attention`.
 
     Returns:
         (out, cache), or (out, lse, cache).
@@ -89,7 +91,7 @@ def sparse_mla_attention(
     """
     return _latent(
         "sparse_mla", (ql_nope, q_pe, kv_c, k_pe), (topk_indices,), cache, metadata, scale,
-        soft_cap, return_lse, backend, device, checked,
+        soft_cap, return_lse, backend, device, checked, mesh_axes,
     )  # fmt: skip
 
 
@@ -138,7 +140,7 @@ def allocate_latent_cache(
 
 def _latent(
     op, tokens, chosen_positions, cache, metadata, scale, soft_cap, return_lse, backend, device,
-    checked,
+    checked, mesh_axes,
 ):  # fmt: skip
     """What the two MLA ops share: select, call, wrap."""
     if op == "sparse_mla" and chosen_positions[0] is None:
@@ -146,7 +148,7 @@ def _latent(
     check_latent(tokens, next(iter(chosen_positions), None), cache, metadata)
     ql_nope, q_pe = tokens[:2]
     if checked:
-        check_batch(metadata, ql_nope.shape[0], cache.num_pages, cache.page_size)
+        check_groups(metadata, ql_nope.shape[0], cache.num_pages, cache.page_size)
         for positions in chosen_positions:
             check_topk(positions, metadata.page_table.shape[1] * cache.page_size)
     static = {
@@ -157,12 +159,15 @@ def _latent(
         raise ValueError(
             "scale is None, must be a number: (qk_nope_head_dim + rope_dim) ** -0.5 of the model"
         )
+    arrays = _by_name(tokens, chosen_positions, cache, metadata)
+    plan = plan_call(op, arrays, mesh_axes)
     chosen = get_attn_backend(
         ql_nope.shape[-1] + q_pe.shape[-1], ql_nope.dtype,
         cache.kv_cache_dtype or cache.pages.dtype, cache.page_size, True,
         use_sparse=op == "sparse_mla", backend=backend, device=device, causal=metadata.causal,
-        head_size_v=ql_nope.shape[-1], num_heads=ql_nope.shape[1], num_kv_heads=1,
-        has_soft_cap=soft_cap is not None, needs_lse=flag("return_lse", return_lse),
+        head_size_v=ql_nope.shape[-1], **head_counts(plan, ql_nope.shape[1], 1),
+        needs_lse=flag("return_lse", return_lse),
+        **asked_of_kernel(op, plan, {"has_soft_cap": soft_cap is not None}, by_position=False),
     )  # fmt: skip
     if chosen.latent_layout != cache.layout:
         raise ValueError(
@@ -170,13 +175,22 @@ def _latent(
             f"{chosen.name}: use cache.converted({chosen.latent_layout!r}, {q_pe.shape[-1]}), or "
             f"allocate it for the backend"
         )
-    batch = batch_arrays(metadata, tokens[2])
     if ql_nope.shape[0] == 0:
         lse = jnp.zeros(ql_nope.shape[:2], jnp.float32)
         return (ql_nope, lse, cache) if return_lse else (ql_nope, cache)
-    out, lse, pages = jitted_kernel(chosen, op)(
-        *tokens, cache.pages, *chosen_positions, *batch,
-        kv_scale=cache.kv_scale, kv_cache_dtype=cache.kv_cache_dtype, **static,
-    )  # fmt: skip
+    out, lse, pages = kernel_over_mesh(chosen, op, plan)(
+        **arrays, kv_cache_dtype=cache.kv_cache_dtype, **static
+    )
     written = cache.with_pages(pages)
     return (out, lse, written) if return_lse else (out, written)
+
+
+def _by_name(tokens, chosen_positions, cache, metadata) -> dict[str, jax.Array | None]:
+    """The kernel's arrays by the contract's names."""
+    return {
+        **dict(zip(("ql_nope", "q_pe", "kv_c", "k_pe"), tokens, strict=True)),
+        "latent_pages": cache.pages,
+        **dict(zip(("topk_indices",), chosen_positions, strict=False)),
+        **batch_arrays(metadata, tokens[2]),
+        "kv_scale": cache.kv_scale,
+    }

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from attnsel_jax.jitted_kernels import jitted_kernel
 from attnsel_jax.kv_cache import KVCache, stored_dtype
+from attnsel_jax.mesh import MeshAxes, asked_of_kernel, kernel_over_mesh, plan_call
 from attnsel_jax.metadata import AttentionMetadata
-from attnsel_jax.ops.calls import as_float32, batch_arrays, features
+from attnsel_jax.ops.calls import as_float32, batch_arrays, features, head_counts
 from attnsel_jax.ops.ragged_arguments import check_paged
 from attnsel_jax.selector import BackendLike, DeviceLike, get_attn_backend
 from attnsel_jax.static_arguments import count, flag, number, window
-from attnsel_jax.value_checks import check_batch
+from attnsel_jax.value_checks import check_groups
 from pallas_kernels.masks import Window
 
 
@@ -34,6 +34,7 @@ def paged_attention(
     backend: BackendLike = None,
     device: DeviceLike = None,
     checked: bool = False,
+    mesh_axes: MeshAxes | None = None,
 ) -> tuple[jax.Array, KVCache] | tuple[jax.Array, jax.Array, KVCache]:
     """Writes this step's keys and values into the cache, then attends over it.
 
@@ -47,7 +48,7 @@ def paged_attention(
         metadata: the batch; its `causal` says whether a query sees later keys.
         scale, sliding_window, attention_chunk_size, soft_cap, alibi_slopes, sinks: as the contract.
         return_lse: also return the lse, float32 [num_tokens, num_heads].
-        backend, device, checked: as in `dot_product_attention`.
+        backend, device, checked, mesh_axes: as in `dot_product_attention`.
 
     Returns:
         (out, cache), or (out, lse, cache).
@@ -63,33 +64,36 @@ def paged_attention(
     }
     check_paged(q, k, v, cache, metadata, per_head)
     if checked:
-        check_batch(metadata, q.shape[0], cache.num_pages, cache.page_size)
+        check_groups(metadata, q.shape[0], cache.num_pages, cache.page_size)
     static = {
         "scale": number("scale", scale), "causal": flag("metadata.causal", metadata.causal),
         "sliding_window": window("sliding_window", sliding_window),
         "attention_chunk_size": count("attention_chunk_size", attention_chunk_size),
         "soft_cap": number("soft_cap", soft_cap, positive=True),
     }  # fmt: skip
+    arrays = {
+        "q": q, "k": k, "v": v, "kv_pages": cache.pages, **batch_arrays(metadata, k), **per_head,
+        "k_scale": cache.k_scale, "v_scale": cache.v_scale,
+    }  # fmt: skip
+    asked = features(static) | {name: x is not None for name, x in
+                                (("has_sink", sinks), ("has_alibi", alibi_slopes))}  # fmt: skip
+    plan = plan_call("paged", arrays, mesh_axes, cache.layout)
     chosen = get_attn_backend(
-        q.shape[-1], q.dtype, cache.pages.dtype, cache.page_size, has_sink=sinks is not None,
-        op="paged", backend=backend, device=device, num_heads=q.shape[1],
-        num_kv_heads=cache.num_kv_heads, causal=metadata.causal,
+        q.shape[-1], q.dtype, cache.pages.dtype, cache.page_size, op="paged",
+        backend=backend, device=device, causal=metadata.causal,
         needs_lse=flag("return_lse", return_lse),
-        has_alibi=alibi_slopes is not None, **features(static),
+        **head_counts(plan, q.shape[1], cache.num_kv_heads),
+        **asked_of_kernel("paged", plan, asked, by_position=False),
     )  # fmt: skip
     if chosen.layout != cache.layout:
         raise ValueError(
             f"cache.layout is {cache.layout!r}, must be {chosen.layout!r} for backend "
             f"{chosen.name}: use cache.converted({chosen.layout!r}), or allocate it for the backend"
         )
-    batch = batch_arrays(metadata, k)
     if q.shape[0] == 0:
         lse = jnp.zeros(q.shape[:2], jnp.float32)
         return (q, lse, cache) if return_lse else (q, cache)
-    out, lse, pages = jitted_kernel(chosen, "paged")(
-        q, k, v, cache.pages, *batch, **per_head,
-        k_scale=cache.k_scale, v_scale=cache.v_scale, **static,
-    )  # fmt: skip
+    out, lse, pages = kernel_over_mesh(chosen, "paged", plan)(**arrays, **static)
     written = cache.with_pages(pages)
     return (out, lse, written) if return_lse else (out, written)
 

@@ -65,16 +65,18 @@ def check_paged(
         {
             "q": (q, "num_tokens num_heads head_size", FLOATS),
             "cache": (pages, "num_pages page_size num_kv_heads head_size", CACHE_DTYPES),
-            "k": (k, "num_tokens num_kv_heads head_size", FLOATS),
-            "v": (v, "num_tokens num_kv_heads head_size", FLOATS),
+            "k": (k, "num_tokens k_heads head_size", FLOATS),
+            "v": (v, "num_tokens v_heads head_size", FLOATS),
             **_batch_table(metadata),
             **{name: (values, "num_heads", FLOAT32) for name, values in per_head.items()},
             **scales,
         }
     )
     check_groups(dims["num_heads"], dims["num_kv_heads"])
+    _check_new_heads(dims)
     check_same_dtype(q=q, k=k, v=v)
     _check_not_empty(dims, "num_heads", "head_size", *_CACHE_AND_BATCH)
+    _check_groups_divide(dims)
 
 
 def check_latent(
@@ -121,6 +123,7 @@ def check_latent(
     )
     check_same_dtype(ql_nope=ql_nope, q_pe=q_pe, kv_c=kv_c, k_pe=k_pe)
     _check_not_empty(dims, "num_heads", "kv_lora_rank", "rope_dim", *_CACHE_AND_BATCH)
+    _check_groups_divide(dims)
 
 
 def _logical(cache: LatentCache) -> jax.Array | jax.ShapeDtypeStruct:
@@ -138,13 +141,36 @@ def _batch_table(metadata: AttentionMetadata) -> dict[str, Spec]:
     names = ("page_table", "kv_lens", "cu_q_lens", "num_seqs")
     _check_given({f"metadata.{name}": getattr(metadata, name) for name in names})
     rows = metadata.kv_lens.shape
+    groups = metadata.num_seqs.shape[0] if metadata.num_seqs.ndim == 1 else None
     return {
         "metadata.page_table": (metadata.page_table, "max_num_seqs pages_per_seq", INT32),
         "metadata.kv_lens": (metadata.kv_lens, "max_num_seqs", INT32),
-        "metadata.cu_q_lens": (metadata.cu_q_lens, str(rows[0] + 1 if rows else 1), INT32),
-        "metadata.num_seqs": (metadata.num_seqs, "", INT32),
+        "metadata.cu_q_lens": (metadata.cu_q_lens, str(sum(rows[:1]) + (groups or 1)), INT32),
+        "metadata.num_seqs": (metadata.num_seqs, "groups" if groups else "", INT32),
         "metadata.slot_mapping": (metadata.slot_mapping, "num_tokens", INT32),
     }
+
+
+def _check_new_heads(dims: dict[str, int]) -> None:
+    """Refuses keys and values of this step that cannot be repeated to the cache's heads."""
+    cached, k_heads = dims["num_kv_heads"], dims.get("k_heads")
+    if k_heads is not None and (k_heads < 1 or cached % k_heads):
+        raise ValueError(
+            f"k has num_kv_heads {k_heads}, must be {cached} (as in cache), or a divisor of it: "
+            f"each of k's heads is then repeated in the cache"
+        )
+    if k_heads != dims.get("v_heads"):
+        raise ValueError(f"v has num_kv_heads {dims.get('v_heads')}, must be {k_heads} (as in k)")
+
+
+def _check_groups_divide(dims: dict[str, int]) -> None:
+    """Refuses a batch of groups whose sizes are not theirs times a number."""
+    for name in ("num_tokens", "max_num_seqs"):
+        if dims[name] % dims.get("groups", 1):
+            raise ValueError(
+                f"{name} is {dims[name]}, must be a multiple of {dims['groups']}, the groups of "
+                f"the batch: each has as many"
+            )
 
 
 def _check_kind(name: str, value: Any, kind: type, hint: str) -> None:

@@ -1,0 +1,124 @@
+"""How a device's share is attended to: alone, or with what lies on the devices along `context`.
+
+Alone suffices for batch and heads. Positions need a form: ring, all-gather or all-to-all for dense
+attention; for a paged cache, partial results of the pages that lie here, merged.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from attnsel_jax.mesh import groups
+from attnsel_jax.mesh.dimensions import page_counts
+from attnsel_jax.mesh.plan import Plan
+from attnsel_jax.mesh.ring import ring_attention
+from attnsel_jax.mesh.spread_pages import spread_attention
+from attnsel_jax.mesh.whole_keys import all_gather_attention, all_to_all_attention
+
+Arrays = dict[str, jax.Array]
+Kernel = Callable[..., Any]
+
+
+def attend_dense(
+    kernel: Kernel, arrays: Arrays, static: dict[str, Any], plan: Plan
+) -> tuple[jax.Array, jax.Array]:
+    """Out and lse of this device's queries."""
+    if plan.context is None:
+        return kernel(arrays)
+    n = plan.size(plan.context)
+    if plan.form == "ring":
+        return ring_attention(kernel, arrays, static, plan.context, n)
+    if plan.form == "all_gather":
+        return all_gather_attention(kernel, arrays, static, plan.context, n)
+    return all_to_all_attention(kernel, arrays, plan.context, n)
+
+
+def attend_ragged(
+    kernel: Kernel, op: str, arrays: Arrays, static: dict[str, Any], plan: Plan, layout: str
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Out, lse and this device's part of the cache."""
+    cache = groups.CACHES[op]
+    arrays = groups.with_own_pages(op, arrays, plan, layout)
+    if plan.context is not None:
+        kernel = functools.partial(
+            spread_attention,
+            kernel,
+            cache=cache,
+            counts=page_counts(op, arrays[cache], layout),
+            axis=plan.context,
+            causal=static.get("causal", True),
+        )
+    return groups.attend(kernel, op, arrays)
+
+
+def asked_of_kernel(
+    op: str, plan: Plan | None, question: dict[str, Any], *, by_position: bool
+) -> dict[str, Any]:
+    """The question of a call as the kernel of one device meets it.
+
+    Args:
+        op: the op.
+        plan: of the call.
+        question: the features that the call uses.
+        by_position: whether what a query sees depends on where it is.
+    """
+    if plan is None or plan.context is None:
+        return question
+    if op == "dense" and plan.form == "all_to_all":
+        return question
+    if op == "dense":
+        question = question | {"has_q_offset": by_position or question["has_q_offset"]}
+        if plan.form == "all_gather":
+            return question
+    return question | {"context_axis": plan.context, "has_sink": False}
+
+
+def check_context(op: str, plan: Plan, arrays: Arrays, static: dict[str, Any]) -> None:
+    """Refuses what the form of a call cannot do.
+
+    Raises:
+        ValueError: an argument that needs another form, or sizes that the form does not cut.
+    """
+    if plan.context is None:
+        return
+    axis = f"mesh axis {plan.context!r} cuts"
+    if op != "dense":
+        for name in ("sliding_window", "attention_chunk_size"):
+            _refuse(
+                name, static.get(name), f"{axis} the pages: what a window shows fits one device"
+            )
+        _refuse("alibi_slopes", arrays.get("alibi_slopes"), f"{axis} the pages of a sequence")
+        return
+    if plan.form != "all_gather":
+        for name in ("bias", "mask"):
+            _refuse(name, arrays.get(name), f"{axis} the keys: use form='all_gather'")
+    if plan.form == "ring":
+        why = f"{axis} the positions: use form='all_gather' or 'all_to_all'"
+        _refuse("attention_chunk_size", static.get("attention_chunk_size"), why)
+    if plan.form == "all_to_all":
+        _check_heads(arrays, plan)
+
+
+def _refuse(name: str, value: Any, why: str) -> None:
+    if value is not None:
+        said = f"an array {tuple(value.shape)}" if hasattr(value, "shape") else value
+        raise ValueError(f"{name} is {said}, must be None where {why}")
+
+
+def _check_heads(arrays: Arrays, plan: Plan) -> None:
+    """Refuses heads that cannot be exchanged for positions."""
+    n, shards = plan.size(plan.context), plan.size(plan.heads)
+    for name, count in (
+        ("num_heads", arrays["q"].shape[2]),
+        ("num_kv_heads", arrays["k"].shape[2]),
+    ):
+        mine = max(1, count // shards)
+        if mine % n and (name == "num_heads" or n % mine):
+            divide = "" if name == "num_heads" else ", or divide it"
+            raise ValueError(
+                f"{name} of a shard is {mine}, must be a multiple of {n}, the size of mesh axis "
+                f"{plan.context!r}{divide}: form 'all_to_all' exchanges heads for positions; use "
+                f"form='ring' or 'all_gather'"
+            )

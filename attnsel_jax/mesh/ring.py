@@ -1,0 +1,243 @@
+"""Ring attention: keys and values go round the devices; each meets them as they pass.
+
+At step r a device holds the keys of the device r before it. It sends them on while its queries
+attend to them, and merges what comes out by lse. Nothing of the size of the whole sequence exists
+anywhere. Backward, keys go round once more, and their gradients with them, back to where they came
+from; each meeting's forward pass is computed again, so nothing is stored but inputs and results.
+
+With w = exp(lse_j - lse), the share of one meeting j in the result::
+
+    dout_j = w * dout          dlse_j = w * (dout . out_j - dout . out + dlse)
+
+Reference: Liu, Zaharia and Abbeel, "Ring attention with blockwise transformers", 2023.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from attnsel_jax.mesh.merging import Partial, merged, nothing, weight, with_sinks
+from attnsel_jax.mesh.positions import Piece, meet_at_all, met, pieces
+from attnsel_jax.mesh.zigzag import from_zigzag, to_zigzag
+
+Arrays = dict[str, jax.Array]
+FLOATS = ("q", "k", "v", "alibi_slopes", "sinks")
+BY_QUERY, BY_KEY = ("q", "q_segment_ids"), ("k", "v", "kv_segment_ids")
+
+
+class Ring(NamedTuple):
+    """A call's ring.
+
+    Attributes:
+        kernel: takes arrays by name; returns out and lse.
+        static: the call's static arguments.
+        axis: the mesh axis.
+        n: devices along it.
+        zigzag: whether positions lie in zig-zag order.
+    """
+
+    kernel: Callable[..., tuple[jax.Array, jax.Array]]
+    static: dict[str, Any]
+    axis: str
+    n: int
+    zigzag: bool
+
+    def onward(self, tree: Any) -> Any:
+        """What the device before this one holds; what this one holds goes to the next."""
+        return jax.lax.ppermute(tree, self.axis, [(i, (i + 1) % self.n) for i in range(self.n)])
+
+    def held(self, step: jax.Array, kv_len: int) -> list[Piece]:
+        """Where the keys lie that this device holds at a step."""
+        owner = (jax.lax.axis_index(self.axis) - step) % self.n
+        return pieces(owner, self.n, kv_len, self.zigzag)
+
+    def cut(self, length: int) -> list[slice]:
+        """Where the pieces lie in a device's array."""
+        count = 2 if self.zigzag else 1
+        return [slice(i * length // count, (i + 1) * length // count) for i in range(count)]
+
+    def pairs(self, arrays: Arrays) -> list[tuple[int, int]]:
+        """Pieces of queries and of keys that may meet: in zig-zag order no first sees a second."""
+        count = range(2 if self.zigzag else 1)
+        every = [(i, j) for i in count for j in count]
+        aligned = "q_offset" not in arrays and arrays["q"].shape[1] == arrays["k"].shape[1]
+        return [pair for pair in every if pair != (0, 1)] if aligned else every
+
+    def own(self, q_len: int) -> list[Piece]:
+        """Where this device's queries lie."""
+        return pieces(jax.lax.axis_index(self.axis), self.n, q_len, self.zigzag)
+
+
+def ring_attention(
+    kernel: Callable[..., tuple[jax.Array, jax.Array]],
+    arrays: Arrays,
+    static: dict[str, Any],
+    axis: str,
+    n: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Out and lse of this device's queries over the keys of all devices along an axis.
+
+    Differentiable in q, k, v, alibi_slopes and sinks, through out and lse.
+
+    Args:
+        kernel: the dense kernel, as a function of its arrays by name.
+        arrays: this device's; `q_lens`, `kv_lens` and `q_offset` are the whole sequence's.
+        static: the kernel's static arguments.
+        axis: the mesh axis that cuts positions.
+        n: its size.
+    """
+    even = all(arrays[name].shape[1] % 2 == 0 for name in "qk")
+    ring = Ring(kernel, static, axis, n, bool(static.get("causal")) and n > 1 and even)
+    cut = [name for name in (*BY_QUERY, *BY_KEY) if name in arrays]
+    if ring.zigzag:
+        arrays = arrays | {name: to_zigzag(arrays[name], axis, n) for name in cut}
+
+    @jax.custom_vjp
+    def attend(floats: Arrays, others: Arrays) -> tuple[jax.Array, jax.Array]:
+        return _forward(ring, floats | others)
+
+    def forward(floats: Arrays, others: Arrays):
+        results = _forward(ring, floats | others)
+        return results, (floats, others, *results)
+
+    def backward(kept, cotangents):
+        floats, others, out, lse = kept
+        return _backward(ring, floats | others, out, lse, *cotangents), None
+
+    attend.defvjp(forward, backward)
+    floats = {name: arrays[name] for name in FLOATS if name in arrays}
+    out, lse = attend(floats, {name: a for name, a in arrays.items() if name not in floats})
+    if ring.zigzag:
+        out, lse = (from_zigzag(x, axis, n) for x in (out, lse))
+    return out, lse
+
+
+def _forward(ring: Ring, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+    """Once round: the keys are sent on before they are met, so that both go on at once."""
+    q, width = arrays["q"], arrays["v"].shape[-1]
+
+    def meet(step, kv: Arrays, so_far: list[Partial]) -> list[Partial]:
+        parts = list(so_far)
+        for i, j in ring.pairs(arrays):
+            parts[i] = _met_too(ring, arrays | kv, step, (i, j), parts[i])
+        return parts
+
+    def one_step(step, carry):
+        kv, so_far = carry
+        following = ring.onward(kv)
+        return following, meet(step, kv, so_far)
+
+    kv = {name: arrays[name] for name in BY_KEY if name in arrays}
+    rows = [q[:, cut].shape[:3] for cut in ring.cut(q.shape[1])]
+    empty = [nothing(shape, width) for shape in rows]
+    carry = jax.lax.fori_loop(0, ring.n - 1, one_step, (kv, empty))
+    parts = meet(ring.n - 1, *carry)
+    whole = Partial(*(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True)))
+    whole = with_sinks(whole, arrays.get("sinks"), _exists(ring, arrays))
+    return whole.out.astype(q.dtype), whole.lse
+
+
+def _met_too(ring: Ring, arrays: Arrays, step, pair: tuple[int, int], so_far: Partial) -> Partial:
+    """What a piece of queries has, and what it finds in a piece of the keys that are here."""
+    mine, told, some = _pair(ring, arrays, step, *pair)
+
+    def with_these(so_far: Partial) -> Partial:
+        out, lse = ring.kernel(mine | told)
+        return merged(so_far, Partial(out.astype(jnp.float32), lse))
+
+    if some is None:
+        return with_these(so_far)
+    return jax.lax.cond(some, with_these, lambda so_far: so_far, so_far)
+
+
+def _pair(ring: Ring, arrays: Arrays, step, i: int, j: int):
+    """A piece of queries and one of keys: their arrays, what the kernel is told, if they meet."""
+    q_len, kv_len = arrays["q"].shape[1], arrays["k"].shape[1]
+    q_pieces, kv_pieces = ring.own(q_len), ring.held(step, kv_len)
+    q_rows, kv_rows = ring.cut(q_len)[i], ring.cut(kv_len)[j]
+    mine = {name: arrays[name][:, q_rows] for name in BY_QUERY if name in arrays}
+    mine |= {name: arrays[name][:, kv_rows] for name in BY_KEY if name in arrays}
+    if "alibi_slopes" in arrays:
+        mine["alibi_slopes"] = arrays["alibi_slopes"]
+    told = met(arrays, ring.static, q_pieces[i], kv_pieces[j], arrays["q"].shape[0])
+    return mine, told, meet_at_all(arrays, ring.static, q_pieces[i], kv_pieces[j])
+
+
+def _exists(ring: Ring, arrays: Arrays) -> jax.Array | None:
+    """Which of this device's query rows exist, bool [batch, q_len]; None = all."""
+    if "q_lens" not in arrays:
+        return None
+    rows = [
+        piece.start + jnp.arange(piece.size, dtype=jnp.int32)
+        for piece in ring.own(arrays["q"].shape[1])
+    ]
+    return jnp.concatenate(rows) < arrays["q_lens"][:, None]
+
+
+def _backward(
+    ring: Ring, arrays: Arrays, out: jax.Array, lse: jax.Array, dout: jax.Array, dlse: jax.Array
+) -> Arrays:
+    """Gradients of the floats: once round, the keys' gradients one step behind the keys."""
+    dout = dout.astype(jnp.float32)
+    delta = jnp.sum(out.astype(jnp.float32) * dout, axis=-1) - dlse
+    rows = {"lse": lse, "dout": dout, "delta": delta}
+    kv = {name: arrays[name] for name in BY_KEY if name in arrays}
+    stay = [name for name in ("q", "alibi_slopes") if name in arrays]
+
+    def meet(step, kv: Arrays, here: Arrays) -> tuple[Arrays, Arrays]:
+        """Adds to what stays here, and gives the gradients of the keys that are here now."""
+        grads = {name: jnp.zeros(kv[name].shape, jnp.float32) for name in "kv"} | here
+        for i, j in ring.pairs(arrays):
+            q_rows, kv_rows = ring.cut(arrays["q"].shape[1])[i], ring.cut(kv["k"].shape[1])[j]
+            part = {name: x[:, q_rows] for name, x in rows.items()}
+            at = {"q": q_rows, "k": kv_rows, "v": kv_rows}
+            grads = _add_meeting(ring, arrays | kv, part, step, (i, j), at, grads)
+        return {name: grads[name] for name in here}, {name: grads[name] for name in "kv"}
+
+    def one_step(step, carry):
+        kv, travelling, here = carry
+        following, travelling = ring.onward((kv, travelling))
+        here, mine = meet(step + 1, kv, here)
+        return following, jax.tree.map(jnp.add, travelling, mine), here
+
+    here = {name: jnp.zeros(arrays[name].shape, jnp.float32) for name in stay}
+    following = ring.onward(kv)
+    here, own = meet(0, kv, here)
+    carry = (following, jax.tree.map(jnp.zeros_like, own), here)
+    _, travelling, here = jax.lax.fori_loop(0, ring.n - 1, one_step, carry)
+    back = jax.tree.map(jnp.add, own, ring.onward(travelling))
+    grads = here | back
+    if "sinks" in arrays:
+        share = weight(jnp.broadcast_to(arrays["sinks"], lse.shape), lse)
+        exists = _exists(ring, arrays)
+        share = share if exists is None else jnp.where(exists[..., None], share, 0)
+        grads["sinks"] = -jnp.sum(share * delta, axis=(0, 1))
+    return {name: grad.astype(arrays[name].dtype) for name, grad in grads.items()}
+
+
+def _add_meeting(
+    ring: Ring, arrays: Arrays, rows: Arrays, step, pair: tuple[int, int], at, grads: Arrays
+) -> Arrays:
+    """Adds the gradients of one meeting; `at` says which rows of each gradient are its own."""
+    mine, told, some = _pair(ring, arrays, step, *pair)
+    wanted = {name: mine[name] for name in FLOATS if name in mine}
+
+    def pulled() -> Arrays:
+        rest = {name: x for name, x in mine.items() if name not in wanted} | told
+        (out, lse), pull_back = jax.vjp(lambda x: ring.kernel(x | rest), wanted)
+        share = weight(lse, jnp.where(rows["lse"] == -jnp.inf, jnp.inf, rows["lse"]))
+        along = jnp.sum(rows["dout"] * out.astype(jnp.float32), axis=-1)
+        seeds = (share[..., None] * rows["dout"]).astype(out.dtype), share * (along - rows["delta"])
+        (pulled,) = pull_back(seeds)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), pulled)
+
+    def none() -> Arrays:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), wanted)
+
+    added = pulled() if some is None else jax.lax.cond(some, pulled, none)
+    return grads | {
+        name: grads[name].at[:, at[name]].add(g) if name in at else grads[name] + g
+        for name, g in added.items()
+    }

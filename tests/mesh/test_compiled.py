@@ -1,0 +1,159 @@
+"""Compiled for meshes that are not here: it compiles, and sends what its form should."""
+
+import pathlib
+import runpy
+
+import pytest
+from typer.testing import CliRunner
+
+from attnsel_jax.aot import MeshCall, compile_for, target_for
+from attnsel_jax.aot.arguments import dense_arguments, mla_arguments
+from attnsel_jax.aot.collectives import Collective, collectives_of, sent_bytes
+from attnsel_jax.aot.targets import slice_for
+from attnsel_jax.cli import app
+
+ROOT = pathlib.Path(__file__).parents[2]
+XLA = "attnsel_jax.backends.xla:XlaBackend"
+DENSE = "attnsel_jax.xla.dense:dense_attention"
+
+
+def dense_call(length=512, heads=4, **more):
+    return dense_arguments(batch=2, q_len=length, kv_len=length, num_heads=heads,
+                           num_kv_heads=heads, head_size=16, dtype="float32", causal=True,
+                           **more)  # fmt: skip
+
+
+def needs_compiler(chip):
+    missing = target_for(chip).missing()
+    if missing:
+        pytest.skip(f"no compiler for {chip} here: {missing}")
+
+
+LOCAL = 2 * 128 * 4 * 16 * 4  # bytes of a device's q, of k, and of v: float32
+LSE = 2 * 128 * 4 * 4
+SENT = {  # of 4 devices; lse is sent too where a kernel is followed by an exchange
+    "ring": {"collective-permute": 3 * 2 * LOCAL + 4 * LOCAL + LSE},
+    "all_gather": {"all-gather": 3 * 2 * LOCAL},
+    "all_to_all": {"all-to-all": (4 * LOCAL + LSE) * 3 / 4},
+}
+
+
+@pytest.mark.parametrize("form", SENT)
+def test_what_a_device_sends_is_what_the_form_says(form):
+    over = MeshCall(XLA, "dense", {"seq": 4}, context="seq", form=form)
+    report = compile_for("cpu", DENSE, dense_call(), over=over)
+    assert report.compiled, report.refusal
+    assert report.sent == pytest.approx(SENT[form])
+
+
+def test_heads_and_batch_send_nothing_on_a_tpu_slice():
+    needs_compiler("v5e")
+    over = MeshCall(XLA, "dense", {"data": 2, "model": 4}, ("data",), ("model",))
+    report = compile_for("v5e", DENSE, dense_call(), over=over, gradients=True)
+    assert report.compiled, report.refusal
+    assert report.sent == {}
+    alone = compile_for("v5e", DENSE, dense_call(), gradients=True)
+    assert report.memory["arguments"] == pytest.approx(alone.memory["arguments"] / 8, rel=0.3)
+
+
+def test_a_pallas_kernel_with_heads_cut_and_pages_spread():
+    """Opaque to XLA, and it need not know: what is sent is the merge of partial results."""
+    needs_compiler("v5e")
+    kernel = "pallas_kernels.mla.mosaic_tpu:mla_attention"
+    arguments = mla_arguments(
+        batch=8, q_len=1, kv_len=4096, num_heads=64, kv_lora_rank=512, rope_dim=64,
+        dtype="bfloat16", cache_dtype="bfloat16", cache_shape=(512, 32, 1152), page_size=64,
+        scale=0.1,
+    )  # fmt: skip
+    backend = "attnsel_jax.backends.mosaic_tpu_mla:MosaicTpuMlaBackend"
+    over = MeshCall(backend, "mla", {"seq": 2, "model": 4}, (), ("model",), "seq")
+    report = compile_for("v5e", kernel, arguments, over=over)
+    assert report.compiled, report.refusal
+    assert set(report.sent) == {"all-reduce"}
+    merged = 8 * 16 * (512 + 2) * 4  # out, weight and maximum of 8 tokens and 16 heads
+    assert report.sent["all-reduce"] == pytest.approx(merged, rel=0.05)
+
+
+def test_a_slice_for_so_many_devices():
+    names = {"v5e": "v5e:4x4", "v6e": "v6e:4x4", "7x": "tpu7x:2x2x2", "v5p": "v5p:2x2x4"}
+    for chip, name in names.items():
+        assert slice_for(target_for(chip), 16).topology == {"topology_name": name}
+    with pytest.raises(ValueError, match=r"mesh has 6 devices, must have one of 4, 8, 16, 32"):
+        slice_for(target_for("v5e"), 6)
+    with pytest.raises(ValueError, match="device is 'h200', must be a TPU or cpu with a mesh"):
+        slice_for(target_for("h200"), 4)
+
+
+TEXT = """HloModule jit_f
+
+%body.1 (p: (s32[], f32[2,8])) -> (s32[], f32[2,8]) {
+  %x = f32[2,8]{1,0} collective-permute(%y), source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
+}
+
+%cond.1 (p: (s32[], f32[2,8])) -> pred[] {
+  %three = s32[]{:T(128)} constant(3)
+}
+
+%branch (p: f32[4]) -> f32[4] {
+  %r = (f32[4]{0}, bf16[6]{0}) all-reduce(%a, %b), replica_groups=mesh['s'=2,'m'=4] {'m'}
+}
+
+%offloaded (p: f32[8]) -> f32[32] {
+  ROOT %g.2 = f32[32]{0} all-gather(%p), replica_groups=mesh['s'=8] {'s'}
+}, execution_thread="sparsecore"
+
+ENTRY %main (q: f32[2,8]) -> f32[2,8] {
+  %while.1 = (s32[], f32[2,8]) while(%t), condition=%cond.1, body=%body.1
+  %while.2 = (s32[], f32[2,8]) while(%t), condition=%cond.2, body=%body.1, backend_config={"known_trip_count":{"n":"5"}}
+  %g = (f32[8]{0}, f32[32]{0}) all-gather-start(%z), replica_groups=[2,4]<=[8]
+  %s = f32[8]{0} reduce-scatter(%z), replica_groups={{0,1,2,3},{4,5,6,7}}
+  %c = f32[4] conditional(%w), branch_computations={%branch, %other}
+  %o = ((), ()) custom-call-start(), called_computations={%offloaded}
+  %u = f32[32] custom-call-update(%o)
+}
+"""  # noqa: E501
+
+
+def test_collectives_are_read_off_a_program_s_text():
+    found = collectives_of(TEXT)
+    assert found == [
+        Collective("collective-permute", 4, 3, 64),
+        Collective("collective-permute", 4, 5, 64),
+        Collective("all-gather", 4, 1, 96),
+        Collective("reduce-scatter", 4, 1, 96),
+        Collective("all-reduce", 4, 1, 42),
+        Collective("all-gather", 8, 1, 112),
+    ]
+    assert sent_bytes(found)["collective-permute"] == 8 * 64
+    assert collectives_of("") == []
+
+
+def test_the_committed_table_keeps_to_its_formulas():
+    """Bytes sent are the formula's, and a ring's memory falls with the number of devices."""
+    script = runpy.run_path(str(ROOT / "benchmarks" / "compile_over_meshes.py"))
+    import json
+
+    rows = json.loads(script["OUTPUT"].read_text())["rows"]
+    for row in rows:
+        expected = script["formula"](row["form"], row["length"], row["devices"])
+        assert sum(row["sent"].values()) == pytest.approx(expected, rel=0.02), row
+    by_devices = {
+        row["devices"]: row["memory"]["temporaries"] * row["devices"]
+        for row in rows
+        if (row["chip"], row["form"], row["length"]) == ("v5e", "ring", 2**20)
+    }
+    assert max(by_devices.values()) < 1.2 * min(by_devices.values())
+
+
+def test_the_command_line_takes_a_mesh():
+    command = ["compile", "--device", "cpu", "--q-len", "32", "--mesh"]
+    done = CliRunner().invoke(app, [*command, "data=2,model=2", "--heads-axis", "model", "--json"])
+    assert done.exit_code == 0, done.output
+    assert '"sent": {}' in done.stdout
+    for options, said in [
+        (["data"], "--mesh is data, must be axes and sizes, such as data=2,model=4"),
+        (["data=2", "--heads-axis", "model"], "--heads-axis is model, must be one of data"),
+    ]:
+        done = CliRunner().invoke(app, [*command, *options])
+        assert done.exit_code == 2
+        assert said in " ".join(done.output.split())

@@ -1,0 +1,148 @@
+"""Positions and pages cut by a mesh: every form, forward and gradients, against the oracle."""
+
+import jax
+import numpy as np
+import pytest
+from meshes import collectives, mesh, on_mesh, put
+
+import attnsel_jax
+from attnsel_jax import AttentionBackendEnum, MeshAxes, use_mesh_axes
+from attnsel_jax.compare import compare
+from attnsel_jax.compare.comparison import PASS
+from attnsel_jax.problems import Problem
+from attnsel_jax.problems.dense_inputs import dense_inputs
+from attnsel_jax.problems.mla_inputs import mla_inputs
+from attnsel_jax.problems.paged_inputs import paged_inputs
+
+DENSE = {"heads": (4, 4), "head_size": 16, "q_len": 24, "dtype": "float32", "causal": True}
+FORMS = ("ring", "all_gather", "all_to_all")
+
+
+def check(problem, on, form="ring", name="XLA", **cuts):
+    backend = AttentionBackendEnum[name].get_class()
+    with jax.set_mesh(on), use_mesh_axes(MeshAxes(form=form)):
+        (row,) = compare([problem], {name: on_mesh(backend, problem.op, on, **cuts)}).rows
+    assert row.verdict == PASS, str(row)
+
+
+FEATURES = {
+    "window, segments, sinks": {"sliding_window": 9, "segments": 3, "sinks": True},
+    "encoder, two-sided window, odd shares": {
+        "causal": False, "sliding_window": (5, 9), "q_len": 20,
+    },
+    "cross, lengths and an offset": {
+        "batch": 2, "q_len": 16, "kv_len": 32, "q_lens": (16, 9), "kv_lens": (32, 21),
+        "q_offset": (-3, 13), "sinks": True,
+    },
+    "soft cap, bfloat16, grouped heads": {
+        "heads": (8, 4), "soft_cap": 5.0, "dtype": "bfloat16", "head_size_v": 8,
+    },
+}  # fmt: skip
+ONE_BY_ONE = {
+    "causal": {},
+    "odd shares": {"q_len": 20},
+    "odd mesh": {"q_len": 18},
+    "window": {"sliding_window": 7},
+    "segments": {"segments": 3},
+    "sinks": {"sinks": True},
+    "encoder": {"causal": False},
+    "encoder window": {"causal": False, "sliding_window": (5, None)},
+    "queries' lengths": {"batch": 2, "q_lens": (24, 5), "sinks": True},
+    "a long offset": {"q_offset": 40, "kv_len": 64},
+    "head sizes": {"head_size": 24, "head_size_v": 8},
+    "float16": {"dtype": "float16"},
+    "one kv head": {"heads": (4, 1)},
+}
+
+
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("form", FORMS)
+def test_dense_and_its_gradients(features, form):
+    options = DENSE | FEATURES[features]
+    problem = Problem(features, "dense", "", dense_inputs, options, gradients=True)
+    # The reference compiles faster; the sweep has both on every feature.
+    name = "XLA" if "bfloat16" in features or "sinks" in features else "XLA_REFERENCE"
+    check(problem, mesh(seq=4), form, name, q_len="seq", kv_len="seq")
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("features", ONE_BY_ONE)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["XLA", "XLA_REFERENCE"])
+def test_features_one_by_one(features, form, name):
+    options = DENSE | ONE_BY_ONE[features]
+    problem = Problem(features, "dense", "", dense_inputs, options, gradients=True)
+    size = 3 if features == "odd mesh" and form != "all_to_all" else 4
+    if features == "odd mesh" and size == 4:
+        pytest.skip("4 heads on 3 devices")
+    check(problem, mesh(seq=size), form, name, q_len="seq", kv_len="seq")
+
+
+@pytest.mark.parametrize("form", ["ring"])
+def test_beside_batch_and_heads(form):
+    options = DENSE | {"batch": 2, "heads": (8, 4), "alibi": True, "sinks": True, "q_len": 12}
+    problem = Problem("all", "dense", "", dense_inputs, options, gradients=True)
+    cuts = {"batch": "data", "heads": "model", "kv_heads": "model"}
+    check(problem, mesh(data=2, model=2, seq=2), form, q_len="seq", kv_len="seq", **cuts)
+
+
+def test_on_the_reference_backend_and_an_odd_mesh():
+    problem = Problem("causal", "dense", "", dense_inputs, DENSE, gradients=True)
+    check(problem, mesh(seq=3), "ring", "XLA_REFERENCE", q_len="seq", kv_len="seq")
+
+
+def test_all_gather_with_a_bias_and_chunks():
+    options = DENSE | {"bias": (True, True, True, True), "masked": True, "attention_chunk_size": 9}
+    problem = Problem("bias", "dense", "", dense_inputs, options, gradients=True)
+    check(problem, mesh(seq=4), "all_gather", q_len="seq", kv_len="seq")
+
+
+def qkv(mesh_, heads=(4, 4), length=32):
+    rng = np.random.default_rng(0)
+    return [
+        put(rng.standard_normal((1, length, n, 16), np.float32), mesh_, None, "seq")
+        for n in (heads[0], heads[1], heads[1])
+    ]
+
+
+EXPECTED = {
+    "ring": {"collective-permute"},
+    "all_gather": {"all-gather"},
+    "all_to_all": {"all-to-all"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_sends_what_it_should(form):
+    def attend(q, k, v):
+        axes = MeshAxes(form=form)
+        return attnsel_jax.dot_product_attention(q, k, v, is_causal=True, mesh_axes=axes)
+
+    arguments = qkv(mesh(seq=4))
+    assert set(collectives(attend, *arguments)) == EXPECTED[form]
+
+
+PAGED = {"heads": (4, 2), "head_size": 16, "q_lens": (1, 3, 0, 1), "kv_lens": (35, 25, 7, 61),
+         "page_size": 4, "dtype": "float32", "pad_tokens": 2}  # fmt: skip
+LATENT = {"num_heads": 4, "rank": 16, "rope_dim": 8, "qk_nope_head_dim": 8, "page_size": 4,
+          "q_lens": (1, 3, 0, 1), "kv_lens": (35, 25, 7, 61), "dtype": "float32",
+          "pad_tokens": 2}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("XLA", {}), ("XLA_REFERENCE", {"sinks": True}),
+    ("XLA", {"sinks": True, "cache_dtype": "int8", "scales": "head", "dtype": "bfloat16"}),
+    ("XLA", {"causal": False, "writes": False, "soft_cap": 5.0}),
+], ids=["plain", "reference", "quantised", "cross"])  # fmt: skip
+def test_pages_of_a_sequence_spread_over_devices(name, options):
+    attn_type = "encoder_decoder" if options.get("causal") is False else None
+    problem = Problem("spread", "paged", "", paged_inputs, PAGED | options, attn_type=attn_type)
+    check(problem, mesh(seq=2), name=name, pages="seq")
+
+
+@pytest.mark.parametrize("topk", [None, 16])
+def test_latents_of_a_sequence_spread_over_devices(topk):
+    op, name = ("mla", "XLA_MLA") if topk is None else ("sparse_mla", "XLA_MLA_SPARSE")
+    options = LATENT if topk is None else LATENT | {"topk": topk}
+    problem = Problem("spread", op, "", mla_inputs, options)
+    check(problem, mesh(seq=2, model=2), name=name, pages="seq", heads="model")

@@ -1,0 +1,74 @@
+"""Each of these faults makes a test of this folder's kind fail: the checks can see them."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from meshes import mesh
+from test_context import DENSE, LATENT
+from test_context import check as check_context
+from test_heads_and_batch import check
+
+from attnsel_jax.mesh import over_mesh
+from attnsel_jax.mesh.merging import Partial
+from attnsel_jax.problems import Problem
+from attnsel_jax.problems.dense_inputs import dense_inputs
+from attnsel_jax.problems.mla_inputs import mla_inputs
+
+
+@pytest.fixture(autouse=True)
+def _traced_afresh():
+    over_mesh._jitted.cache_clear()
+    yield
+    over_mesh._jitted.cache_clear()
+
+
+def few_kv_heads():
+    options = DENSE | {"heads": (8, 2), "q_len": 9}
+    check(Problem("p", "dense", "", dense_inputs, options), ["XLA_REFERENCE"], mesh(model=4),
+          heads="model", kv_heads=None)  # fmt: skip
+
+
+def around(form="ring", gradients=False, **options):
+    problem = Problem("p", "dense", "", dense_inputs, DENSE | options, gradients=gradients)
+    check_context(problem, mesh(seq=4), form, "XLA_REFERENCE", q_len="seq", kv_len="seq")
+
+
+def spread():
+    problem = Problem("p", "mla", "", mla_inputs, LATENT)
+    check_context(problem, mesh(seq=2), name="XLA_MLA", pages="seq")
+
+
+FAULTS = {
+    "the first kv head for all": (
+        "attnsel_jax.mesh.over_mesh", "_with_own_kv_heads",
+        lambda arrays, *_: arrays | {n: arrays[n][:, :, :1] for n in "kv"}, few_kv_heads,
+    ),
+    "parts averaged, not weighed": (
+        "attnsel_jax.mesh.ring", "merged",
+        lambda a, b: Partial((a.out + b.out) / 2, jnp.logaddexp(a.lse, b.lse)), around,
+    ),
+    "the last part exchanged wrongly": (
+        "attnsel_jax.mesh.zigzag", "_owner", lambda part, n: part % n, around,
+    ),
+    "gradients of unweighed parts": (
+        "attnsel_jax.mesh.ring", "weight", lambda lse, of: jnp.ones_like(lse),
+        lambda: around(gradients=True),
+    ),
+    "queries of every device at 0": (
+        "attnsel_jax.mesh.whole_keys", "met", lambda *_: {}, lambda: around("all_gather"),
+    ),
+    "pages counted from the cache's first": (
+        "attnsel_jax.mesh.groups", "with_own_pages", lambda op, arrays, *_: arrays, spread,
+    ),
+    "partial results not merged": (
+        "attnsel_jax.mesh.spread_pages", "merged_over", lambda part, axis: part, spread,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_seen(fault, monkeypatch):
+    module, name, wrong, run = FAULTS[fault]
+    monkeypatch.setattr(f"{module}.{name}", wrong)
+    with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
+        run()
