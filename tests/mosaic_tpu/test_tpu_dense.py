@@ -4,6 +4,8 @@ Tiles are cut to 128 queries and 128 keys, and major blocks to two of them, so t
 rows of tiles with nothing, something and everything to see, and odd and even numbers of tiles.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 import pytest
 from tpu_interpreter import tpu_interpreter
@@ -42,21 +44,25 @@ TILED = (
     problem("causal", causal=True, gradients=True),
     problem("bfloat16, head size 128, odd lengths", causal=True, dtype="bfloat16", head_size=128,
             q_len=257, kv_len=259, heads=(2, 2), gradients=True),
-    problem("two-sided window", sliding_window=(50, 90), heads=(1, 1)),
-    problem("lengths", batch=2, kv_len=341, q_lens=(260, 118), kv_lens=(341, 123)),
-    problem("segments, some blocks empty", segments=3, causal=True, gradients=True),
     problem("offsets, empty rows", batch=2, kv_len=350, q_offset=(-140, 13), causal=True,
             heads=(1, 1), gradients=True),
+    problem("lengths", batch=2, kv_len=341, q_lens=(260, 118), kv_lens=(341, 123)),
+    problem("segments, some blocks empty", segments=3, causal=True),
+    problem("everything", batch=2, sinks=True, alibi=True, soft_cap=8.0, q_len=37,
+            q_lens=(37, 21), kv_lens=(37, 30), bias=(True, True, True, True), segments=2,
+            sliding_window=20, attention_chunk_size=24, causal=True, gradients=True),
+)  # fmt: skip
+LONGER = (
+    problem("two-sided window", sliding_window=(50, 90), gradients=True),
+    problem("segments and lengths", segments=3, batch=2, kv_len=341, q_lens=(260, 118),
+            kv_lens=(341, 123), gradients=True),
     problem("bias for keys, over three major blocks", bias=(True, False, False, True), q_len=30,
             kv_len=600, heads=(2, 2), gradients=True),
     problem("bias for queries, scale below 0", bias=(False, True, True, False), scale=-0.2,
             gradients=True),
-    problem("everything", batch=2, sinks=True, alibi=True, soft_cap=8.0, q_lens=(260, 210),
-            bias=(True, True, True, True), segments=2, sliding_window=150, kv_lens=(260, 250),
-            attention_chunk_size=200, causal=True),
-    problem("everything, one tile", batch=2, sinks=True, alibi=True, soft_cap=8.0, q_len=37,
-            q_lens=(37, 21), kv_lens=(37, 30), bias=(True, True, True, True), segments=2,
-            sliding_window=20, attention_chunk_size=24, causal=True, gradients=True),
+    problem("everything, many tiles", batch=2, sinks=True, alibi=True, soft_cap=8.0,
+            q_lens=(260, 210), bias=(True, True, True, True), segments=2, sliding_window=150,
+            kv_lens=(260, 250), attention_chunk_size=200, causal=True, gradients=True),
 )  # fmt: skip
 
 
@@ -85,7 +91,13 @@ ACCEPTED = [
 
 @pytest.mark.parametrize("case", ACCEPTED, ids=lambda case: case.name)
 def test_the_contract_s_problems_agree_with_the_oracle(case):
-    check(case, "v6e")
+    check(dataclasses.replace(case, gradients=False), "v6e")
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("case", [*LONGER, *ACCEPTED], ids=lambda case: case.name)
+def test_longer_problems_and_every_gradient_agree_with_the_oracle(case):
+    check(case, detect_races=True)
 
 
 @pytest.mark.parametrize(
