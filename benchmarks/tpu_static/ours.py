@@ -43,7 +43,15 @@ def _rejections(work: Work, generation: str) -> str:
     from attnsel_jax.problems import question
     from attnsel_jax.selector import select
 
-    config = question(work.op, named_arguments(work), needs_grad=work.backward)
+    arguments = named_arguments(work)
+    # A question is read off the logical layout.
+    size = work.head_size
+    pages = () if work.page_size is None else (batches.num_pages(work), work.page_size)
+    if "kv_pages" in arguments:
+        arguments["kv_pages"] = floats(2, *pages, work.num_kv_heads, size)
+    if "latent_pages" in arguments:
+        arguments["latent_pages"] = floats(*pages, size)
+    config = question(work.op, arguments, needs_grad=work.backward)
     selection = select(config, CHIPS[generation], backend_of(work).name)
     return "" if selection.backend is not None else str(selection)
 

@@ -15,6 +15,7 @@ from benchmarks.tpu_static.scalar_code import M32, ScalarCode
 
 Scalar = tuple[Sequence[int], int, Sequence[int]]  # shape, bytes of an element, values
 LANES = 128
+ON_CHIP = ("vmem", "smem")
 LIMIT = 400_000_000  # cycles; a replay that gets there is stopped, and says so
 
 
@@ -64,7 +65,7 @@ class Transfers:
         source, _, destination = kind.partition("_to_")
         is_out = destination.startswith("hbm")
         latency = self._chip.latency_out if is_out else self._chip.latency_in
-        if is_out or source == "hbm":
+        if is_out or source not in ON_CHIP:
             begins = max(cycle + latency, self._free_at)
             ends = self._free_at = begins + size / self._pipe
             self.bytes_out += size * is_out

@@ -17,6 +17,8 @@ M32 = 0xFFFFFFFF
 _REGISTER = re.compile(r"%([sp])(\d+)_([sp]\d+)")
 _OPERATION = re.compile(r"\s*(?:(%\S+)\s*=\s*)?([a-z_][\w.]*)\s*(.*)", re.DOTALL)
 _GUARD = re.compile(r"\((!?%p\d+_p\d+)(?:, ([^()]+))?\)")
+# Strided DMAs say in a comment, last, from where to where they go.
+_GENERAL_DMA = re.compile(r"dma\.general\b([^;]*?)/\* (hbm|vmem|smem)-to-(hbm|vmem|smem) \*/")
 _DELAY_SLOTS = 12  # more than any generation has; a branch acts within so many bundles
 _ARITHMETIC = {
     "sadd": "({0}+{1})&M32", "ssub": "({0}-{1})&M32", "smul": "({0}*{1})&M32",
@@ -232,6 +234,7 @@ class ScalarCode:
 
 def split(bundle: str) -> list[Operation]:
     """The operations of a bundle's text, comments left out."""
+    bundle = _GENERAL_DMA.sub(r"dma.\2_to_\3\1", bundle)
     bundle = re.sub(r"/\*.*?\*/", "", bundle, flags=re.DOTALL)
     inside = bundle[bundle.index("{") + 1 : bundle.rindex("}")] if "{" in bundle else ""
     operations = []

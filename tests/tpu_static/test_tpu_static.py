@@ -114,6 +114,11 @@ def test_operations_are_split():
     assert arguments("[a, b], (c, d), e") == ["[a, b]", "(c, d)", "e"]
 
 
+def test_strided_dmas_say_where_they_go_in_a_comment():
+    text = "0 : { %1 = dma.general /*src=*/%s1_s1, /*n=*/8, %s2_s2, %s3_s3 /* vmem-to-hbm */ }"
+    assert split(text)[0].name == "dma.vmem_to_hbm"
+
+
 @pytest.mark.parametrize(
     ("operation", "value"),
     [
