@@ -131,7 +131,10 @@ def compiles(chip, **options):
     assert report.compiled, report.refusal
 
 
-TPUS = [name for name, chip in CHIPS.items() if chip.platform == "tpu"]
+DENSE = MosaicTpuBackend.capabilities["dense"]
+TPUS = [
+    name for name, chip in CHIPS.items() if chip.generation and chip.generation in DENSE.generation
+]
 
 
 @pytest.mark.parametrize("chip", ["v5e", "7x"])
