@@ -304,6 +304,13 @@ def test_compile_s_mistakes(options, said):
     assert said in error_of("compile", *options)
 
 
+def test_compile_takes_a_mesh_beside_a_problem():
+    mesh = ("--mesh", "data=2", "--batch-axis", "data")
+    case = ("--device", "v5e", "--problem", "llama3.decode", "--backend", "CUDNN")
+    (outcome,) = attnsel_json("compile", *case, *mesh, code=3)
+    assert outcome["verdict"] == "refused by selection"
+
+
 def test_compile_shows_selection_s_refusal():
     text, _ = attnsel("compile", "--device", "v5e", "--backend", "CUDNN", code=3)
     assert "platform is tpu, must be cuda" in text

@@ -21,7 +21,6 @@ from pallas_kernels import tpu_chip
 
 _INSTRUCTION = re.compile(r"%(\S+) = .*?\b([a-z\-]+)\(")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-LEFT_TO_XLA = 2 << 20  # bytes of VMEM: see `stand_ins.traced_as`
 _UNKNOWN = 1 << 40  # cycles from which XLA means "not known"
 
 
@@ -54,7 +53,7 @@ def compiled(task: dict[str, Any]) -> dict[str, Any]:
             program.arguments,
             is_leaf=lambda leaf: isinstance(leaf, np.ndarray),
         )
-        with traced_as(given, here.vmem_bytes - LEFT_TO_XLA) as calls:
+        with traced_as(given, here.vmem_bytes - tpu_chip.VMEM_RESERVED) as calls:
             traced = jax.jit(program.function, donate_argnums=program.donated).trace(*shapes)
             executable = traced.lower().compile()
     kernels, around = instructions(executable.as_text())

@@ -82,9 +82,9 @@ def traced_as(given: list[Recorded], vmem_bytes: int) -> Iterator[list[Call]]:
 
     Args:
         given: as recorded.
-        vmem_bytes: limit given to every kernel in its own one's place. With nearly all of VMEM none
-            is left for XLA, which would otherwise move operands there beforehand where they fit:
-            bytes would cross HBM that no kernel's schedule shows.
+        vmem_bytes: limit given to every kernel, where its own is not larger. With nearly all of
+            VMEM none is left for XLA, which would otherwise move operands there beforehand where
+            they fit: bytes would cross HBM that no kernel's schedule shows.
     """
     calls: list[Call] = []
     real = pl.pallas_call
@@ -98,8 +98,9 @@ def traced_as(given: list[Recorded], vmem_bytes: int) -> Iterator[list[Call]]:
         if 0 in grid:
             return _nothing(options.get("out_shape", *positional[:1]), options)
         own = options.get("compiler_params") or pltpu.CompilerParams()
+        limit = max(own.vmem_limit_bytes or 0, vmem_bytes)
         options |= {
-            "compiler_params": dataclasses.replace(own, vmem_limit_bytes=vmem_bytes),
+            "compiler_params": dataclasses.replace(own, vmem_limit_bytes=limit),
             "name": f"call{number}_{options.get('name') or _name(kernel)}",
         } | _static(options, grid)
         return real(kernel, *positional, **options)
