@@ -41,9 +41,17 @@ class Tiles:
 # block_kv, step_kv): (512, 512, 256) 241, 117, 93; (256, 512, 256) 239, 128, 104; (512, 512, 128)
 # 252, 143, -; (512, 1024, 256) 271, 121, 94; (256, 512, 512) 262, 144, 118; (128, 512, 128) 369,
 # 251, -. Without the two halves in turn (products, then softmax): 292, 161, 124.
-_BLOCK = Tiles(512, 512, 256, 4096, 4096)
-_BLOCK_WIDE = Tiles(512, 512, 256, 2048, 2048)  # float32, or heads above 128: twice the bytes
-_BLOCK_SMALL = Tiles(512, 512, 256, 1024, 1024)  # v4's 16 MiB, or a bias tile beside the others
+TILES = {
+    "v4": Tiles(block_q=512, block_kv=512, step_kv=256, major_q=1024, major_kv=1024),  # 16 MiB
+    "v5e": Tiles(block_q=512, block_kv=512, step_kv=256, major_q=4096, major_kv=4096),
+    "v5p": Tiles(block_q=512, block_kv=512, step_kv=256, major_q=4096, major_kv=4096),
+    "v6e": Tiles(block_q=512, block_kv=512, step_kv=256, major_q=4096, major_kv=4096),
+    "7x": Tiles(block_q=512, block_kv=512, step_kv=256, major_q=4096, major_kv=4096),
+}
+BACKWARD_TILES = TILES | {
+    "v4": Tiles(block_q=256, block_kv=256, step_kv=256, major_q=512, major_kv=512)
+}
+WIDE = 256  # bytes of a head's row; above it major blocks shrink, to stay in VMEM
 
 
 def forward_tiles(
@@ -56,15 +64,11 @@ def forward_tiles(
         itemsize: bytes of an element of q.
         head_dim: the larger of the two head sizes.
         q_len, kv_len: of the call; tiles are no longer than these need.
-        has_bias: whether a bias is brought tile by tile.
+        has_bias: whether a bias is brought, a number for each query and key of a major block.
     """
-    if has_bias or chip.generation == "v4":
-        tiles = _BLOCK_SMALL
-    elif itemsize * head_dim > 256:
-        tiles = _BLOCK_WIDE
-    else:
-        tiles = _BLOCK
-    return fitted(tiles, q_len, kv_len)
+    wide = itemsize * head_dim > WIDE
+    most = 512 if wide and has_bias else 1024 if has_bias else 2048 if wide else 4096
+    return fitted(_within(TILES[chip.generation], most), q_len, kv_len)
 
 
 def backward_tiles(
@@ -72,16 +76,18 @@ def backward_tiles(
 ) -> Tiles:
     """The backward kernel's tiles; arguments as `forward_tiles`.
 
-    It holds five operands and three results of a major block, twice, and their float32 sums.
+    It holds five operands and three results of a major block, twice, and their float32 sums; with a
+    bias the logits' gradients too.
     """
-    wide = itemsize * head_dim > 256
-    if chip.generation == "v4":
-        tiles = Tiles(256, 256, 256, 512, 512)
-    elif has_bias:
-        tiles = Tiles(512, 512, 256, 512, 512) if wide else _BLOCK_SMALL
-    else:
-        tiles = _BLOCK_SMALL if wide else _BLOCK
-    return fitted(tiles, q_len, kv_len)
+    wide = itemsize * head_dim > WIDE
+    most = 512 if wide and has_bias else 1024 if wide or has_bias else 4096
+    return fitted(_within(BACKWARD_TILES[chip.generation], most), q_len, kv_len)
+
+
+def _within(tiles: Tiles, most: int) -> Tiles:
+    """The same with major blocks of at most so many queries and keys."""
+    sizes = {"major_q": min(tiles.major_q, most), "major_kv": min(tiles.major_kv, most)}
+    return dataclasses.replace(tiles, **sizes)
 
 
 def fitted(tiles: Tiles, q_len: int, kv_len: int) -> Tiles:
@@ -93,8 +99,8 @@ def fitted(tiles: Tiles, q_len: int, kv_len: int) -> Tiles:
         block_q=block_q,
         block_kv=block_kv,
         step_kv=step_kv,
-        major_q=min(tiles.major_q // block_q * block_q, _up(q_len, block_q)),
-        major_kv=min(tiles.major_kv // block_kv * block_kv, _up(kv_len, block_kv)),
+        major_q=min(_up(tiles.major_q, block_q), _up(q_len, block_q)),
+        major_kv=min(_up(tiles.major_kv, block_kv), _up(kv_len, block_kv)),
     )
 
 
