@@ -9,6 +9,7 @@ values (`mosaic_tpu_write`), then one kernel attends (`mosaic_tpu_attend`).
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import tpu_chip
 from pallas_kernels.masks import Window, window_bounds
 from pallas_kernels.paged.mosaic_tpu_attend import PerHead, attend
 from pallas_kernels.paged.mosaic_tpu_geometry import LANES, ROWS, Geometry, Masks, round_up
@@ -101,9 +102,15 @@ def paged_attention(
 def _geometry(q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, tiles: Tiles) -> Geometry:
     """The sizes of this call."""
     num_tokens, num_q_heads, head_dim = q.shape
-    _, num_kv_heads, _, page_size, _ = kv_pages.shape
-    chunk_pages = max(1, tiles.chunk_tokens // page_size)
-    chunks = max(1, tiles.block_tokens // (chunk_pages * page_size))
+    _, num_kv_heads, lane_tiles, page_size, lanes = kv_pages.shape
+    page_bytes = num_kv_heads * lane_tiles * page_size * round_up(lanes, LANES)
+    page_bytes *= kv_pages.dtype.itemsize
+    # The buffers take a third of VMEM: many heads, or wide ones, have fewer keys in a block.
+    third = tpu_chip.current().vmem_bytes // 3
+    most = max(1, third // (tiles.num_buffers * page_bytes))
+    chunk_pages = min(max(1, tiles.chunk_tokens // page_size), 1 << (most.bit_length() - 1))
+    chunks = max(1, min(tiles.block_tokens // page_size, most) // chunk_pages)
+    chunks = 1 << (chunks.bit_length() - 1)
     return Geometry(
         num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
         page_size=page_size, pages_per_seq=page_table.shape[1], num_tokens=num_tokens,

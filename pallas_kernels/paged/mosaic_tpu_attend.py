@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_chip
-from pallas_kernels.paged import mosaic_tpu_decode, mosaic_tpu_prefill
+from pallas_kernels.paged import mosaic_tpu_decode, mosaic_tpu_prefill, mosaic_tpu_prompt
 from pallas_kernels.paged.mosaic_tpu_geometry import LANES, ROWS, Geometry, Masks, divided
 from pallas_kernels.paged.mosaic_tpu_walk import CELLS, Batch, Walk
 
@@ -128,6 +128,7 @@ def attend(
                 pltpu.SMEM((2,), jnp.int32),
                 *mosaic_tpu_decode.scratch_shapes(geometry),
                 *mosaic_tpu_prefill.scratch_shapes(geometry, q.dtype),
+                *mosaic_tpu_prompt.scratch_shapes(geometry, q.dtype),
             ],
         ),
         # Checking a copy's ends takes longer than starting it; page tables are the caller's word.
@@ -152,7 +153,9 @@ def _kernel(
     of_decode = len(mosaic_tpu_decode.scratch_shapes(geometry))
     step = Step(q, out, lse, scalars, rows, first_token, soft_cap, has_slope, walk, None)
     decode = step._replace(scratch=scratch[:of_decode])
-    prefill = step._replace(scratch=scratch[of_decode:])
+    of_prefill = of_decode + 4
+    prefill = step._replace(scratch=scratch[of_decode:of_prefill])
+    prompt = step._replace(scratch=scratch[of_prefill:])
     out[...] = jnp.zeros_like(out)
     lse[...] = jnp.full_like(lse, -jnp.inf)
 
@@ -183,7 +186,10 @@ def _kernel(
 
             @pl.when(several & (q_len > ROWS))
             def _():
-                mosaic_tpu_prefill.attend_span(prefill, span, 0, geometry.tile_tokens // ROWS)
+                if mosaic_tpu_prompt.serves(geometry):
+                    mosaic_tpu_prompt.attend_span(prompt, span)
+                else:
+                    mosaic_tpu_prefill.attend_span(prefill, span, 0, geometry.tile_tokens // ROWS)
 
         now[SEQ], now[TOKEN] = walk.after(span)
         return now[TOKEN] < last

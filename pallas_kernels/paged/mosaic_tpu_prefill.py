@@ -9,6 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.paged import mosaic_tpu_prompt
 from pallas_kernels.paged import mosaic_tpu_softmax as softmax
 from pallas_kernels.paged.mosaic_tpu_decode import product, rows_kept
 from pallas_kernels.paged.mosaic_tpu_geometry import LANES, ROWS, Geometry, divided
@@ -17,7 +18,8 @@ from pallas_kernels.paged.mosaic_tpu_walk import Span
 
 def scratch_shapes(geometry: Geometry, dtype) -> list:
     """q, m, l, acc: [num_q_heads, row tiles, 16, lanes]."""
-    shape = (geometry.num_q_heads, geometry.tile_tokens // ROWS, ROWS)
+    row_tiles = 1 if mosaic_tpu_prompt.serves(geometry) else geometry.tile_tokens // ROWS
+    shape = (geometry.num_q_heads, row_tiles, ROWS)
     return [
         pltpu.VMEM((*shape, geometry.k_lanes), dtype),
         pltpu.VMEM((*shape, LANES), jnp.float32),

@@ -73,6 +73,22 @@ def test_spans_tiles_and_blocks(options):
     check(batch(*LONG, **options))
 
 
+@pytest.mark.parametrize(
+    ("heads", "options"),
+    [
+        ((2, 2), {"sliding_window": 70, "sinks": True}),
+        ((3, 3), {"soft_cap": 6.0, "alibi": True, "dtype": "float32"}),
+        ((2, 1), {"head_size": 192, "cache_dtype": "int8", "scales": "head"}),
+    ],
+    ids=["window", "odd", "192"],
+)
+def test_prompts(monkeypatch, heads, options):
+    """Tiles of 128 tokens: keys first."""
+    tiles = SMALL._replace(tile_tokens=128, block_tokens=64, chunk_tokens=32)
+    monkeypatch.setitem(mosaic_tpu_tiles.TILES, "v5e", tiles)
+    check(batch((1, 140, 3), (30, 170, 9), heads=heads, **options))
+
+
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("heads", [(3, 3), (3, 1), (8, 1), (10, 1)])
 def test_groups(heads):
