@@ -19,8 +19,11 @@ _STATIC = {
 
 
 def jitted_kernel(backend: type[AttentionBackend], op: str) -> Callable[..., Any]:
-    """The backend's kernel for the op, under `jit`."""
-    return _jitted(backend.get_kernel(op))
+    """The backend's kernel for the op, under `jit`; refuses gradients that it does not declare."""
+    kernel = _jitted(backend.get_kernel(op))
+    if True in backend.capabilities[op].needs_grad:
+        return kernel
+    return _without_gradient(kernel, f"op {op} of backend {backend.name}")
 
 
 @functools.cache
@@ -33,3 +36,23 @@ def static_names(kernel: Callable[..., Any]) -> tuple[str, ...]:
     parameters = inspect.signature(kernel).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())  # a wrapper's **others
     return tuple(sorted(_STATIC if takes_any else _STATIC.intersection(parameters)))
+
+
+@functools.cache
+def _without_gradient(kernel: Callable[..., Any], what: str) -> Callable[..., Any]:
+    """The kernel, whose differentiation is refused in place of what JAX says about its loops."""
+
+    def refuse(primals, tangents):
+        raise ValueError(
+            f"needs_grad is True (grad or jvp reaches the call), must be False for {what}, which "
+            f"declares no gradient: put jax.lax.stop_gradient around its floating arguments, or "
+            f"attend with dot_product_attention"
+        )
+
+    def call(*arrays: Any, **named: Any) -> Any:
+        static = {name: named.pop(name) for name in _STATIC.intersection(named)}
+        guarded = jax.custom_jvp(lambda arrays, named: kernel(*arrays, **named, **static))
+        guarded.defjvp(refuse)
+        return guarded(arrays, named)
+
+    return call

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnsel_jax.static_arguments import count
+from attnsel_jax.static_arguments import count, flag
+
+INT32_MAX = 2**31 - 1
 
 
 @jax.tree_util.register_dataclass
@@ -144,7 +146,7 @@ class AttentionMetadata:
             cu_q_lens=jnp.asarray(cu_q_lens),
             num_seqs=jnp.asarray(len(q_lens), jnp.int32),
             slot_mapping=jnp.asarray(slots) if writes else None,
-            causal=causal,
+            causal=flag("causal", causal),
         )
 
 
@@ -291,10 +293,11 @@ def _check_lengths(q_lens, kv_lens, page_table, page_size, writes) -> None:
                 f"kv_lens[{i}] is {kv_len}, must be at most {len(row) * page_size}: its "
                 f"{len(row)} pages hold {page_size} tokens each"
             )
-        negative = row[: -(-kv_len // page_size)] < 0
-        if negative.any():
-            j = int(np.argmax(negative))
+        used = row[: -(-kv_len // page_size)]
+        outside = (used < 0) | (used > INT32_MAX)
+        if outside.any():
+            j = int(np.argmax(outside))
             raise ValueError(
-                f"page_table[{i}][{j}] is {row[j]}, must be at least 0: kv_lens[{i}] is {kv_len}, "
-                f"so that page is read"
+                f"page_table[{i}][{j}] is {row[j]}, must be 0 to {INT32_MAX}: kv_lens[{i}] is "
+                f"{kv_len}, so that page is read"
             )

@@ -101,7 +101,8 @@ def get_attn_backend(
     try:
         return _cached_get_attn_backend(
             head_size, dtype, kv_cache_dtype, block_size, use_mla, has_sink, use_sparse, attn_type,
-            device or current_device(), _insistence(backend), generation(), **further,
+            current_device() if device is None else device, _insistence(backend), generation(),
+            **further,
         )  # fmt: skip
     except TypeError as error:
         if "unhashable" not in str(error):

@@ -20,6 +20,7 @@ def flag(name: str, value: Any) -> bool:
     """
     if isinstance(value, bool | np.bool_):
         return bool(value)
+    refuse_traced(name, value)
     raise ValueError(f"{name} is {value!r}, must be True or False")
 
 
@@ -31,7 +32,7 @@ def count(name: str, value: Any, *, optional: bool = True) -> int | None:
     """
     if value is None and optional:
         return None
-    _refuse_traced(name, value)
+    refuse_traced(name, value)
     is_integer = hasattr(value, "__index__") and not isinstance(value, bool | np.bool_)
     if is_integer and isinstance(value, np.ndarray | jax.Array):
         is_integer = value.ndim == 0 and np.issubdtype(value.dtype, np.integer)
@@ -49,7 +50,7 @@ def number(name: str, value: Any, *, positive: bool = False) -> float | None:
     """
     if value is None:
         return None
-    _refuse_traced(name, value)
+    refuse_traced(name, value)
     wanted = f"a finite number{' above 0' if positive else ''}"
     is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
     if isinstance(value, np.ndarray | jax.Array):
@@ -73,9 +74,14 @@ def window(name: str, value: Any) -> Window:
     return left, right
 
 
-def _refuse_traced(name: str, value: Any) -> None:
+def refuse_traced(name: str, value: Any) -> None:
+    """Refuses what has no value while a program is traced.
+
+    Raises:
+        ValueError: it is such.
+    """
     if isinstance(value, jax.core.Tracer):
         raise ValueError(
-            f"{name} is traced by jit, vmap or grad, must be a plain number: it is part of the "
+            f"{name} is traced by jit, vmap or grad, must be a plain value: it is part of the "
             f"program; take it out of the traced arguments (static_argnames)"
         )

@@ -75,7 +75,8 @@ def measurements() -> str:
 
 def results() -> list[pathlib.Path]:
     """The committed results of `attnsel bench`, a folder for each device."""
-    return sorted((ROOT / "benchmarks" / "results").rglob("*.json"))
+    found = sorted((ROOT / "benchmarks" / "results").rglob("*.json"))
+    return [path for path in found if path.parent.name != "tpu_static"]
 
 
 def measured(path: pathlib.Path) -> str:
@@ -106,6 +107,13 @@ def measured(path: pathlib.Path) -> str:
             f"({roofline['source']})."
         )
     return "\n\n".join(lines)
+
+
+def tpu_static(part: str) -> str:
+    """A part of the page on TPU schedules: `benchmarks.tpu_static.page` prints it."""
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))  # benchmarks is no installed package
+    return getattr(importlib.import_module("benchmarks.tpu_static.page"), part)()
 
 
 def meshes() -> str:
@@ -156,6 +164,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "meshes": meshes,
     "question": lambda: docstring("attnsel_jax.config:AttentionSelectorConfig"),
     "environment": lambda: docstring("attnsel_jax.envs"),
+    "tpu works": lambda: tpu_static("works"),
+    "tpu chips": lambda: tpu_static("chips"),
+    "tpu schedules": lambda: tpu_static("sections"),
     "budgets": lambda: docstring("attnsel_jax.compare.budgets"),
 }
 

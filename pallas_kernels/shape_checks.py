@@ -6,10 +6,11 @@
     })
 
 A name is bound by the first argument that has it; a later one that differs is refused, with both
-values. Arguments that are None are passed over. A number in place of a name is an exact size.
+values. Arguments that are None are passed over, unless they are required. A number in place of a
+name is an exact size.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,26 +24,29 @@ BOOL = ("bool",)
 Spec = tuple[jax.Array | None, str, Sequence[str]]
 
 
-def check_arguments(table: Mapping[str, Spec]) -> dict[str, int]:
+def check_arguments(table: Mapping[str, Spec], required: Collection[str] = ()) -> dict[str, int]:
     """Binds dimension names to sizes, and refuses what does not fit.
 
     Args:
         table: argument name -> (array or None, dimension names, allowed dtype names).
+        required: names of arguments that must not be None.
 
     Returns:
         Dimension name -> size.
 
     Raises:
         TypeError: an argument is no array.
-        ValueError: a rank, a dtype or a size is not what the table says.
+        ValueError: a rank, a dtype or a size is not what the table says, or a required one is None.
     """
     sizes: dict[str, int] = {}
     origin: dict[str, str] = {}
     for name, (array, dims_text, dtypes) in table.items():
-        if array is None:
+        if array is None and name not in required:
             continue
         dims = dims_text.split()
         layout = f"[{', '.join(d.lstrip('~') for d in dims)}]"
+        if array is None:
+            raise ValueError(f"{name} is None, must be an array {layout}: it is required")
         if not hasattr(array, "shape") or not hasattr(array, "dtype"):
             raise TypeError(
                 f"{name} is {type(array).__name__}, must be an array {layout}: "

@@ -18,6 +18,7 @@ from attnsel_jax import (
     LatentCache,
     NoAttentionBackendError,
     allocate_kv_cache,
+    allocate_latent_cache,
     dot_product_attention,
     get_attn_backend,
     mla_attention,
@@ -459,7 +460,10 @@ def test_values_cannot_be_looked_at_under_jit(op, make):
             {"page_table": [[4, 1.0], [0, 5]]},
             r"^page_table\[0\] is float64\[2\], must be a row of in",
         ),
-        ({"page_table": [[4, -1], [0, 5]]}, r"^page_table\[0\]\[1\] is -1, must be at least 0"),
+        (
+            {"page_table": [[4, -1], [0, 5]]},
+            r"^page_table\[0\]\[1\] is -1, must be 0 to 2147483647",
+        ),
         ({"page_size": 0}, r"^page_size is 0, must be an integer of at least 1"),
         ({"page_size": 4.0}, r"^page_size is 4.0, must be an integer of at least 1"),
         ({"num_tokens": 3}, r"^num_tokens is 3, must be at least 4, what the batch has"),
@@ -529,7 +533,7 @@ def test_the_builders_other_arguments():
         ({"num_pages": 0}, r"^num_pages is 0, must be an integer of at least 1"),
         ({"num_pages": -3}, r"^num_pages is -3, must be an integer of at least 1"),
         ({"num_pages": 2.5}, r"^num_pages is 2.5, must be an integer of at least 1"),
-        ({"page_size": 0}, r"^block_size is 0, must be an integer of at least 1"),
+        ({"page_size": 0}, r"^page_size is 0, must be an integer of at least 1"),
         ({"num_kv_heads": 0}, r"^num_kv_heads is 0, must be an integer of at least 1"),
         ({"head_size": "8"}, r"^head_size is '8', must be an integer of at least 1"),
         ({"dtype": "int32"}, r"^dtype is 'int32', must be a floating dtype"),
@@ -545,6 +549,30 @@ def test_allocate_kv_cache(arguments, message):
     assert allocate_kv_cache(**right).pages.shape == (2, 6, 4, 2, 8)
     with pytest.raises(ValueError, match=message):
         allocate_kv_cache(**(right | arguments))
+
+
+@pytest.mark.parametrize("name", ["num_pages", "page_size", "kv_lora_rank", "rope_dim"])
+def test_a_cache_of_nothing_is_refused_in_the_callers_words(name):
+    right = {"num_pages": 6, "page_size": 4, "kv_lora_rank": 8, "rope_dim": 4, "dtype": "float32"}
+    assert allocate_latent_cache(**right).pages.shape == (6, 4, 12)
+    message = rf"^{name} is 0, must be an integer of at least 1"
+    with pytest.raises(ValueError, match=message):
+        allocate_latent_cache(**right | {name: 0})
+    if name == "page_size":
+        with pytest.raises(ValueError, match=message):
+            allocate_kv_cache(6, 0, 2, 8, "float32")
+
+
+def test_a_page_that_int32_has_no_number_for_is_refused_not_wrapped():
+    with pytest.raises(ValueError, match=r"^page_table\[0\]\[0\] is 1099511627776, must be 0 to"):
+        AttentionMetadata.from_lengths([1], [3], [[2**40]], 8)
+    with pytest.raises(ValueError, match=r"^causal is 3, must be True or False"):
+        AttentionMetadata.from_lengths([1], [3], [[2]], 8, causal=3)
+
+
+def test_an_empty_name_of_a_device_is_no_default():
+    with pytest.raises(ValueError, match=r"^device is '', must be one of cpu"):
+        get_attn_backend(8, "float32", "auto", 4, device="")
 
 
 IMPL = {"num_heads": 4, "head_size": 8, "scale": 0.3, "num_kv_heads": 2}

@@ -174,6 +174,8 @@ def test_matrix_writes_then_checks(tmp_path):
     assert "stale: docs/backends.md, README.md" in stale
     attnsel("matrix", "--write", str(tmp_path))
     attnsel("matrix", "--check", str(tmp_path))
+    assert attnsel_json("matrix", "--check", str(tmp_path)) == {"stale": []}
+    assert "must be one" in error_of("matrix", "--check", "x", "--write", "y")
     page = tmp_path / matrix_library.PAGE
     page.write_text(page.read_text().replace("yes", "no", 1))
     assert "stale: docs/backends.md;" in error_of("matrix", "--check", str(tmp_path), code=1)
@@ -283,10 +285,30 @@ def test_bench_s_mistakes(options, said):
         (("--device", "cpu", "--problem", "zz"), "problem is 'zz', must be"),
         (("--device", "cpu", "--backend", "XLAA"), "backend is 'XLAA'"),
         (("--device", "cpu", "--op", "sparse"), "op is 'sparse', must be one of dense"),
+        (("--device", "cpu", "--dtype", "foo"), "dtype is 'foo', must be a floating dtype"),
+        (("--device", "cpu", "--q-len", "0"), "q_len is 0, must be an integer of at least 1"),
+        (("--device", "cpu", "--batch", "-1"), "batch is -1, must be an integer of at least 1"),
+        (("--device", "cpu", "--kv-len", "0"), "kv_len is 0, must be an integer of at least 1"),
+        (("--device", "cpu", "--sliding-window", "0"), "sliding_window is 0, must be an integer"),
+        (("--device", "cpu", "--soft-cap", "0"), "soft_cap is 0.0, must be a finite number above"),
+        (("--device", "cpu", "--op", "mla", "--head-size", "64"), "head_size is 64, must be above"),
+        (("--device", "cpu", "--op", "mla", "--no-causal"), "--causal is given, must be left out"),
+        (("--device", "cpu", "--topk", "8"), "--topk is given, must be left out with op dense"),
+        (
+            ("--device", "cpu", "--problem", "llama3.decode", "--q-len", "8"),
+            "--q-len is given, must be left out with --problem",
+        ),
     ],
 )
 def test_compile_s_mistakes(options, said):
     assert said in error_of("compile", *options)
+
+
+def test_compile_takes_a_mesh_beside_a_problem():
+    mesh = ("--mesh", "data=2", "--batch-axis", "data")
+    case = ("--device", "v5e", "--problem", "llama3.decode", "--backend", "CUDNN")
+    (outcome,) = attnsel_json("compile", *case, *mesh, code=3)
+    assert outcome["verdict"] == "refused by selection"
 
 
 def test_compile_shows_selection_s_refusal():

@@ -76,7 +76,7 @@ def test_cells_of_values():
 def test_plug_ins_are_shown_but_not_in_the_docs():
     before = matrix.docs_page()
 
-    @register_backend("PLUGGED_IN", before="XLA")
+    @register_backend("PLUGGED_IN", before="MOSAIC_TPU")
     class PluggedIn(AttentionBackend):
         name = "PLUGGED_IN"
         capabilities = {
@@ -97,7 +97,7 @@ def test_plug_ins_are_shown_but_not_in_the_docs():
     assert row["features"]["causal"] == "always"
     assert row["features"]["needs_grad"] == "no"
     assert matrix.to_json()["automatic"]["v6e"]["dense"] == "PLUGGED_IN"
-    assert matrix.to_json()["automatic"]["v5e"]["dense"] == "XLA"
+    assert matrix.to_json()["automatic"]["v5e"]["dense"] == "MOSAIC_TPU"
 
 
 def test_the_block_is_replaced_and_nothing_else():

@@ -3,8 +3,28 @@
 from attnsel_jax.backend import AttentionBackend
 from attnsel_jax.capabilities import Capabilities
 from attnsel_jax.config import AttentionType
-from attnsel_jax.constraints import EITHER, OneOf
+from attnsel_jax.constraints import EITHER, MultipleOf, OneOf
 
+DENSE = Capabilities(
+    platform=OneOf("tpu"),
+    generation=OneOf("v4", "v5e", "v5p", "v6e", "7x"),
+    dtype=OneOf("float32", "bfloat16"),
+    head_size=MultipleOf(8, at_most=256),
+    head_size_v=MultipleOf(8, at_most=256),
+    attn_type=OneOf(*AttentionType),
+    causal=EITHER,
+    has_sink=EITHER,
+    has_sliding_window=EITHER,
+    has_attention_chunk=EITHER,
+    has_soft_cap=EITHER,
+    has_bias=EITHER,
+    has_alibi=EITHER,
+    has_segment_ids=EITHER,
+    has_lens=EITHER,
+    has_q_offset=EITHER,
+    needs_grad=EITHER,
+    needs_lse=EITHER,
+)
 PAGED = Capabilities(
     platform=OneOf("tpu"),
     generation=OneOf("v5e", "v5p", "v6e", "7x"),
@@ -28,7 +48,10 @@ class MosaicTpuBackend(AttentionBackend):
 
     name = "MOSAIC_TPU"
     family = "standard"
-    capabilities = {"paged": PAGED}
-    kernels = {"paged": "pallas_kernels.paged.mosaic_tpu:paged_attention"}
+    capabilities = {"paged": PAGED, "dense": DENSE}
+    kernels = {
+        "paged": "pallas_kernels.paged.mosaic_tpu:paged_attention",
+        "dense": "pallas_kernels.dense.mosaic_tpu:dense_attention",
+    }
     layout = "side_by_side"
     preferred_block_size = 64

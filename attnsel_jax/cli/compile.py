@@ -8,6 +8,11 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from attnsel_jax.cli.compile_options import (
+    abstract_arguments,
+    check_options,
+    is_on_command_line,
+)
 from attnsel_jax.cli.mesh_options import (
     BatchAxis,
     ContextAxis,
@@ -56,6 +61,7 @@ def _shape(help_text: str) -> Any:
 
 # Longer than 40 lines: its options are the shapes of every op.
 def compile_(
+    ctx: typer.Context,
     device: Annotated[list[str], typer.Option(help="Chip to compile for; may be repeated.")],
     problem: Annotated[
         list[str] | None,
@@ -96,6 +102,7 @@ def compile_(
     """
     options = dict(locals())
     with callers_mistakes():
+        check_options(options, [o for o in options if is_on_command_line(ctx, o)])
         cases = list(_cases(options))
         outcomes = list(_outcomes(cases, device, backend, options))
     if json:
@@ -112,7 +119,6 @@ def compile_(
 def _cases(options: dict[str, Any]) -> Iterator[Case]:
     """The named problems, or the one that the options describe."""
     if not options["problem"]:
-        _check_op(options["op"])
         yield Case("options", options["op"], options, options["gradients"])
         return
     from attnsel_jax.problems import named
@@ -120,13 +126,6 @@ def _cases(options: dict[str, Any]) -> Iterator[Case]:
     for problem in named(options["problem"]):
         wanted = options["gradients"] and problem.op == "dense"
         yield Case(problem.name, problem.op, problem.make(), wanted, problem.attn_type)
-
-
-def _check_op(op: str) -> None:
-    from attnsel_jax.config import OPS
-
-    if op not in OPS:
-        raise ValueError(f"op is {op!r}, must be one of {', '.join(OPS)}")
 
 
 def _outcomes(
@@ -152,7 +151,7 @@ def _outcome(case: Case, target: Any, backend: str | None, options: Mapping[str,
     chip = CHIPS[target.chip]
     arguments = case.arguments
     if case.name == "options":
-        arguments = _abstract_arguments(arguments, chip, backend)
+        arguments = abstract_arguments(arguments, chip, backend)
     config = question(case.op, arguments, attn_type=case.attn_type, needs_grad=case.gradients)
     axes = mesh_axes(options)
     if axes is not None and axes.context and (axes.form == "ring" or case.op != "dense"):
@@ -179,48 +178,6 @@ def _outcome(case: Case, target: Any, backend: str | None, options: Mapping[str,
     return Outcome(
         case.name, target.chip, selection.backend.name, verdict, report, report.refusal or ""
     )
-
-
-def _abstract_arguments(options: Mapping[str, Any], chip: Any, backend: str | None) -> Any:
-    """The arguments that the shape options describe, in the cache layout of the backend."""
-    from attnsel_jax.aot.arguments import dense_arguments, mla_arguments, paged_arguments
-    from attnsel_jax.config import AttentionSelectorConfig
-    from attnsel_jax.kv_cache import stored_dtype
-    from attnsel_jax.selector import select
-
-    op, is_mla = options["op"], options["op"] in ("mla", "sparse_mla")
-    head_size = options["head_size"] or (576 if is_mla else 128)
-    sizes = {name: options[name] for name in ("batch", "q_len", "num_heads", "dtype")}
-    sizes["kv_len"] = options["kv_len"] or options["q_len"]
-    static = {name: options[name] for name in ("sliding_window", "soft_cap") if options[name]}
-    heads = {"num_kv_heads": options["num_kv_heads"] or options["num_heads"]}
-    if op == "dense":
-        static["causal"] = options["causal"]
-        return dense_arguments(**sizes, **heads, head_size=head_size, **static)
-    config = AttentionSelectorConfig(
-        head_size, options["dtype"], options["kv_cache_dtype"], options["block_size"], is_mla,
-        use_sparse=op == "sparse_mla", op=op,
-    )  # fmt: skip
-    serving = select(config, chip, backend).required()
-    page_size = options["block_size"] or serving.get_preferred_block_size()
-    pages = options["batch"] * -(-sizes["kv_len"] // page_size)
-    kv_heads = 1 if is_mla else heads["num_kv_heads"]
-    cache_dtype = config.kv_cache_dtype
-    cache = {
-        "page_size": page_size,
-        "cache_dtype": stored_dtype(cache_dtype, options["dtype"]),
-        "cache_shape": serving.get_kv_cache_shape(
-            pages, page_size, kv_heads, head_size, cache_dtype
-        ),
-    }
-    if not is_mla:
-        static["causal"] = options["causal"]
-        return paged_arguments(**sizes, **heads, **cache, head_size=head_size, **static)
-    if cache_dtype == "fp8_ds_mla":
-        static["kv_cache_dtype"] = cache_dtype
-    latent = {"kv_lora_rank": head_size - 64, "rope_dim": 64, "scale": (head_size // 3) ** -0.5}
-    topk = options["topk"] if op == "sparse_mla" else None
-    return mla_arguments(**sizes, **cache, **latent, topk=topk, **static)
 
 
 def _as_json(outcome: Outcome) -> dict[str, Any]:

@@ -35,8 +35,10 @@ def matrix(
     """
     from attnsel_jax import matrix as library
 
+    if write and check:
+        fail("--write and --check are given, must be one: --check looks at what is written")
     if write or check:
-        _sync(library, write or check, writes=write is not None)
+        _sync(library, write or check, writes=write is not None, as_json=json)
     elif json:
         print_json(library.to_json())
     elif markdown:
@@ -45,7 +47,7 @@ def matrix(
         _print_tables(library)
 
 
-def _sync(library: Any, root: Path, *, writes: bool) -> None:
+def _sync(library: Any, root: Path, *, writes: bool, as_json: bool) -> None:
     """Writes both files, or says which one is stale."""
     readme = root / "README.md"
     if not readme.exists():
@@ -57,15 +59,16 @@ def _sync(library: Any, root: Path, *, writes: bool) -> None:
         }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     names = ", ".join(str(path.relative_to(root)) for path in stale)
-    if not stale:
-        console().print("up to date")
-    elif not writes:
-        fail(f"stale: {names}; write them with `{library.COMMAND}`", CHECK_FAILED)
-    else:
+    if writes:
         for path in stale:
             path.parent.mkdir(exist_ok=True)
             path.write_text(wanted[path])
-        console().print(f"written: {names}")
+    if as_json:
+        print_json({"written" if writes else "stale": [str(p.relative_to(root)) for p in stale]})
+    if stale and not writes:
+        fail(f"stale: {names}; write them with `{library.COMMAND}`", CHECK_FAILED)
+    if not as_json:
+        console().print(f"written: {names}" if stale else "up to date")
 
 
 def _print_tables(library: Any) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from attnsel_jax.ops.calls import as_array
+from attnsel_jax.static_arguments import refuse_traced
 from pallas_kernels.masks import Window
 from pallas_kernels.shape_checks import (
     BOOL,
@@ -94,6 +95,8 @@ def own_key_included(local_window_size: int | tuple[int, int] | None) -> Window:
         return None
     pair = isinstance(local_window_size, tuple | list)
     sides = tuple(local_window_size) if pair else (local_window_size,) * 2
+    for side in sides:
+        refuse_traced("local_window_size", side)
     integers = all(hasattr(s, "__index__") and not isinstance(s, bool) for s in sides)
     if len(sides) != 2 or not integers or min(s.__index__() for s in sides) < 0:
         raise ValueError(

@@ -13,7 +13,7 @@ from attnsel_jax.metadata import AttentionMetadata
 from attnsel_jax.ops.calls import as_float32, batch_arrays, head_counts
 from attnsel_jax.ops.ragged_arguments import check_latent
 from attnsel_jax.selector import BackendLike, DeviceLike, get_attn_backend
-from attnsel_jax.static_arguments import flag, number
+from attnsel_jax.static_arguments import count, flag, number
 from attnsel_jax.value_checks import check_groups, check_topk
 
 
@@ -124,6 +124,9 @@ def allocate_latent_cache(
         NoAttentionBackendError: no backend here takes such a cache.
         ValueError: a size or scale that cannot be.
     """
+    sizes = {"num_pages": num_pages, "kv_lora_rank": kv_lora_rank, "rope_dim": rope_dim}
+    num_pages, kv_lora_rank, rope_dim = (count(*size, optional=False) for size in sizes.items())
+    page_size = count("page_size", page_size)
     head_size = kv_lora_rank + rope_dim
     chosen = get_attn_backend(
         head_size, dtype, kv_cache_dtype, page_size, True, use_sparse=use_sparse, backend=backend,

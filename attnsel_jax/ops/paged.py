@@ -127,6 +127,7 @@ def allocate_kv_cache(
         NoAttentionBackendError: no backend here takes such a cache.
     """
     num_pages = count("num_pages", num_pages, optional=False)
+    page_size = count("page_size", page_size)
     num_kv_heads = count("num_kv_heads", num_kv_heads, optional=False)
     scales = [as_float32("k_scale", k_scale), as_float32("v_scale", v_scale)]
     for name, scale in zip(("k_scale", "v_scale"), scales, strict=True):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.masks import Window, window_bounds
+from pallas_kernels.shape_checks import FLOATS, check_arguments
 
 
 def dense_attention(
@@ -39,7 +40,8 @@ def dense_attention(
         out, and None for lse, which `jax.nn` gives rounded only.
 
     Raises:
-        ValueError: an argument that this path does not honour is given.
+        ValueError: an argument that this path does not honour is given, or a shape or dtype of q, k
+            or v is not the contract's.
     """
     refused = {
         "q_offset": q_offset, "attention_chunk_size": attention_chunk_size, "soft_cap": soft_cap,
@@ -49,6 +51,12 @@ def dense_attention(
     for name, value in refused.items():
         if value is not None:
             raise ValueError(f"{name} is given, must be None for CUDNN: choose another backend")
+    table = {
+        "q": (q, "batch q_len num_q_heads head_dim", FLOATS),
+        "k": (k, "batch kv_len num_kv_heads head_dim", FLOATS),
+        "v": (v, "batch kv_len num_kv_heads head_dim", FLOATS),
+    }
+    check_arguments(table, required=table)
     return attend(q, k, v, scale, causal, sliding_window, bias, q_lens, kv_lens, "cudnn"), None
 
 

@@ -164,7 +164,8 @@ def _check(x: Floats, mask, q_segment_ids, kv_segment_ids, q_lens, kv_lens) -> d
             "q_lens": (q_lens, "batch", shape_checks.INT32),
             "kv_lens": (kv_lens, "batch", shape_checks.INT32),
             "sinks": (x.sinks, "num_q_heads", shape_checks.FLOAT32),
-        }
+        },
+        required="qkv",
     )
     shape_checks.check_same_dtype(q=x.q, k=x.k, v=x.v)
     return dims

@@ -39,15 +39,17 @@ def indexer_scores(
     Raises:
         ValueError: a shape or dtype is not the contract's.
     """
-    dims = check_arguments({
+    table = {
         "q_index": (q_index, "num_tokens num_index_heads index_head_dim", FLOATS),
         "weights": (weights, "num_tokens num_index_heads", FLOAT32),
         "index_pages": (index_pages, "num_pages page_size index_head_dim", LATENT_DTYPES),
         "page_table": (page_table, "max_num_seqs pages_per_seq", INT32),
         "kv_lens": (kv_lens, "max_num_seqs", INT32),
         "num_seqs": (num_seqs, "", INT32),
-    })  # fmt: skip
-    check_arguments({"cu_q_lens": (cu_q_lens, str(dims["max_num_seqs"] + 1), INT32)})
+    }
+    dims = check_arguments(table, required=table)
+    starts = {"cu_q_lens": (cu_q_lens, str(dims["max_num_seqs"] + 1), INT32)}
+    check_arguments(starts, required=starts)
     num_tokens, page_size = dims["num_tokens"], dims["page_size"]
     most = BLOCK_ROWS // dims["num_index_heads"]
     widths = tile_widths(num_tokens, dims["max_num_seqs"], most)
@@ -77,7 +79,7 @@ def topk_positions(scores: jax.Array, topk: int) -> jax.Array:
     Raises:
         ValueError: topk is below 1, or scores are not float32 of two dimensions.
     """
-    check_arguments({"scores": (scores, "num_tokens positions", FLOAT32)})
+    check_arguments({"scores": (scores, "num_tokens positions", FLOAT32)}, required=["scores"])
     if topk < 1:
         raise ValueError(f"topk is {topk}, must be at least 1: how many positions to name")
     named = min(topk, scores.shape[1])

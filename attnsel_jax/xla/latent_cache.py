@@ -106,8 +106,10 @@ def check_latents(
             f"{' and '.join(missing)} is None, must be given with the rest of kv_c, k_pe and "
             f"slot_mapping: all are given to write this step's rows, or none"
         )
-    dims = check_arguments(_table(arrays, specs, kv_cache_dtype))
-    check_arguments({"cu_q_lens": (arrays["cu_q_lens"], str(dims["max_num_seqs"] + 1), INT32)})
+    required = (*specs, "latent_pages", "page_table", "kv_lens", "num_seqs", "cu_q_lens")
+    dims = check_arguments(_table(arrays, specs, kv_cache_dtype), required)
+    starts = {"cu_q_lens": (arrays["cu_q_lens"], str(dims["max_num_seqs"] + 1), INT32)}
+    check_arguments(starts, required)
     if kv_cache_dtype == "fp8_ds_mla":
         _check_fp8_ds_mla(dims, arrays["kv_scale"])
     else:

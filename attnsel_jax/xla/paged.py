@@ -200,7 +200,8 @@ def _check(arrays: dict[str, jax.Array | None], statics: list[tuple[str, float |
             f"{' and '.join(missing)} is None, must be given with {' and '.join(given)}: give all "
             f"of k, v and slot_mapping to have them written, or none"
         )
-    dims = check_arguments({name: (arrays[name], *spec) for name, spec in _ARGUMENTS.items()})
+    table = {name: (arrays[name], *spec) for name, spec in _ARGUMENTS.items()}
+    dims = check_arguments(table, _REQUIRED)
     per_head = {name: arrays[name] for name in ("k_scale", "v_scale")}
     check_arguments({"kv_pages": (arrays["kv_pages"], *_ARGUMENTS["kv_pages"])} | {
         name: (scale, "num_kv_heads" if getattr(scale, "ndim", 0) else "", FLOAT32)
@@ -233,3 +234,4 @@ _ARGUMENTS = {
     "alibi_slopes": ("num_q_heads", FLOAT32),
     "sinks": ("num_q_heads", FLOAT32),
 }
+_REQUIRED = ("q", "kv_pages", "page_table", "kv_lens", "cu_q_lens", "num_seqs")

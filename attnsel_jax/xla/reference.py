@@ -222,7 +222,8 @@ def _check_dense(**given) -> dict[str, int]:
     }
     if getattr(given["q_offset"], "ndim", 0):
         specs["q_offset"] = ("batch", INT32)
-    dims = check_arguments({name: (given[name], *spec) for name, spec in specs.items()})
+    table = {name: (given[name], *spec) for name, spec in specs.items()}
+    dims = check_arguments(table, required="qkv")
     if (given["q_segment_ids"] is None) != (given["kv_segment_ids"] is None):
         missing = "q_segment_ids" if given["q_segment_ids"] is None else "kv_segment_ids"
         raise ValueError(f"{missing} is None, must be given with the other: both or neither")
@@ -246,8 +247,11 @@ def _check_paged(**given) -> None:
     }
     for name in ("k_scale", "v_scale"):
         specs[name] = ("num_kv_heads" if getattr(given[name], "ndim", 0) else "", FLOAT32)
-    dims = check_arguments({name: (given[name], *spec) for name, spec in specs.items()})
-    check_arguments({"cu_q_lens": (given["cu_q_lens"], f"{dims['max_num_seqs'] + 1}", INT32)})
+    required = ("q", "kv_pages", "page_table", "kv_lens", "num_seqs", "cu_q_lens")
+    table = {name: (given[name], *spec) for name, spec in specs.items()}
+    dims = check_arguments(table, required)
+    starts = {"cu_q_lens": (given["cu_q_lens"], f"{dims['max_num_seqs'] + 1}", INT32)}
+    check_arguments(starts, required)
     nothing = {name for name in ("k", "v", "slot_mapping") if given[name] is None}
     if len(nothing) in (1, 2):
         listed = ", ".join(sorted(nothing))

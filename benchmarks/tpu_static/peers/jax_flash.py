@@ -1,0 +1,53 @@
+"""`jax.experimental.pallas.ops.tpu.flash_attention`: dense, [batch, heads, length, size]."""
+
+from typing import Any
+
+import jax
+
+from benchmarks.tpu_static.batches import Program, floats
+from benchmarks.tpu_static.works import Work
+
+PACKAGE = "jax"
+
+
+def refuses(work: Work) -> str | None:
+    """Only dense works are its."""
+    return None if work.op == "dense" else f"op is {work.op}, must be dense"
+
+
+def choices(work: Work, generation: str) -> list[dict[str, Any]]:
+    """Its default, blocks of 128, takes ten times as long."""
+    return [{"block": 1024}, {"block": 512}] if work.backward else [{"block": 1024}]
+
+
+def program(work: Work, *, block: int) -> Program:
+    """The call with one block size for everything."""
+    from jax.experimental.pallas.ops.tpu import flash_attention as library
+
+    sizes = library.BlockSizes(
+        block_q=block, block_k_major=block, block_k=block, block_b=1,
+        block_q_major_dkv=block, block_k_major_dkv=block, block_k_dkv=block, block_q_dkv=block,
+        block_k_major_dq=block, block_k_dq=block, block_q_dq=block,
+    )  # fmt: skip
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return library.flash_attention(q, k, v, causal=True, sm_scale=work.scale, block_sizes=sizes)
+
+    return dense_program(work, attend)
+
+
+def dense_program(work: Work, attend: Any) -> Program:
+    """A dense call on [batch, heads, length, size], with its gradients where they are wanted."""
+    batch = len(work.q_lens)
+    q = floats(batch, work.num_heads, max(work.q_lens), work.head_size)
+    k = floats(batch, work.num_kv_heads, max(work.kv_lens), work.head_size)
+    v = floats(batch, work.num_kv_heads, max(work.kv_lens), work.head_size_v)
+    if not work.backward:
+        return Program(attend, (q, k, v))
+
+    def forward_and_backward(dout: jax.Array, *given: jax.Array) -> Any:
+        out, pull_back = jax.vjp(attend, *given)
+        return out, pull_back(dout)
+
+    dout = floats(batch, work.num_heads, max(work.q_lens), work.head_size_v)
+    return Program(forward_and_backward, (dout, q, k, v))

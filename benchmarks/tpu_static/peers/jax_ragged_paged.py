@@ -1,0 +1,50 @@
+"""`jax.experimental.pallas.ops.tpu.ragged_paged_attention`: keys are in the cache already."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.tpu_static import batches
+from benchmarks.tpu_static.batches import Program, floats
+from benchmarks.tpu_static.works import Work
+
+PACKAGE = "jax"
+
+
+def refuses(work: Work) -> str | None:
+    """Paged works of head size 128."""
+    if work.op != "paged":
+        return f"op is {work.op}, must be paged"
+    return None if work.head_size % 128 == 0 else f"head_size is {work.head_size}, must be 128"
+
+
+def choices(work: Work, generation: str) -> list[dict[str, Any]]:
+    """Keys and queries of a block; its own table's tiles take eight minutes to compile."""
+    queries = 8 if work.shape_class == "decode" else 128
+    return [{"keys": 512, "queries": queries}]
+
+
+def program(work: Work, *, keys: int, queries: int) -> Program:
+    """The call; keys and values of a page side by side."""
+    from jax.experimental.pallas.ops.tpu import ragged_paged_attention as library
+
+    def attend(
+        q: jax.Array, pages: jax.Array, kv_lens: Any, table: Any, cu: Any, num_seqs: Any
+    ) -> jax.Array:
+        return library.ragged_paged_attention(
+            q, pages, kv_lens, table, cu, num_seqs, sm_scale=work.scale,
+            vmem_limit_bytes=64 << 20, num_queries_per_block=queries,
+            num_kv_pages_per_block=max(keys // work.page_size, 1),
+        )  # fmt: skip
+
+    size = work.head_size
+    arguments = (
+        floats(work.tokens, work.num_heads, size),
+        floats(batches.num_pages(work), work.page_size, 2 * work.num_kv_heads, size),
+        batches.kv_lens(work),
+        batches.page_table(work),
+        batches.cu_q_lens(work),
+        np.array([len(work.q_lens)], np.int32),
+    )
+    return Program(attend, arguments, writes_cache=False)

@@ -1,0 +1,49 @@
+"""`jax.experimental.pallas.ops.tpu.splash_attention`: dense, sparse masks, one sequence a call."""
+
+from typing import Any
+
+import jax
+
+from benchmarks.tpu_static.batches import Program
+from benchmarks.tpu_static.peers.jax_flash import dense_program
+from benchmarks.tpu_static.works import Work
+
+PACKAGE = "jax"
+
+
+def refuses(work: Work) -> str | None:
+    """Only dense works are its."""
+    return None if work.op == "dense" else f"op is {work.op}, must be dense"
+
+
+def choices(work: Work, generation: str) -> list[dict[str, Any]]:
+    """Blocks of queries, of keys fetched, of keys computed on; fused: dq in the pass for dk, dv."""
+    tiles = {"block_q": 1024, "block_kv": 1024, "block_kv_compute": 512}
+    return [tiles, tiles | {"fused": True}] if work.backward else [tiles]
+
+
+def program(
+    work: Work, *, block_q: int, block_kv: int, block_kv_compute: int, fused: bool = False
+) -> Program:
+    """The call, mapped over the batch."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    unfused = {} if fused else {"block_q_dq": block_q, "block_kv_dq": block_kv}
+    sizes = library.BlockSizes(
+        block_q=block_q, block_kv=block_kv, block_kv_compute=block_kv_compute,
+        block_q_dkv=block_q, block_kv_dkv=block_kv, block_kv_dkv_compute=block_kv_compute,
+        use_fused_bwd_kernel=fused, **unfused,
+    )  # fmt: skip
+    causal = masks.CausalMask((max(work.q_lens), max(work.kv_lens)))
+    mask = masks.MultiHeadMask([causal] * work.num_heads)
+    grouped = work.num_heads != work.num_kv_heads
+    make = (
+        library.make_splash_mqa_single_device if grouped else library.make_splash_mha_single_device
+    )
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        kernel = make(mask, block_sizes=sizes)
+        return jax.vmap(kernel)(q * work.scale, k, v)
+
+    return dense_program(work, attend)

@@ -1,0 +1,65 @@
+"""tpu-inference's ragged paged attention v3: prefill and decode mixed, writes the cache itself."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.tpu_static import batches
+from benchmarks.tpu_static.batches import Program, floats
+from benchmarks.tpu_static.peers.bare_packages import kernel_module
+from benchmarks.tpu_static.works import Work
+
+PACKAGE = "tpu_inference"
+
+
+def refuses(work: Work) -> str | None:
+    """Paged works; head size 64 has a kernel of its own."""
+    if work.op != "paged":
+        return f"op is {work.op}, must be paged"
+    return "head_size is 64, must be 128: see the variant hd64" if work.head_size == 64 else None
+
+
+def choices(work: Work, generation: str) -> list[dict[str, Any]]:
+    """Its heuristic, and for prefill the tiles that were found better for this batch."""
+    if work.shape_class == "decode":
+        return [{}]
+    return [{}, {"m_block_sizes": [512, 512, 128, 512]}]
+
+
+def program(work: Work, *, m_block_sizes: list[int] | None = None) -> Program:
+    """The call."""
+    module = kernel_module("ragged_paged_attention.v3.kernel")
+    shape = module.get_kv_cache_shape(
+        batches.num_pages(work), work.page_size, work.num_kv_heads, work.head_size, jnp.bfloat16
+    )
+    blocks = {"m_block_sizes": tuple(m_block_sizes)} if m_block_sizes else {}
+
+    def attend(*arrays: jax.Array) -> Any:
+        return module.ragged_paged_attention(*arrays, sm_scale=work.scale, **blocks)
+
+    return ragged_program(work, attend, shape)
+
+
+def ragged_program(work: Work, attend: Any, cache: tuple[int, ...]) -> Program:
+    """A call of either variant of v3."""
+    new = floats(work.tokens, work.num_kv_heads, work.head_size)
+    sequences = len(work.q_lens)
+    decodes = sequences if work.shape_class == "decode" else 0
+    arguments = (
+        floats(work.tokens, work.num_heads, work.head_size),
+        new,
+        new,
+        floats(*cache),
+        batches.kv_lens(work),
+        batches.page_table(work).reshape(-1),
+        batches.cu_q_lens(work),
+        distribution(decodes, sequences),
+    )
+    return Program(attend, arguments, donated=(3,))
+
+
+def distribution(decodes: int, sequences: int) -> np.ndarray:
+    """The library's word: the ends of decodes, of fixed-size prefills, of all sequences."""
+    return np.array([decodes, decodes, sequences], np.int32)

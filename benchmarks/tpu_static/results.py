@@ -1,0 +1,86 @@
+"""Measurements kept: one JSON file a generation, each contender's best choice at each work."""
+
+import datetime
+import importlib.metadata
+import json
+import pathlib
+import platform
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from benchmarks.tpu_static.chips import CHIPS
+from benchmarks.tpu_static.measuring import MEASURED, Measurement
+from benchmarks.tpu_static.works import WORKS
+
+FOLDER = pathlib.Path(__file__).parents[1] / "results" / "tpu_static"
+PACKAGES = ("attnsel-jax", "jax", "jaxlib", "libtpu", "numpy", "tokamax", "tpu-inference")
+
+
+def best_of(measurements: Sequence[Measurement]) -> Measurement:
+    """The fastest of a contender's choices; where none compiled, the first."""
+    measured = [m for m in measurements if m.verdict == MEASURED]
+    return min(measured, key=lambda m: m.estimated_us) if measured else measurements[0]
+
+
+def row(measurements: Sequence[Measurement]) -> dict[str, Any]:
+    """One contender at one work: its best choice in full, the others' times."""
+    best = best_of(measurements)
+    others = [
+        {"options": m.options, "verdict": m.verdict, "reason": m.reason}
+        | ({"estimated_us": m.estimated_us} if m.verdict == MEASURED else {})
+        for m in measurements
+        if m is not best
+    ]
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return best.to_json() | {"other_choices": others, "date": now, "versions": versions()}
+
+
+def written(
+    generation: str, rows: Iterable[dict[str, Any]], command: str, folder: pathlib.Path = FOLDER
+) -> pathlib.Path:
+    """Puts rows into a generation's file; what was there of the same work and contender goes.
+
+    Args:
+        generation: the chip.
+        rows: as `row` makes them.
+        command: what was typed.
+        folder: of the files.
+
+    Returns:
+        The file.
+    """
+    path = folder / f"{generation}.json"
+    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+    by_key = {(r["work"], r["contender"]): r for r in kept}
+    by_key |= {(r["work"], r["contender"]): r for r in rows}
+    names = list(WORKS)
+    order = sorted(by_key, key=lambda key: names.index(key[0]) if key[0] in names else len(names))
+    chip = CHIPS[generation]
+    data = {
+        "command": command,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "generation": generation,
+        "chip": {
+            "cores": chip.cores,
+            "peak_flops": chip.peak,
+            "bandwidth": chip.bandwidth,
+            "reachable_share_of_bandwidth": round(chip.reachable, 3),
+            "clock_ghz": round(chip.hertz / 1e9, 3),
+        },
+        "rows": [by_key[key] for key in order],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1) + "\n")
+    return path
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that are compiled with, and compiled."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,66 @@
+"""Runs works, contenders and generations, one after another, and keeps each row as it comes."""
+
+import contextlib
+import importlib.util
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from benchmarks.tpu_static.contenders import contender, is_installed
+from benchmarks.tpu_static.measuring import Measurement, measure
+from benchmarks.tpu_static.results import row, written
+from benchmarks.tpu_static.works import Work
+
+NOT_INSTALLED, DOES_NOT_SERVE = "not installed", "does not serve"
+
+
+def check_compiler() -> None:
+    """Refuses where nothing compiles for TPUs.
+
+    Raises:
+        ValueError: libtpu is not installed.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            "libtpu is not installed, must be: `pip install libtpu` (as `pip show jax` says which)"
+        )
+
+
+def rows(
+    works: Sequence[Work], names: Sequence[str], generation: str
+) -> Iterator[tuple[Work, str, dict[str, Any]]]:
+    """(work, contender, row) of everything asked; a contender of another op is left out."""
+    for work in works:
+        for name in names:
+            found = list(_measured(work, name, generation))
+            if found:
+                yield work, name, row(found)
+
+
+def _measured(work: Work, name: str, generation: str) -> Iterator[Measurement]:
+    module = contender(name)
+    reason = module.refuses(work)
+    if reason is not None:
+        if not reason.startswith(("op is", "work is", "head_size is")):
+            yield Measurement(work.name, name, {}, DOES_NOT_SERVE, reason)
+        return
+    if not is_installed(name):
+        reason = f"{module.PACKAGE} is not installed: `pip install --no-deps {module.PACKAGE}`"
+        yield Measurement(work.name, name, {}, NOT_INSTALLED, reason)
+        return
+    for options in module.choices(work, generation):
+        yield measure(work, name, generation, options)
+
+
+def keep(
+    found: Iterator[tuple[Work, str, dict[str, Any]]],
+    generation: str,
+    command: str,
+    folder: pathlib.Path | None,
+) -> Iterator[dict[str, Any]]:
+    """The same rows, each written to the generation's file as it comes."""
+    for _, _, this in found:
+        if folder is not None:
+            with contextlib.suppress(KeyboardInterrupt):  # a file is written whole
+                written(generation, [this], command, folder)
+        yield this

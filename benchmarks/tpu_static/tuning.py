@@ -1,0 +1,147 @@
+"""Finds tile sizes for our kernels by their static schedules, and writes them into their tables.
+
+A kernel's table is `TILES` in `pallas_kernels/<op>/mosaic_tpu_tiles.py`: from a key (generation,
+dtype, shape class), or a generation alone, to a named tuple or dataclass of integers. The search
+goes one field at a time: twice and half of it (one more and one less of buffers), as long as that
+helps. A candidate that the compiler refuses, or whose replay is doubtful, is never chosen. Tiles
+change speed, never numbers: the kernels' own tests hold after tuning as before.
+"""
+
+import ast
+import dataclasses
+import importlib
+import pathlib
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+from benchmarks.tpu_static.measuring import MEASURED, Measurement
+from benchmarks.tpu_static.works import Work
+
+DTYPE = "bfloat16"  # of every work
+Sizes = dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """One kernel's table of tile sizes.
+
+    Attributes:
+        module: where it is.
+        key: of the work's entry.
+        sizes: of that entry, by field.
+    """
+
+    module: Any
+    key: Hashable
+    sizes: Sizes
+
+    def use(self, sizes: Sizes) -> None:
+        """Puts other sizes in the entry's place, in this process."""
+        self.module.TILES[self.key] = type(self.module.TILES[self.key])(**sizes)
+
+    def write(self, sizes: Sizes) -> pathlib.Path:
+        """Puts other sizes in the entry's place, in the source."""
+        path = pathlib.Path(self.module.__file__)
+        path.write_text(rewritten(path.read_text(), self.key, sizes))
+        return path
+
+
+def table_of(work: Work, generation: str) -> Table:
+    """The table of our kernel for a work.
+
+    Raises:
+        ValueError: the kernel has none, or no entry for the generation.
+    """
+    name = f"pallas_kernels.{work.op}.mosaic_tpu_tiles"
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError:
+        module = None
+    tiles = getattr(module, "TILES", None)
+    if tiles is None:
+        raise ValueError(f"{name} has no TILES, must have: there is nothing to tune for {work.op}")
+    for key in ((generation, DTYPE, work.shape_class), generation):
+        if key in tiles:
+            return Table(module, key, _sizes(tiles[key]))
+    keys = ", ".join(map(repr, tiles))
+    raise ValueError(f"{name}.TILES has keys {keys}, must have {generation!r} or a tuple with it")
+
+
+def _sizes(entry: Any) -> Sizes:
+    return dict(entry._asdict() if hasattr(entry, "_asdict") else dataclasses.asdict(entry))
+
+
+def search(
+    sizes: Sizes, measure: Callable[[Sizes], Measurement], most: int
+) -> Iterator[tuple[Sizes, Measurement]]:
+    """Every candidate that is tried, in order.
+
+    Args:
+        sizes: to begin with.
+        measure: compiles and replays one candidate.
+        most: candidates.
+    """
+    tried: dict[tuple[int, ...], float] = {}
+
+    def time_of(found: Measurement) -> float:
+        sure = found.verdict == MEASURED and not any(kernel.doubts for kernel in found.kernels)
+        return found.estimated_us if sure else float("inf")
+
+    found = measure(sizes)
+    best, best_time = sizes, time_of(found)
+    tried[tuple(sizes.values())] = best_time
+    yield sizes, found
+    improved = True
+    while improved:
+        improved = False
+        for candidate in neighbours(best):
+            if tuple(candidate.values()) in tried:
+                continue
+            if len(tried) >= most:
+                return
+            found = measure(candidate)
+            tried[tuple(candidate.values())] = time_of(found)
+            yield candidate, found
+            if time_of(found) < best_time:
+                best, best_time, improved = candidate, time_of(found), True
+                break
+
+
+def neighbours(sizes: Sizes) -> list[Sizes]:
+    """The sizes with one of them doubled or halved; of buffers one more or one less."""
+    found = []
+    for field, size in sizes.items():
+        others = (size + 1, size - 1) if "buffers" in field else (size * 2, size // 2)
+        found += [sizes | {field: other} for other in others if other > 0]
+    return found
+
+
+def ranked(tried: list[tuple[Sizes, Measurement]]) -> list[tuple[Sizes, Measurement]]:
+    """Candidates by time, then by bytes moved; what was refused comes last."""
+    return sorted(
+        tried, key=lambda pair: (pair[1].verdict != MEASURED, pair[1].estimated_us,
+                                 pair[1].bytes_moved)
+    )  # fmt: skip
+
+
+def rewritten(source: str, key: Hashable, sizes: Sizes) -> str:
+    """A table's source with another entry under a key.
+
+    Raises:
+        ValueError: the source has no `TILES` with that key.
+    """
+    for node in ast.walk(ast.parse(source)):
+        value = getattr(node, "value", None)
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        named = any(getattr(target, "id", None) == "TILES" for target in targets)
+        if not (named and isinstance(value, ast.Dict)):
+            continue
+        for found, entry in zip(value.keys, value.values, strict=True):
+            if isinstance(entry, ast.Call) and ast.literal_eval(found) == key:
+                old = ast.get_source_segment(source, entry)
+                given = ", ".join(f"{field}={size}" for field, size in sizes.items())
+                lines = source.splitlines(keepends=True)
+                at = sum(map(len, lines[: entry.lineno - 1])) + entry.col_offset
+                new = f"{ast.unparse(entry.func)}({given})"
+                return source[:at] + new + source[at + len(old) :]
+    raise ValueError(f"key is {key!r}, must be one of TILES, whose entries are calls")

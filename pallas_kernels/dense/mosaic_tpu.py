@@ -1,0 +1,277 @@
+"""Dense attention on TPU, by Pallas kernels of Mosaic: what the contract says, keys first.
+
+The kernels want queries and values transposed, [.., head_dim, length]: XLA then lays out the
+projections that make them so, and nothing is copied. See `mosaic_tpu_forward` for the pipeline.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import masks, shape_checks, tpu_chip
+from pallas_kernels.dense import mosaic_tpu_backward, mosaic_tpu_forward
+from pallas_kernels.dense.mosaic_tpu_forward import Operands
+from pallas_kernels.dense.mosaic_tpu_logits import LOG2E
+from pallas_kernels.dense.mosaic_tpu_schedule import Masks, Static, work_list
+from pallas_kernels.dense.mosaic_tpu_tiles import backward_tiles, forward_tiles
+
+DTYPES = ("float32", "bfloat16")
+HEAD_DIM_MAX = 256
+
+
+class Floats(NamedTuple):
+    """What is differentiated, in the contract's layout; None = not given."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    bias: jax.Array | None
+    alibi_slopes: jax.Array | None
+    sinks: jax.Array | None
+
+
+def dense_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    q_offset: int | jax.Array | None = None,
+    sliding_window: masks.Window = None,
+    attention_chunk_size: int | None = None,
+    soft_cap: float | None = None,
+    bias: jax.Array | None = None,
+    alibi_slopes: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    q_segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    q_lens: jax.Array | None = None,
+    kv_lens: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention over contiguous q, k, v, as `pallas_kernels.dense` defines it, for TPU.
+
+    Differentiable in reverse mode in q, k, v, bias and sinks, through out and lse; alibi_slopes are
+    constants here. A bias' gradient is made in full, [batch, num_q_heads, q_len, kv_len] in
+    float32, and then summed where the bias is broadcast.
+
+    Args:
+        q, k, v, scale, causal, q_offset, sliding_window, attention_chunk_size, soft_cap, bias,
+            alibi_slopes, q_segment_ids, kv_segment_ids, q_lens, kv_lens, sinks: the contract's,
+            see `pallas_kernels.dense`; q, k and v float32 or bfloat16, head sizes up to 256.
+        mask: must be None.
+
+    Returns:
+        out [batch, q_len, num_q_heads, head_dim_v] in q's dtype; lse float32
+        [batch, q_len, num_q_heads].
+
+    Raises:
+        ValueError: a shape, a dtype or a static number is not what the contract says, or is one
+            that this lowering does not take.
+
+    Numerics:
+        float32 logits, softmax and accumulation; float32 inputs are multiplied at the highest
+        precision. For bfloat16 the weights are rounded before they meet v, as are the logits'
+        gradients before they meet q and k.
+
+    Reference:
+        Dao, "FlashAttention-2", 2023; Rabe and Staats, "Self-attention does not need O(n^2)
+        memory", 2021.
+    """
+    if alibi_slopes is not None:
+        alibi_slopes = jax.lax.stop_gradient(alibi_slopes)
+    x = Floats(q, k, v, bias, alibi_slopes, sinks)
+    if mask is not None:
+        raise ValueError("mask is given, must be None: give a bias of 0 and -inf, or use XLA")
+    dims = _check(x, q_segment_ids, kv_segment_ids, q_lens, kv_lens)
+    for name, value in (("attention_chunk_size", attention_chunk_size), ("soft_cap", soft_cap)):
+        shape_checks.check_positive(name, value)
+    for side in masks.window_bounds(sliding_window):
+        shape_checks.check_positive("sliding_window", side)
+    scale = float(dims["head_dim"] ** -0.5 if scale is None else scale)
+    group = shape_checks.check_groups(dims["num_q_heads"], dims["num_kv_heads"])
+    q_len, kv_len = dims["q_len"], dims["kv_len"]
+    static = Static(
+        scale=abs(scale) or 1.0,
+        causal=causal,
+        sliding_window=masks.window_bounds(sliding_window),
+        attention_chunk_size=attention_chunk_size,
+        soft_cap=soft_cap,
+        group=group,
+        batch=dims["batch"],
+        q_len=q_len,
+        kv_len=kv_len,
+        tiles=forward_tiles(*_size_class(x)),
+    )
+    offset = _offsets(q_offset, dims["batch"])
+    who = Masks(q_segment_ids, kv_segment_ids, offset, q_lens, kv_lens)
+    # The kernels' scale is above 0: a sign, or nothing at all, is q's.
+    return _attend(
+        static, x._replace(q=q if scale > 0 else q * jnp.sign(scale).astype(q.dtype)), who
+    )
+
+
+def _check(x: Floats, q_segment_ids, kv_segment_ids, q_lens, kv_lens) -> dict[str, int]:
+    """The contract's shapes and dtypes, as far as this lowering takes them; sizes by name."""
+    full = "~batch ~num_q_heads ~q_len ~kv_len"
+    if (q_segment_ids is None) != (kv_segment_ids is None):
+        raise ValueError(
+            "q_segment_ids and kv_segment_ids: one is given and one is None, must be both or "
+            "neither: give each token of q and of k the id of its segment"
+        )
+    dims = shape_checks.check_arguments(
+        {
+            "q": (x.q, "batch q_len num_q_heads head_dim", DTYPES),
+            "k": (x.k, "batch kv_len num_kv_heads head_dim", DTYPES),
+            "v": (x.v, "batch kv_len num_kv_heads head_dim_v", DTYPES),
+            "bias": (x.bias, full, shape_checks.FLOATS),
+            "alibi_slopes": (x.alibi_slopes, "num_q_heads", shape_checks.FLOAT32),
+            "q_segment_ids": (q_segment_ids, "batch q_len", shape_checks.INT32),
+            "kv_segment_ids": (kv_segment_ids, "batch kv_len", shape_checks.INT32),
+            "q_lens": (q_lens, "batch", shape_checks.INT32),
+            "kv_lens": (kv_lens, "batch", shape_checks.INT32),
+            "sinks": (x.sinks, "num_q_heads", shape_checks.FLOAT32),
+        }
+    )
+    shape_checks.check_same_dtype(q=x.q, k=x.k, v=x.v)
+    for name in ("head_dim", "head_dim_v"):
+        if dims[name] % 8 or not 0 < dims[name] <= HEAD_DIM_MAX:
+            raise ValueError(
+                f"{name} is {dims[name]}, must be a multiple of 8 up to {HEAD_DIM_MAX}: pad the "
+                f"heads with zeros, or use XLA"
+            )
+    return dims
+
+
+def _offsets(q_offset: int | jax.Array | None, batch: int) -> jax.Array:
+    """int32 [1] where it is the same for all rows of the batch, else [batch]."""
+    offset = jnp.asarray(0 if q_offset is None else q_offset)
+    if not jnp.issubdtype(offset.dtype, jnp.integer) or offset.shape not in ((), (1,), (batch,)):
+        raise ValueError(
+            f"q_offset is {offset.dtype.name}{list(offset.shape)}, must be an integer, or int32 [] "
+            f"or [{batch}] (batch): the position of query 0"
+        )
+    return jnp.atleast_1d(offset.astype(jnp.int32))
+
+
+def _size_class(x: Floats) -> tuple[tpu_chip.TpuChip, int, int, int, int, bool]:
+    """What the table of tiles asks."""
+    q_len, kv_len, head_dim = x.q.shape[1], x.k.shape[1], max(x.q.shape[3], x.v.shape[3])
+    return tpu_chip.current(), x.q.dtype.itemsize, head_dim, q_len, kv_len, x.bias is not None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(static: Static, x: Floats, who: Masks) -> tuple[jax.Array, jax.Array]:
+    """The two results, in the contract's layout."""
+    bias, bias_of = _bias_operand(x.bias, static)
+    operands = Operands(
+        q=jnp.transpose(x.q, (0, 2, 3, 1)),
+        k=jnp.swapaxes(x.k, 1, 2),
+        v=jnp.transpose(x.v, (0, 2, 3, 1)),
+        bias=bias,
+        slopes=x.alibi_slopes,
+        sinks=x.sinks,
+        q_segments=_row(who.q_segment_ids),
+        kv_segments=_row(who.kv_segment_ids),
+    )
+    out, lse = mosaic_tpu_forward.forward(static, operands, bias_of, work_list(static, who))
+    return jnp.transpose(out, (0, 3, 1, 2)), jnp.swapaxes(lse[:, :, 0], 1, 2)
+
+
+def _row(ids: jax.Array | None) -> jax.Array | None:
+    return None if ids is None else ids[:, None, :]
+
+
+def _bias_operand(bias: jax.Array | None, static: Static) -> tuple[jax.Array | None, str]:
+    """The bias keys first, and along what it runs."""
+    if bias is None:
+        return None, ""
+    if bias.shape[2] == 1 and bias.shape[3] > 1:
+        return bias, "keys"
+    bias = jnp.swapaxes(bias, 2, 3)
+    of = "queries" if bias.shape[2] == 1 else "both"
+    return jnp.broadcast_to(bias, (*bias.shape[:3], static.q_len)), of
+
+
+def _forward(static: Static, x: Floats, who: Masks):
+    out, lse = _attend(static, x, who)
+    return (out, lse), (x, who, out, lse)
+
+
+def _backward(static: Static, residuals, cotangents):
+    x, who, out, lse = residuals
+    gradients = _gradients(static, x, who, out, lse, *cotangents)
+    return gradients, jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), who)
+
+
+def _gradients(
+    static: Static, x: Floats, who: Masks, out: jax.Array, lse: jax.Array, dout, dlse
+) -> Floats:
+    """Gradients of everything in x, in the contract's layout."""
+    static = dataclasses.replace(static, tiles=backward_tiles(*_size_class(x)))
+    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - dlse
+    exists = lse > -jnp.inf  # also: the row exists
+    delta = jnp.where(exists, delta, 0.0)
+    bias, bias_of = _bias_operand(x.bias, static)
+    if bias_of in ("both", "queries"):
+        bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (0, _missing(static))))
+    part = mosaic_tpu_backward.backward(
+        static,
+        mosaic_tpu_backward.Operands(
+            q=_queries(static, x.q, exists),
+            k=jnp.swapaxes(x.k, 1, 2),
+            k_across=jnp.transpose(x.k, (0, 2, 3, 1)),
+            v=jnp.swapaxes(x.v, 1, 2),
+            dout=_queries(static, dout.astype(x.q.dtype), exists),
+            lse=_per_query(static, jnp.where(exists, lse * LOG2E, jnp.inf), jnp.inf),
+            delta=_per_query(static, delta, 0.0),
+            bias=bias,
+            slopes=x.alibi_slopes,
+            q_segments=_row(who.q_segment_ids),
+            kv_segments=_row(who.kv_segment_ids),
+        ),
+        bias_of,
+        work_list(static, who),
+    )
+    q_len, kv_len = static.q_len, static.kv_len
+    dbias = dsinks = None
+    if x.bias is not None:
+        full = jnp.swapaxes(part.logits[:, :, :kv_len, :q_len], 2, 3)
+        axes = tuple(axis for axis in range(4) if x.bias.shape[axis] < full.shape[axis])
+        dbias = jnp.sum(full, axis=axes, keepdims=True).astype(x.bias.dtype)
+    if x.sinks is not None:
+        weight = jnp.where(exists, jnp.exp(x.sinks - jnp.where(exists, lse, 0.0)), 0.0)
+        dsinks = -jnp.sum(weight * delta, axis=(0, 1))
+    return Floats(
+        q=jnp.transpose(part.q[..., :q_len], (0, 3, 1, 2)),
+        k=jnp.swapaxes(part.k[:, :, :kv_len], 1, 2),
+        v=jnp.swapaxes(part.v[:, :, :kv_len], 1, 2),
+        bias=dbias,
+        alibi_slopes=None if x.alibi_slopes is None else jnp.zeros_like(x.alibi_slopes),
+        sinks=dsinks,
+    )
+
+
+def _queries(static: Static, x: jax.Array, exists: jax.Array) -> jax.Array:
+    """[batch, num_q_heads, q_len in whole tiles, n]; rows that do not count are 0."""
+    x = jnp.where(exists[..., None], x, jnp.zeros_like(x))
+    return jnp.swapaxes(jnp.pad(x, ((0, 0), (0, _missing(static)), (0, 0), (0, 0))), 1, 2)
+
+
+def _per_query(static: Static, x: jax.Array, fill: float) -> jax.Array:
+    """[batch, num_q_heads, 1, q_len in whole tiles]."""
+    x = jnp.pad(x, ((0, 0), (0, _missing(static)), (0, 0)), constant_values=fill)
+    return jnp.swapaxes(x, 1, 2)[:, :, None]
+
+
+def _missing(static: Static) -> int:
+    """Queries that the last tile lacks."""
+    return -static.q_len % static.tiles.block_q
+
+
+_attend.defvjp(_forward, _backward)

@@ -1,0 +1,349 @@
+"""The backward pass of dense attention on TPU: one Pallas kernel for dq, dk and dv, keys first.
+
+With p = exp(logit - lse), keys first, and delta = sum over features of dout * out, minus dlse::
+
+    dv = p dout        ds = p (v dout' - delta)        dk = scale ds q        dq' = scale k' ds
+
+Five products of a tile, each with its operands as they lie. One grid step walks a major block of
+queries against the call's major block of keys; dk and dv stay in VMEM for all heads of a group and
+all queries, dq for all of these keys. Keys beyond one major block are further calls; their
+dq are summed in float32, so memory stays linear in the length.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import tpu_chip
+from pallas_kernels.dense import mosaic_tpu_logits as logits
+from pallas_kernels.dense.mosaic_tpu_logits import LOG2E, Extras
+from pallas_kernels.dense.mosaic_tpu_schedule import Static, Work
+from pallas_kernels.dense.mosaic_tpu_tiles import Tiles
+from pallas_kernels.dense.mosaic_tpu_walk import Tile, Walk
+
+
+class Operands(NamedTuple):
+    """The arrays as the kernel takes them; None = not given.
+
+    Queries are padded to whole tiles. Those that do not exist are 0 in q, dout and a bias, and
+    their lse is inf: their weights are 0.
+
+    Attributes:
+        q: [batch, num_q_heads, q_len, head_dim].
+        k: [batch, num_kv_heads, kv_len, head_dim].
+        k_across: [batch, num_kv_heads, head_dim, kv_len], the same.
+        v: [batch, num_kv_heads, kv_len, head_dim_v].
+        dout: [batch, num_q_heads, q_len, head_dim_v].
+        lse, delta: float32 [batch, num_q_heads, 1, q_len]; lse in base 2.
+        bias, slopes, q_segments, kv_segments: as in the forward kernel.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    k_across: jax.Array
+    v: jax.Array
+    dout: jax.Array
+    lse: jax.Array
+    delta: jax.Array
+    bias: jax.Array | None
+    slopes: jax.Array | None
+    q_segments: jax.Array | None
+    kv_segments: jax.Array | None
+
+
+class Gradients(NamedTuple):
+    """The results, float32 where several calls' are summed; dbias None without a bias.
+
+    Attributes:
+        q: [batch, num_q_heads, head_dim, q_len].
+        k: [batch, num_kv_heads, kv_len, head_dim].
+        v: [batch, num_kv_heads, kv_len, head_dim_v].
+        logits: float32 [batch, num_q_heads, kv_len, q_len], before they are summed where the bias
+            is broadcast.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    logits: jax.Array | None
+
+
+def backward(static: Static, x: Operands, bias_of: str, work: Work) -> Gradients:
+    """All gradients, one major block of keys after another."""
+    if static.kv_majors == 1:
+        return _of_major(static, x, bias_of, work, jnp.int32(0), x.q.dtype)
+
+    def step(dq: jax.Array, kv_major: jax.Array):
+        part = _of_major(static, x, bias_of, work, kv_major, jnp.float32)
+        return dq + part.q, part._replace(q=None)
+
+    batch, num_q_heads, q_len, head_dim = x.q.shape
+    dq = jnp.zeros((batch, num_q_heads, head_dim, q_len), jnp.float32)
+    dq, parts = lax.scan(step, dq, jnp.arange(static.kv_majors, dtype=jnp.int32))
+
+    def joined(part: jax.Array | None) -> jax.Array | None:
+        """[kv_majors, batch, heads, major_kv, n] -> [batch, heads, kv_len, n]."""
+        if part is None:
+            return None
+        part = jnp.moveaxis(part, 0, 2)
+        return part.reshape(*part.shape[:2], -1, part.shape[-1])
+
+    return Gradients(dq.astype(x.q.dtype), joined(parts.k), joined(parts.v), joined(parts.logits))
+
+
+def _of_major(
+    static: Static, x: Operands, bias_of: str, work: Work, kv_major: jax.Array, dq_dtype
+) -> Gradients:
+    """What one major block of keys gives; k, v and logits of these keys alone."""
+    tiles, group = static.tiles, static.group
+    batch, num_q_heads, q_len, head_dim = x.q.shape
+    num_kv_heads, head_dim_v = x.k.shape[1], x.v.shape[3]
+    specs = _input_specs(static, x, bias_of)
+    names = [name for name in Operands._fields if getattr(x, name) is not None]
+    has_bias = x.bias is not None
+
+    def kernel(rows, majors, facts, kv_major, *refs):
+        inputs = dict(zip(names, refs, strict=False))
+        refs = list(refs[len(names) :])
+        if not has_bias:
+            refs.insert(3, None)
+        _kernel(static, bias_of, Work(rows, majors, facts), kv_major[0], inputs, _Refs(*refs))
+
+    def of_keys(size: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, None, tiles.major_kv, size), lambda b, h, g, i, *_: (b, h, 0, 0))
+
+    def kv_shape(heads: int, size: int, dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch, heads, tiles.major_kv, size), dtype)
+
+    dq_spec = pl.BlockSpec(
+        (None, None, head_dim, tiles.major_q), lambda b, h, g, i, *_: (b, h * group + g, 0, i)
+    )
+    bias_spec = pl.BlockSpec(
+        (None, None, tiles.major_kv, tiles.major_q),
+        lambda b, h, g, i, *_: (b, h * group + g, 0, i),
+    )
+    f32 = jnp.float32
+    logit_tile = pltpu.VMEM((tiles.block_kv, tiles.block_q), f32)
+    results = pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=4,
+            grid=(batch, num_kv_heads, group, static.q_majors),
+            in_specs=[specs[name] for name in names],
+            out_specs=[dq_spec, of_keys(head_dim), of_keys(head_dim_v)] + [bias_spec] * has_bias,
+            scratch_shapes=[
+                pltpu.VMEM((head_dim, tiles.major_q), f32),
+                pltpu.VMEM((tiles.major_kv, head_dim), f32),
+                pltpu.VMEM((tiles.major_kv, head_dim_v), f32),
+                [logit_tile] * 2,
+                [logit_tile] * 2,
+                [logit_tile] * 2 if static.soft_cap is not None else [],
+                [pltpu.VMEM((head_dim, tiles.block_kv), x.k.dtype)] * 2,
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, num_q_heads, head_dim, q_len), dq_dtype),
+            kv_shape(num_kv_heads, head_dim, x.k.dtype),
+            kv_shape(num_kv_heads, head_dim_v, x.v.dtype),
+        ]
+        + [jax.ShapeDtypeStruct((batch, num_q_heads, tiles.major_kv, q_len), f32)] * has_bias,
+        compiler_params=tpu_chip.compiler_params(
+            ("parallel", "parallel", "arbitrary", "arbitrary")
+        ),
+        name="dense_attention_backward",
+    )(*work, kv_major[None], *(getattr(x, name) for name in names))
+    return Gradients(*results, *([] if has_bias else [None]))
+
+
+def _input_specs(static: Static, x: Operands, bias_of: str) -> dict:
+    """How each operand comes: major blocks of queries by the grid, of keys by the call."""
+    tiles, group = static.tiles, static.group
+
+    def of_queries(size: int) -> pl.BlockSpec:
+        def index(b, h, g, i, *_):
+            return b, h * group + g, i, 0
+
+        return pl.BlockSpec((None, None, tiles.major_q, size), index)
+
+    def of_keys(size: int) -> pl.BlockSpec:
+        def index(b, h, g, i, rows, majors, facts, kv):
+            return b, h, kv[0], 0
+
+        return pl.BlockSpec((None, None, tiles.major_kv, size), index)
+
+    def bias_index(b, h, g, i, rows, majors, facts, kv):
+        last_two = {"both": (kv[0], i), "queries": (0, i), "keys": (0, kv[0])}[bias_of]
+        head = h * group + g
+        return b if x.bias.shape[0] > 1 else 0, head if x.bias.shape[1] > 1 else 0, *last_two
+
+    bias_block = {
+        "both": (tiles.major_kv, tiles.major_q),
+        "queries": (1, tiles.major_q),
+        "keys": (1, tiles.major_kv),
+        "": (),
+    }[bias_of]
+    row = pl.BlockSpec(
+        (None, None, 1, tiles.major_q), lambda b, h, g, i, *_: (b, h * group + g, 0, i)
+    )
+    return {
+        "q": of_queries(x.q.shape[3]),
+        "k": of_keys(x.k.shape[3]),
+        "k_across": pl.BlockSpec(
+            (None, None, x.k.shape[3], tiles.major_kv),
+            lambda b, h, g, i, rows, majors, facts, kv: (b, h, 0, kv[0]),
+        ),
+        "v": of_keys(x.v.shape[3]),
+        "dout": of_queries(x.v.shape[3]),
+        "lse": row,
+        "delta": row,
+        "bias": pl.BlockSpec((None, None, *bias_block), bias_index),
+        "slopes": pl.BlockSpec(memory_space=pltpu.SMEM),
+        "q_segments": pl.BlockSpec((None, 1, tiles.major_q), lambda b, h, g, i, *_: (b, 0, i)),
+        "kv_segments": pl.BlockSpec(
+            (None, 1, tiles.major_kv), lambda b, h, g, i, rows, majors, facts, kv: (b, 0, kv[0])
+        ),
+    }
+
+
+class _Refs(NamedTuple):
+    """What lies in VMEM beside the operands.
+
+    Attributes:
+        dq, dk, dv, dlogits: the results' blocks; dlogits only with a bias.
+        dq_sum, dk_sum, dv_sum: float32 sums so far.
+        tile, dp, slope, keys: two slots each: a tile's logits; products of v and dout; derivative
+            of the soft cap (with one only); the keys [head_dim, block_kv], those that no query
+            sees set to 0.
+    """
+
+    dq: jax.Array
+    dk: jax.Array
+    dv: jax.Array
+    dlogits: jax.Array | None
+    dq_sum: jax.Array
+    dk_sum: jax.Array
+    dv_sum: jax.Array
+    tile: list[jax.Array]
+    dp: list[jax.Array]
+    slope: list[jax.Array]
+    keys: list[jax.Array]
+
+
+class _GridStep(NamedTuple):
+    """A major block of queries against the call's major block of keys, for one query head.
+
+    Attributes:
+        walk: the part of the work list.
+        x: the operands' blocks, by name.
+        refs: everything else in VMEM.
+        extras: what else the logits depend on.
+    """
+
+    walk: Walk
+    x: dict[str, jax.Array]
+    refs: _Refs
+    extras: Extras
+
+    @property
+    def tiles(self) -> Tiles:
+        return self.walk.static.tiles
+
+    @property
+    def steps(self) -> range:
+        """The steps of a tile."""
+        return range(self.tiles.block_kv // self.tiles.step_kv)
+
+    def keys_in_tile(self, step: int) -> slice:
+        """A step's keys in their tile."""
+        return slice(step * self.tiles.step_kv, (step + 1) * self.tiles.step_kv)
+
+    def products(self, t: Tile, step: int, slot: int, masked: bool) -> None:
+        """Logits of a step's keys, products of their values with dout, and these keys."""
+        static, refs = self.walk.static, self.refs
+        at = self.walk.where(t, step)
+        keys, queries = pl.ds(at.kv, at.shape[0]), pl.ds(at.q, at.shape[1])
+        here = self.keys_in_tile(step)
+        dots = logits.matmul(self.x["k"][keys, :], self.x["q"][queries, :], (1, 1))
+        s, slope = logits.finished(static, self.extras, dots, at)
+        dp = logits.matmul(self.x["v"][keys, :], self.x["dout"][queries, :], (1, 1))
+        k = self.x["k_across"][:, keys]
+        if masked:
+            # A query that does not exist would bring a NaN key into the sums over queries.
+            mask = logits.seen(static, self.extras, at) & logits.exists(at)
+            s, dp = jnp.where(mask, s, -jnp.inf), jnp.where(mask, dp, 0.0)
+            k = jnp.where(logits.used(static, self.extras, at, mask), k, jnp.zeros_like(k))
+            slope = None if slope is None else jnp.where(mask, slope, 0.0)
+        refs.tile[slot][here, :], refs.dp[slot][here, :] = s, dp
+        refs.keys[slot][:, here] = k
+        if slope is not None:
+            refs.slope[slot][here, :] = slope
+
+    def all_products(self, t: Tile, slot: int, masked: bool) -> None:
+        """The products of a whole tile."""
+        for step in self.steps:
+            self.products(t, step, slot, masked)
+
+    def weights(self, t: Tile, step: int, slot: int) -> tuple[jax.Array, jax.Array]:
+        """Weights of a step's keys and the gradients of their logits, float32."""
+        at, here = self.walk.where(t, step), self.keys_in_tile(step)
+        queries = pl.ds(at.q, at.shape[1])
+        to_log2 = logits.unit(self.walk.static, self.extras) * LOG2E
+        p = jnp.exp2(self.refs.tile[slot][here, :] * to_log2 - self.x["lse"][:, queries])
+        return p, p * (self.refs.dp[slot][here, :] - self.x["delta"][:, queries])
+
+    def sums_and_next_products(self, t: Tile, after: Tile | None, slot: int, masked: bool) -> None:
+        """A tile's part of the gradients from its slot; the following tile's products."""
+        refs, dtype = self.refs, self.x["q"].dtype
+        dq = None
+        for step in self.steps:
+            if after is not None:
+                self.products(after, step, 1 - slot, masked)
+            at, here = self.walk.where(t, step), self.keys_in_tile(step)
+            keys, queries = pl.ds(at.kv, at.shape[0]), pl.ds(at.q, at.shape[1])
+            p, ds = self.weights(t, step, slot)
+            if refs.dlogits is not None:
+                refs.dlogits[keys, queries] = ds
+            if refs.slope:
+                ds *= refs.slope[slot][here, :]
+            p, ds = p.astype(dtype), ds.astype(dtype)
+            refs.dv_sum[keys, :] += logits.matmul(p, self.x["dout"][queries, :])
+            refs.dk_sum[keys, :] += logits.matmul(ds, self.x["q"][queries, :])
+            part = logits.matmul(refs.keys[slot][:, here], ds)
+            dq = part if dq is None else dq + part
+        refs.dq_sum[:, queries] += dq
+
+
+def _kernel(
+    static: Static, bias_of: str, work: Work, kv_major: jax.Array, x: dict, refs: _Refs
+) -> None:
+    """One grid step."""
+    b, h, g, q_major = (pl.program_id(axis) for axis in range(4))
+    walk = Walk(static, work, b if work.differs else 0, q_major, kv_major)
+    extras = Extras(
+        bias=x.get("bias"),
+        bias_of=bias_of,
+        slope=x["slopes"][h * static.group + g] if "slopes" in x else None,
+        q_segments=x.get("q_segments"),
+        kv_segments=x.get("kv_segments"),
+    )
+    step = _GridStep(walk, x, refs, extras)
+
+    @pl.when((g == 0) & (q_major == 0))
+    def _():
+        refs.dk_sum[...] = jnp.zeros_like(refs.dk_sum)
+        refs.dv_sum[...] = jnp.zeros_like(refs.dv_sum)
+
+    refs.dq_sum[...] = jnp.zeros_like(refs.dq_sum)
+    if refs.dlogits is not None:
+        refs.dlogits[...] = jnp.zeros_like(refs.dlogits)
+    walk.run(step.all_products, step.sums_and_next_products)
+    refs.dq[...] = (refs.dq_sum[...] * static.scale).astype(refs.dq.dtype)
+
+    @pl.when((g == static.group - 1) & (q_major == static.q_majors - 1))
+    def _():
+        refs.dk[...] = (refs.dk_sum[...] * static.scale).astype(refs.dk.dtype)
+        refs.dv[...] = refs.dv_sum[...].astype(refs.dv.dtype)

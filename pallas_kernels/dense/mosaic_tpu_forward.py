@@ -1,0 +1,324 @@
+"""The forward pass of dense attention on TPU: one Pallas kernel, keys first.
+
+The grid brings major blocks of q, k and v into VMEM. In one grid step the kernel walks the tiles
+that its work list names, row after row of queries, without a pause between rows::
+
+    tile 0   logits
+    tile 1          logits │ softmax, values of tile 0
+    tile 2                   logits │ softmax, values of tile 1
+     ...                              ...                  one straight-line block each
+
+so that the matrix unit multiplies the next tile's keys while the vector unit exponentiates this
+one. Each block alternates step by step (step_kv keys) between the two, because the compiler
+schedules a block close to the order in which it is written.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import tpu_chip
+from pallas_kernels.dense import mosaic_tpu_logits as logits
+from pallas_kernels.dense import mosaic_tpu_schedule as schedule
+from pallas_kernels.dense.mosaic_tpu_logits import LOG2E, Extras
+from pallas_kernels.dense.mosaic_tpu_schedule import Static, Work
+from pallas_kernels.dense.mosaic_tpu_tiles import Tiles
+from pallas_kernels.dense.mosaic_tpu_walk import Tile, Walk
+
+SUBLANES = tpu_chip.SUBLANES
+
+
+class Operands(NamedTuple):
+    """The arrays as the kernel takes them; None = not given.
+
+    Attributes:
+        q: [batch, num_q_heads, head_dim, q_len].
+        k: [batch, num_kv_heads, kv_len, head_dim].
+        v: [batch, num_kv_heads, head_dim_v, kv_len].
+        bias: [1 or batch, 1 or num_q_heads, kv_len or 1, q_len], or [.., 1, kv_len] for keys.
+        slopes, sinks: float32 [num_q_heads].
+        q_segments: int32 [batch, 1, q_len].
+        kv_segments: int32 [batch, 1, kv_len].
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    bias: jax.Array | None
+    slopes: jax.Array | None
+    sinks: jax.Array | None
+    q_segments: jax.Array | None
+    kv_segments: jax.Array | None
+
+
+def forward(static: Static, x: Operands, bias_of: str, work: Work) -> tuple[jax.Array, jax.Array]:
+    """Gives out [batch, num_q_heads, head_dim_v, q_len] and lse [batch, num_q_heads, 1, q_len]."""
+    tiles = static.tiles
+    batch, num_q_heads, _, q_len = x.q.shape
+    head_dim_v = x.v.shape[2]
+    specs = _input_specs(static, x, bias_of, work)
+    names = [name for name in Operands._fields if getattr(x, name) is not None]
+
+    def kernel(rows, majors, facts, *refs):
+        inputs = dict(zip(names, refs, strict=False))
+        _kernel(static, bias_of, Work(rows, majors, facts), inputs, _Refs(*refs[len(names) :]))
+
+    def along_q(size: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, None, size, tiles.major_q), lambda b, h, i, j, *_: (b, h, 0, i))
+
+    f32 = jnp.float32
+    logit_tile = pltpu.VMEM((tiles.block_kv, tiles.block_q), f32)
+    per_query = pltpu.VMEM((SUBLANES, tiles.major_q), f32)
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(batch, num_q_heads, static.q_majors, static.kv_majors),
+            in_specs=[specs[name] for name in names],
+            out_specs=[along_q(head_dim_v), along_q(1)],
+            scratch_shapes=[
+                per_query,
+                per_query,
+                pltpu.VMEM((head_dim_v, tiles.major_q), f32),
+                [logit_tile, logit_tile],
+                [pltpu.VMEM((SUBLANES, tiles.block_q), f32)] * 2,
+                [pltpu.VMEM((head_dim_v, tiles.block_kv), x.v.dtype)] * 2,
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, num_q_heads, head_dim_v, q_len), x.q.dtype),
+            jax.ShapeDtypeStruct((batch, num_q_heads, 1, q_len), f32),
+        ],
+        compiler_params=tpu_chip.compiler_params(("parallel", "parallel", "parallel", "arbitrary")),
+        name="dense_attention_forward",
+    )(*work, *(getattr(x, name) for name in names))
+
+
+def _input_specs(static: Static, x: Operands, bias_of: str, work: Work) -> dict:
+    """How each operand comes: major blocks, those without work left where they are."""
+    tiles, group = static.tiles, static.group
+
+    def kv_major(b, i, j, majors):
+        at = ((b if work.differs else 0) * static.q_majors + i) * static.kv_majors
+        return jnp.clip(j, majors[schedule.FIRST_MAJOR, at], majors[schedule.LAST_MAJOR, at])
+
+    def q_index(b, h, i, j, *_):
+        return b, h, 0, i
+
+    def k_index(b, h, i, j, rows, majors, facts):
+        return b, h // group, kv_major(b, i, j, majors), 0
+
+    def v_index(b, h, i, j, rows, majors, facts):
+        return b, h // group, 0, kv_major(b, i, j, majors)
+
+    def bias_index(b, h, i, j, rows, majors, facts):
+        kv = kv_major(b, i, j, majors)
+        last_two = {"both": (kv, i), "queries": (0, i), "keys": (0, kv)}[bias_of]
+        return b if x.bias.shape[0] > 1 else 0, h if x.bias.shape[1] > 1 else 0, *last_two
+
+    def segment_index(b, h, i, j, rows, majors, facts):
+        return b, 0, kv_major(b, i, j, majors)
+
+    bias_block = {
+        "both": (tiles.major_kv, tiles.major_q),
+        "queries": (1, tiles.major_q),
+        "keys": (1, tiles.major_kv),
+        "": (),
+    }[bias_of]
+    whole = pl.BlockSpec(memory_space=pltpu.SMEM)
+    return {
+        "q": pl.BlockSpec((None, None, x.q.shape[2], tiles.major_q), q_index),
+        "k": pl.BlockSpec((None, None, tiles.major_kv, x.k.shape[3]), k_index),
+        "v": pl.BlockSpec((None, None, x.v.shape[2], tiles.major_kv), v_index),
+        "bias": pl.BlockSpec((None, None, *bias_block), bias_index),
+        "slopes": whole,
+        "sinks": whole,
+        "q_segments": pl.BlockSpec((None, 1, tiles.major_q), lambda b, h, i, j, *_: (b, 0, i)),
+        "kv_segments": pl.BlockSpec((None, 1, tiles.major_kv), segment_index),
+    }
+
+
+class _Refs(NamedTuple):
+    """What lies in VMEM beside the operands.
+
+    Attributes:
+        out, lse: the results' blocks.
+        m, l: [8, major_q]: running maximum, the same in all sublanes; running sum, spread over the
+            sublanes.
+        acc: [head_dim_v, major_q]: unnormalised output.
+        tile, tile_max, values: two slots each: a tile's logits; their maximum, spread over
+            sublanes; its values, those that no query sees set to 0.
+    """
+
+    out: jax.Array
+    lse: jax.Array
+    m: jax.Array
+    l: jax.Array
+    acc: jax.Array
+    tile: list[jax.Array]
+    tile_max: list[jax.Array]
+    values: list[jax.Array]
+
+
+class _GridStep(NamedTuple):
+    """A major block of queries against a major block of keys, for one head.
+
+    Attributes:
+        walk: the part of the work list.
+        x: the operands' blocks, by name.
+        refs: everything else in VMEM.
+        extras: what else the logits depend on.
+        sink: the head's, or None.
+    """
+
+    walk: Walk
+    x: dict[str, jax.Array]
+    refs: _Refs
+    extras: Extras
+    sink: jax.Array | None
+
+    @property
+    def tiles(self) -> Tiles:
+        return self.walk.static.tiles
+
+    @property
+    def to_log2(self) -> float:
+        """From logits as they are stored to base-2 logarithms."""
+        return logits.unit(self.walk.static, self.extras) * LOG2E
+
+    @property
+    def steps(self) -> range:
+        """The steps of a tile."""
+        return range(self.tiles.block_kv // self.tiles.step_kv)
+
+    def queries(self, row: jax.Array):
+        """A row of tiles in its major block."""
+        return pl.ds(
+            pl.multiple_of(row * self.tiles.block_q, self.tiles.block_q), self.tiles.block_q
+        )
+
+    def keys(self, step: int) -> slice:
+        """A step's keys in their tile."""
+        return slice(step * self.tiles.step_kv, (step + 1) * self.tiles.step_kv)
+
+    def prologue(self) -> None:
+        """Empty rows: no maximum, no sum, no output."""
+
+        def row(i, _):
+            here, shape = self.queries(i), (SUBLANES, self.tiles.block_q)
+            self.refs.m[:, here] = jnp.full(shape, -jnp.inf, jnp.float32)
+            self.refs.l[:, here] = jnp.zeros(shape, jnp.float32)
+            rows = self.refs.acc.shape[0]
+            self.refs.acc[:, here] = jnp.zeros((rows, self.tiles.block_q), jnp.float32)
+
+        lax.fori_loop(0, self.walk.static.rows, row, None)
+
+    def qk(self, t: Tile, step: int, slot: int, masked: bool) -> None:
+        """Logits of a step's keys into the slot, and their values."""
+        tiles, static = self.tiles, self.walk.static
+        at = self.walk.where(t, step)
+        k = self.x["k"][pl.ds(at.kv, tiles.step_kv), :]
+        v = self.x["v"][:, pl.ds(at.kv, tiles.step_kv)]
+        dots = logits.matmul(k, self.x["q"][:, self.queries(t.row)])
+        s, _ = logits.finished(static, self.extras, dots, at)
+        if masked:
+            mask = logits.seen(static, self.extras, at)
+            s = jnp.where(mask, s, -jnp.inf)
+            v = jnp.where(logits.used(static, self.extras, at, mask), v, jnp.zeros_like(v))
+        self.refs.tile[slot][self.keys(step), :] = s
+        self.refs.values[slot][:, self.keys(step)] = v
+        high = jnp.max(s.reshape(-1, SUBLANES, tiles.block_q), axis=0)
+        tile_max = self.refs.tile_max[slot]
+        tile_max[...] = high if step == 0 else jnp.maximum(tile_max[...], high)
+
+    def all_of_qk(self, t: Tile, slot: int, masked: bool) -> None:
+        """Logits and values of a tile into the slot."""
+        for step in self.steps:
+            self.qk(t, step, slot, masked)
+
+    def softmax_step(self, step: int, slot: int, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Weights of a step's keys, [step_kv, block_q], and their sum, spread over sublanes."""
+        s = self.refs.tile[slot][self.keys(step), :]
+        p = jnp.exp2((s.reshape(-1, *shift.shape) - shift) * self.to_log2)
+        return p.reshape(s.shape).astype(self.refs.values[slot].dtype), jnp.sum(p, axis=0)
+
+    def pv(self, step: int, slot: int, weights: jax.Array) -> jax.Array:
+        """[head_dim_v, block_q]: a step's share of the output."""
+        return logits.matmul(self.refs.values[slot][:, self.keys(step)], weights)
+
+    def softmax_and_next_qk(self, t: Tile, after: Tile | None, slot: int, masked: bool) -> None:
+        """A tile's weights and output from its slot; the following tile's logits into the other."""
+        m, l, acc = self.refs.m, self.refs.l, self.refs.acc
+        here = self.queries(t.row)
+        m_next = jnp.maximum(m[:, here], _over_sublanes(self.refs.tile_max[slot][...], jnp.maximum))
+        shift = jnp.where(m_next == -jnp.inf, 0.0, m_next)  # -inf - -inf is NaN
+        fade = jnp.exp2((m[:, here] - shift) * self.to_log2)
+        total, out = l[:, here] * fade, None
+        for step in self.steps:
+            if after is not None:
+                self.qk(after, step, 1 - slot, masked)
+            weights, sums = self.softmax_step(step, slot, shift)
+            part = self.pv(step, slot, weights)
+            total, out = total + sums, part if out is None else out + part
+        m[:, here], l[:, here] = m_next, total
+        acc[:, here] = _by_query(acc[:, here], fade, jnp.multiply) + out
+
+    def epilogue(self) -> None:
+        """The sink joins the sum; rows that see nothing, or do not exist, become 0 and -inf."""
+        refs, q_len = self.refs, self.walk.facts[schedule.Q_LEN]
+
+        def row(i, _):
+            here = self.queries(i)
+            high = refs.m[:, here] * (self.to_log2 / LOG2E)
+            total = _over_sublanes(refs.l[:, here], jnp.add)
+            top = high if self.sink is None else jnp.maximum(high, self.sink)
+            top = jnp.where(top == -jnp.inf, 0.0, top)
+            share = jnp.exp2((high - top) * LOG2E)
+            total *= share
+            if self.sink is not None:
+                total += jnp.exp2((self.sink - top) * LOG2E)
+            lane = lax.broadcasted_iota(jnp.int32, total.shape, 1)
+            index = lane + (self.walk.q_major * self.tiles.major_q + i * self.tiles.block_q)
+            seen = (total > 0) & (index < q_len)
+            out = _by_query(refs.acc[:, here], share / jnp.where(seen, total, 1.0), jnp.multiply)
+            out = _by_query(out, seen, lambda a, s: jnp.where(s, a, 0.0))
+            refs.out[:, here] = out.astype(refs.out.dtype)
+            refs.lse[:, here] = jnp.where(seen, top + jnp.log(total), -jnp.inf)[:1]
+
+        lax.fori_loop(0, self.walk.static.rows, row, None)
+
+
+def _kernel(static: Static, bias_of: str, work: Work, x: dict, refs: _Refs) -> None:
+    """One grid step."""
+    b, h, q_major, kv_major = (pl.program_id(axis) for axis in range(4))
+    walk = Walk(static, work, b if work.differs else 0, q_major, kv_major)
+    extras = Extras(
+        bias=x.get("bias"),
+        bias_of=bias_of,
+        slope=x["slopes"][h] if "slopes" in x else None,
+        q_segments=x.get("q_segments"),
+        kv_segments=x.get("kv_segments"),
+    )
+    step = _GridStep(walk, x, refs, extras, x["sinks"][h] if "sinks" in x else None)
+    pl.when(kv_major == 0)(step.prologue)
+    walk.run(step.all_of_qk, step.softmax_and_next_qk)
+    pl.when(kv_major == static.kv_majors - 1)(step.epilogue)
+
+
+def _over_sublanes(x: jax.Array, combine) -> jax.Array:
+    """[8, n]: each sublane holds the combination of all."""
+    for distance in (4, 2, 1):
+        x = combine(x, pltpu.roll(x, distance, 0))
+    return x
+
+
+def _by_query(x: jax.Array, per_query: jax.Array, combine) -> jax.Array:
+    """Combines [rows, n] with [8, n], a value for each query in all sublanes."""
+    if x.shape[0] % SUBLANES:
+        return combine(x, per_query[:1])
+    tall = x.reshape(-1, SUBLANES, x.shape[1])
+    return combine(tall, per_query[None]).reshape(x.shape)

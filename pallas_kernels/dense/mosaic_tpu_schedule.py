@@ -1,0 +1,208 @@
+"""Which tiles of queries meet which tiles of keys: the work list of the dense TPU kernels.
+
+Computed by XLA before the kernel, a few integers for each row of tiles, and prefetched into scalar
+memory. Tiles that causality, window, chunk, lengths or segments exclude are in no list: the kernel
+neither computes them nor, where a whole major block is excluded, loads them.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import masks
+from pallas_kernels.dense.mosaic_tpu_tiles import Tiles
+
+# Rows of `Work.rows`.
+START, STOP, FREE_START, FREE_STOP, NEXT_ROW = range(5)
+# Rows of `Work.majors`.
+COUNT, FIRST_ROW, FIRST_MAJOR, LAST_MAJOR = range(4)
+# Rows of `Work.facts`.
+Q_OFFSET, Q_LEN, KV_LEN = range(3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """What is known at trace time.
+
+    Attributes:
+        scale: factor on the logits, above 0 (a sign is in q).
+        causal: as in the contract.
+        sliding_window: (left, right).
+        attention_chunk_size: as in the contract.
+        soft_cap: as in the contract.
+        group: query heads for each kv head.
+        batch, q_len, kv_len: of the call.
+        tiles: of the kernel.
+    """
+
+    scale: float
+    causal: bool
+    sliding_window: tuple[int | None, int | None]
+    attention_chunk_size: int | None
+    soft_cap: float | None
+    group: int
+    batch: int
+    q_len: int
+    kv_len: int
+    tiles: Tiles
+
+    @property
+    def rows(self) -> int:
+        """Rows of tiles in a major block of queries."""
+        return self.tiles.major_q // self.tiles.block_q
+
+    @property
+    def columns(self) -> int:
+        """Tiles in a major block of keys."""
+        return self.tiles.major_kv // self.tiles.block_kv
+
+    @property
+    def q_majors(self) -> int:
+        """Major blocks of queries."""
+        return -(-self.q_len // self.tiles.major_q)
+
+    @property
+    def kv_majors(self) -> int:
+        """Major blocks of keys."""
+        return -(-self.kv_len // self.tiles.major_kv)
+
+    @property
+    def positions(self) -> dict:
+        """What `masks` asks beside the positions."""
+        return {
+            "causal": self.causal,
+            "sliding_window": self.sliding_window,
+            "attention_chunk_size": self.attention_chunk_size,
+        }
+
+
+class Masks(NamedTuple):
+    """Who sees whom, beside what is static; None = not given."""
+
+    q_segment_ids: jax.Array | None
+    kv_segment_ids: jax.Array | None
+    q_offset: jax.Array | None
+    q_lens: jax.Array | None
+    kv_lens: jax.Array | None
+
+
+class Work(NamedTuple):
+    """The work list, int32; one batch row's part stands for all where nothing differs by row.
+
+    Attributes:
+        rows: [5, batch * kv_majors * q_majors * rows]: for a row of tiles and a major block of
+            keys, the tiles it meets, [START, STOP), within them those in which every key is seen by
+            every query, [FREE_START, FREE_STOP), and the next row of this major block of queries
+            that meets any, or itself.
+        majors: [4, batch * q_majors * kv_majors]: how many tiles there are in all, the first row
+            that has one; and, the same for every major block of keys, the first and the last one
+            that has any.
+        facts: [3, batch]: position of query 0, queries and keys that exist.
+    """
+
+    rows: jax.Array
+    majors: jax.Array
+    facts: jax.Array
+
+    @property
+    def differs(self) -> bool:
+        """Whether batch rows have lists of their own."""
+        return self.facts.shape[1] > 1
+
+
+def work_list(static: Static, who: Masks) -> Work:
+    """The tiles to compute."""
+    batched = any(x is not None and x.shape[0] > 1 for x in who)
+    batch = static.batch if batched else 1
+    offset = _by_row(who.q_offset, 0, batch)
+    q_len = _by_row(who.q_lens, static.q_len, batch)
+    kv_len = _by_row(who.kv_lens, static.kv_len, batch)
+    some, every = _meetings(static, who, offset, q_len, kv_len)
+    shape = (batch, static.q_majors, static.rows, static.kv_majors, static.columns)
+    some, every = (jnp.moveaxis(x.reshape(shape), 3, 1) for x in (some, every))
+    start, stop = _first(some), _last(some) + 1  # [batch, kv_majors, q_majors, rows]
+    every &= some
+    free_start = _first(every)
+    index = jnp.arange(static.columns, dtype=jnp.int32)
+    broken = ~every & (index >= free_start[..., None])
+    free_stop = jnp.where(broken.any(-1), _first(broken), static.columns)
+    free_stop = jnp.where(every.any(-1), free_stop, free_start)
+    met = stop > start
+    rows = jnp.stack([start, stop, free_start, free_stop, _next(met)])
+    count = jnp.moveaxis(jnp.sum(stop - start, -1), 1, 2)  # [batch, q_majors, kv_majors]
+    first_row = jnp.moveaxis(_first(met), 1, 2)
+    any_work = count > 0
+    bounds = [_first(any_work), jnp.maximum(_last(any_work), 0)]
+    bounds = [jnp.broadcast_to(x[..., None], count.shape) for x in bounds]
+    majors = jnp.stack([count, first_row, *bounds])
+    facts = jnp.stack([offset, q_len, kv_len])
+    return Work(rows.reshape(5, -1), majors.reshape(4, -1), facts)
+
+
+def _by_row(given: jax.Array | None, otherwise: int, batch: int) -> jax.Array:
+    value = jnp.int32(otherwise) if given is None else given.astype(jnp.int32)
+    return jnp.broadcast_to(value, (batch,))
+
+
+def _meetings(static: Static, who: Masks, offset, q_len, kv_len) -> tuple[jax.Array, jax.Array]:
+    """Two masks [batch, rows of tiles, tiles]: may one see one there; does each see each."""
+    block_q, block_kv = static.tiles.block_q, static.tiles.block_kv
+    row = jnp.arange(static.q_majors * static.rows, dtype=jnp.int32) * block_q
+    first = offset[:, None] + row
+    last = offset[:, None] + jnp.minimum(row + block_q, q_len[:, None]) - 1
+    start, stop = masks.seen_bounds(first, last, kv_len[:, None], **static.positions)
+    lo = jnp.arange(static.kv_majors * static.columns, dtype=jnp.int32) * block_kv
+    hi = lo + block_kv - 1
+    some = (lo < stop[..., None]) & (hi >= start[..., None]) & (start < stop)[..., None]
+    some &= (last >= first)[..., None]
+    every = hi < kv_len[:, None, None]
+    # What the first and the last query see of the tile's first and last key bounds all the rest.
+    for q_pos in (first, last):
+        for kv_pos in (lo, hi):
+            seen = masks.seen(q_pos[..., None], kv_pos, **static.positions)
+            every = every if seen is None else every & seen
+    if who.q_segment_ids is None:
+        return some, jnp.broadcast_to(every, some.shape)
+    q_ids = _id_range(who.q_segment_ids, q_len, block_q, row.size)
+    kv_ids = _id_range(who.kv_segment_ids, kv_len, block_kv, lo.size)
+    q_low, q_high = (x[:, :, None] for x in q_ids)
+    kv_low, kv_high = (x[:, None, :] for x in kv_ids)
+    some &= (q_low <= kv_high) & (kv_low <= q_high)
+    every &= (q_low == kv_high) & (kv_low == q_high)
+    return some, every
+
+
+def _id_range(ids: jax.Array, lens: jax.Array, block: int, blocks: int):
+    """Smallest and largest segment id of each block, of the tokens that exist."""
+    size = block * blocks
+    ids = jnp.pad(ids, ((0, 0), (0, size - ids.shape[1])))
+    real = jnp.arange(size) < lens[:, None]
+    info = jnp.iinfo(jnp.int32)
+
+    def of(fill, reduce):
+        return reduce(jnp.where(real, ids, fill).reshape(-1, blocks, block), axis=2)
+
+    return of(info.max, jnp.min), of(info.min, jnp.max)
+
+
+def _first(x: jax.Array) -> jax.Array:
+    """Index of the first True of the last axis, 0 if there is none."""
+    return jnp.argmax(x, axis=-1).astype(jnp.int32)
+
+
+def _last(x: jax.Array) -> jax.Array:
+    """Index of the last True of the last axis, -1 if there is none."""
+    last = x.shape[-1] - 1 - _first(x[..., ::-1])
+    return jnp.where(x.any(-1), last, -1)
+
+
+def _next(met: jax.Array) -> jax.Array:
+    """For each row the next that is True, or itself."""
+    size = met.shape[-1]
+    row = jnp.arange(size, dtype=jnp.int32)
+    at = jnp.where(met, row, size)
+    after = jax.lax.cummin(at, axis=at.ndim - 1, reverse=True)
+    after = jnp.concatenate([after[..., 1:], jnp.full_like(after[..., :1], size)], axis=-1)
+    return jnp.where(after == size, row, after)
