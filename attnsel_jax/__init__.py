@@ -26,11 +26,7 @@ _HOMES = {
     ),
     "attnsel_jax.kv_cache": ("KVCache", "LatentCache", "stored_dtype"),
     "attnsel_jax.mesh": ("MeshAxes", "use_mesh_axes"),
-    "attnsel_jax.metadata": (
-        "AttentionMetadata",
-        "AttentionMetadataBuilder",
-        "CommonAttentionMetadata",
-    ),
+    "attnsel_jax.metadata": ("AttentionMetadata",),
     "attnsel_jax.ops": (
         "allocate_kv_cache",
         "allocate_latent_cache",
@@ -53,6 +49,7 @@ _HOMES = {
         "get_env_variable_attn_backend",
         "select",
     ),
+    "attnsel_jax.vllm_metadata": ("AttentionMetadataBuilder", "CommonAttentionMetadata"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(name for name in _HOME_OF if not name.startswith("_"))

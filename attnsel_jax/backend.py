@@ -16,9 +16,10 @@ from attnsel_jax.config import AttentionSelectorConfig, attention_type, dtype_na
 from attnsel_jax.config import kv_cache_dtype_name as cache_name
 from attnsel_jax.constraints import Constraint, MultipleOf, OneOf, every_value
 from attnsel_jax.kv_cache import FP8_DS_MLA_BYTES, latent_layout_named, layout_named
-from attnsel_jax.metadata import AttentionMetadata, AttentionMetadataBuilder
+from attnsel_jax.metadata import AttentionMetadata
 from attnsel_jax.platforms import Device, DeviceCapability, current_device
 from attnsel_jax.qualnames import resolve_obj_by_qualname
+from attnsel_jax.vllm_metadata import AttentionMetadataBuilder
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "standard": ("paged", "dense"),

@@ -20,10 +20,16 @@ _STATIC = {
 
 def jitted_kernel(backend: type[AttentionBackend], op: str) -> Callable[..., Any]:
     """The backend's kernel for the op, under `jit`; refuses gradients that it does not declare."""
-    kernel = _jitted(backend.get_kernel(op))
-    if True in backend.capabilities[op].needs_grad:
-        return kernel
-    return _without_gradient(kernel, f"op {op} of backend {backend.name}")
+    return guarded(backend, op, _jitted(backend.get_kernel(op)))
+
+
+def guarded(
+    backend: type[AttentionBackend], op: str, call: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The call of the backend's kernel, refusing gradients where the backend declares none."""
+    if op not in backend.capabilities or True in backend.capabilities[op].needs_grad:
+        return call
+    return _without_gradient(call, f"op {op} of backend {backend.name}")
 
 
 @functools.cache
@@ -50,7 +56,7 @@ def _without_gradient(kernel: Callable[..., Any], what: str) -> Callable[..., An
         )
 
     def call(*arrays: Any, **named: Any) -> Any:
-        static = {name: named.pop(name) for name in _STATIC.intersection(named)}
+        static = {name: named.pop(name) for name in (_STATIC | {"plan"}).intersection(named)}
         guarded = jax.custom_jvp(lambda arrays, named: kernel(*arrays, **named, **static))
         guarded.defjvp(refuse)
         return guarded(arrays, named)

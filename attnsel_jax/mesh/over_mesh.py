@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from attnsel_jax.backend import AttentionBackend
-from attnsel_jax.jitted_kernels import jitted_kernel, static_names
+from attnsel_jax.jitted_kernels import guarded, jitted_kernel, static_names
 from attnsel_jax.kv_cache import layout_named
 from attnsel_jax.mesh import groups
 from attnsel_jax.mesh.dimensions import ARGUMENTS, POSITIONAL, RESULTS, by_name, dimensions
@@ -50,7 +50,8 @@ def kernel_over_mesh(
     if plan is None and op == "dense":
         return jitted_kernel(backend, op)
     layout = backend.latent_layout if backend.is_mla() else backend.layout
-    return functools.partial(_jitted(backend.get_kernel(op), op, layout), plan=plan)
+    call = guarded(backend, op, _jitted(backend.get_kernel(op), op, layout))
+    return functools.partial(call, plan=plan)
 
 
 @functools.cache
