@@ -68,23 +68,6 @@ class AttentionMetadata:
             lambda *parts: jnp.concatenate([jnp.atleast_1d(part) for part in parts]), *batches
         )
 
-    def groups(self) -> list["AttentionMetadata"]:
-        """The batches of which it is made, see `grouped`; itself, where it is one."""
-        if jnp.ndim(self.num_seqs) == 0:
-            return [self]
-        count = self.num_seqs.shape[0]
-
-        def parts(array: jax.Array) -> list[jax.Array]:
-            size = array.shape[0] // count
-            return [array[i * size : (i + 1) * size] for i in range(count)]
-
-        cut = {name: parts(array) for name, array in self.arrays().items() if array is not None}
-        cut["num_seqs"] = [self.num_seqs[i] for i in range(count)]
-        return [
-            dataclasses.replace(self, **{name: mine[i] for name, mine in cut.items()})
-            for i in range(count)
-        ]
-
     @staticmethod
     def from_lengths(
         q_lens: Sequence[int],

@@ -6,6 +6,7 @@ Values exist outside `jax.jit` only; under it, these checks refuse and say so.
 import jax
 import numpy as np
 
+from attnsel_jax.mesh.groups import groups_of
 from attnsel_jax.metadata import AttentionMetadata
 
 
@@ -48,7 +49,7 @@ def check_groups(
     metadata: AttentionMetadata, num_tokens: int, num_pages: int, page_size: int
 ) -> None:
     """Refuses a batch, or one of its groups, as `check_batch` does; arguments as there."""
-    groups = metadata.groups()
+    groups = groups_of(metadata)
     for group in groups:
         check_batch(group, num_tokens // len(groups), num_pages, page_size)
 

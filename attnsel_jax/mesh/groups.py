@@ -4,6 +4,7 @@ A shard of a data-parallel mesh holds some of the groups, and their pages. Kerne
 a time, and pages counted from the first that lies here.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 
 from attnsel_jax.mesh.dimensions import page_counts
 from attnsel_jax.mesh.plan import Plan
+from attnsel_jax.metadata import AttentionMetadata
 
 Arrays = dict[str, jax.Array]
 TOKENS = ("q", "k", "v", "ql_nope", "q_pe", "kv_c", "k_pe", "topk_indices", "slot_mapping")
@@ -39,6 +41,23 @@ def attend(kernel: Callable[..., Any], op: str, arrays: Arrays) -> tuple[jax.Arr
         outs.append(out)
         lses.append(lse)
     return jnp.concatenate(outs), jnp.concatenate(lses), pages
+
+
+def groups_of(metadata: AttentionMetadata) -> list[AttentionMetadata]:
+    """The batches that `AttentionMetadata.grouped` put together; itself, where it is one."""
+    if metadata.num_seqs.ndim == 0:
+        return [metadata]
+    count = metadata.num_seqs.shape[0]
+    cut = {
+        name: [_part(array, i, count) for i in range(count)]
+        for name, array in metadata.arrays().items()
+        if array is not None
+    }
+    cut["num_seqs"] = [metadata.num_seqs[i] for i in range(count)]
+    return [
+        dataclasses.replace(metadata, **{name: mine[i] for name, mine in cut.items()})
+        for i in range(count)
+    ]
 
 
 def with_own_pages(op: str, arrays: Arrays, plan: Plan, layout: str) -> Arrays:

@@ -146,10 +146,15 @@ def q_reach(static: Static, who: Masks, kv_block: Block, q_len: int, kv_len: int
     left, right = static.sliding_window
     no_edges = (
         right is None and not static.causal and _whole_keys(static, who, kv_len),
-        left is None and _whole_keys(static, who, kv_len),
+        left is None and who.q_lens is None and _whole_keys(static, who, kv_len),
     )
     # The last block of queries counts as whole: rows that it shares are dropped where it is read.
     every_stop = jnp.where(every_stop == q_len, NOWHERE, every_stop)
+    if who.q_lens is not None:
+        # Keys that only queries past q_lens could see may be NaN: no block without a real query.
+        every_stop = jnp.minimum(
+            every_stop, num_blocks(who.q_lens, static.block_q) * static.block_q
+        )
     return _reach(
         static,
         who,

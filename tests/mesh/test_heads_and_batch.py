@@ -9,6 +9,7 @@ import attnsel_jax
 from attnsel_jax import AttentionBackendEnum, AttentionMetadata, KVCache, LatentCache
 from attnsel_jax.compare import compare
 from attnsel_jax.compare.comparison import PASS
+from attnsel_jax.mesh.groups import groups_of
 from attnsel_jax.problems import Problem
 from attnsel_jax.problems.dense_inputs import dense_inputs
 from attnsel_jax.problems.mla_inputs import mla_inputs
@@ -211,7 +212,7 @@ def one_group(call, i, groups):
     """Group i of a call by itself: its own tokens, the whole cache."""
     q, k, v, cache, metadata = call
     cut = lambda x: x[i * (x.shape[0] // groups) : (i + 1) * (x.shape[0] // groups)]  # noqa: E731
-    return cut(q), cut(k), cut(v), cache, metadata.groups()[i]
+    return cut(q), cut(k), cut(v), cache, groups_of(metadata)[i]
 
 
 @pytest.mark.parametrize("on_a_mesh", [False, True])

@@ -8,6 +8,10 @@ import numpy as np
 import pytest
 
 from attnsel_jax import oracle
+from attnsel_jax.compare import compare
+from attnsel_jax.compare.comparison import PASS
+from attnsel_jax.problems import Problem
+from attnsel_jax.problems.dense_inputs import dense_inputs
 from attnsel_jax.xla import dense
 from attnsel_jax.xla.dense import dense_attention
 
@@ -211,3 +215,14 @@ def seen_and_existing(arguments):
         seen[head.b, :, head.kv, 0] |= head.see.any(axis=0)
         exists[head.b, :, head.n, 0] = head.exists
     return seen, exists
+
+
+def test_keys_that_only_missing_queries_could_see_may_be_nan():
+    """A row without queries, beside one whose block needs no mask; its keys are NaN."""
+    options = {
+        "heads": (2, 2), "head_size": 16, "q_len": 3, "kv_len": 24, "batch": 2, "q_lens": (3, 0),
+        "q_offset": 30, "dtype": "float32", "causal": True,
+    }  # fmt: skip
+    problem = Problem("missing", "dense", "", dense_inputs, options, gradients=True)
+    (row,) = compare([problem], ["XLA"]).rows
+    assert row.verdict == PASS, str(row)
