@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 
 import jax
 
+from attnsel_jax.cache_layouts import latent_layout_named, layout_named
 from attnsel_jax.capabilities import Capabilities, Rejection
 from attnsel_jax.config import AttentionSelectorConfig, attention_type, dtype_name
 from attnsel_jax.config import kv_cache_dtype_name as cache_name
 from attnsel_jax.constraints import Constraint, MultipleOf, OneOf, every_value
-from attnsel_jax.kv_cache import FP8_DS_MLA_BYTES, latent_layout_named, layout_named
+from attnsel_jax.kv_cache import FP8_DS_MLA_BYTES
 from attnsel_jax.metadata import AttentionMetadata
 from attnsel_jax.platforms import Device, DeviceCapability, current_device
 from attnsel_jax.qualnames import resolve_obj_by_qualname
@@ -38,7 +39,7 @@ class AttentionBackend(abc.ABC):
         kernels: op -> dotted path of a function with the signature of the op's contract; further
             functions of the family (the indexer, ...) may stand beside the ops.
         impl: dotted path of the `AttentionImpl` that calls the kernels.
-        layout: how its paged cache lies in memory: a name in `attnsel_jax.kv_cache.LAYOUTS`.
+        layout: how its paged cache lies in memory: a name in `attnsel_jax.cache_layouts.LAYOUTS`.
         latent_layout: likewise of an MLA backend's cache: a name in `LATENT_LAYOUTS` there.
         preferred_block_size: tokens in a page, where the caller leaves it open.
         before: the backend that it precedes in automatic selection; for plug-ins, which are only

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from attnsel_jax import matrix as matrix_library
+from attnsel_jax.aot import NoCompilerError
 from attnsel_jax.cli import app
 from attnsel_jax.cli.select import select as select_command
 from attnsel_jax.cli.terminal import si
@@ -302,6 +303,25 @@ def test_bench_s_mistakes(options, said):
 )
 def test_compile_s_mistakes(options, said):
     assert said in error_of("compile", *options)
+
+
+@pytest.mark.parametrize("op", ["paged", "mla"])
+def test_compile_asks_for_the_logical_cache_and_compiles_the_backends_own(op, monkeypatch):
+    given = {}
+
+    def compile_for(chip, kernel, arguments, **_):
+        given[kernel.split(":")[0]] = arguments
+        raise NoCompilerError("none in this test")
+
+    monkeypatch.setattr("attnsel_jax.aot.compile_for", compile_for)
+    heads = ("--num-heads", "8") + (("--num-kv-heads", "2") if op == "paged" else ())
+    attnsel("compile", "--device", "v6e", "--op", op, *heads, "--block-size", "64", code=3)
+    ((kernel, arguments),) = given.items()
+    assert kernel == f"pallas_kernels.{op}.mosaic_tpu"
+    if op == "paged":
+        assert arguments["kv_pages"].shape == (16, 2, 2, 64, 128)  # side by side
+    else:
+        assert arguments["latent_pages"].shape == (16, 32, 1152)  # paired
 
 
 def test_compile_takes_a_mesh_beside_a_problem():

@@ -17,6 +17,7 @@ from attnsel_jax.backend import AttentionBackend
 from attnsel_jax.bench.results import CaseResult, Settings, Verdict, at_least
 from attnsel_jax.bench.roofline import Roofline, Work
 from attnsel_jax.bench.timing import Call, finished, interleaved, row_of
+from attnsel_jax.cache_layouts import in_layouts
 from attnsel_jax.config import AttentionSelectorConfig
 from attnsel_jax.platforms import Device, current_device
 from attnsel_jax.selector import select
@@ -115,7 +116,15 @@ class Race:
     def _backend_call(self, name: str, sets: Sequence[Inputs]) -> Call:
         from attnsel_jax.registry import AttentionBackendEnum
 
-        return jitted_call(self.of_backend(AttentionBackendEnum[name].get_class()), sets)
+        backend = AttentionBackendEnum[name].get_class()
+        return jitted_call(self.of_backend(backend), _in_its_layout(backend, sets))
+
+
+def _in_its_layout(backend: type[AttentionBackend], sets: Sequence[Inputs]) -> list[Inputs]:
+    """The input sets with the cache, which they share, as the backend stores it."""
+    first = in_layouts(sets[0], backend.layout)
+    shared = {"kv_pages": first["kv_pages"]} if "kv_pages" in first else {}
+    return [{**inputs, **shared} for inputs in sets]
 
 
 def jitted_call(function: Callable[..., Any], sets: Sequence[Inputs]) -> Call:

@@ -144,6 +144,7 @@ def _outcomes(
 
 def _outcome(case: Case, target: Any, backend: str | None, options: Mapping[str, Any]) -> Outcome:
     from attnsel_jax.aot import NoCompilerError, compile_for
+    from attnsel_jax.cache_layouts import in_layouts
     from attnsel_jax.platforms import CHIPS
     from attnsel_jax.problems import question
     from attnsel_jax.selector import select
@@ -160,6 +161,8 @@ def _outcome(case: Case, target: Any, backend: str | None, options: Mapping[str,
     if selection.backend is None:
         reasons = str(selection)
         return Outcome(case.name, target.chip, None, "refused by selection", None, reasons)
+    layouts = selection.backend.layout, selection.backend.latent_layout
+    arguments = in_layouts(arguments, *layouts)
     kernels = selection.backend.kernels
     if case.op not in kernels:
         reasons = f"op is {case.op}, must be one of {', '.join(kernels)}"

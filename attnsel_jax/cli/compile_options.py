@@ -52,10 +52,10 @@ def is_on_command_line(ctx: typer.Context, name: str) -> bool:
 
 
 def abstract_arguments(options: Mapping[str, Any], chip: Any, backend: str | None) -> Any:
-    """The arguments that the shape options describe, in the cache layout of the backend."""
+    """The arguments that the shape options describe; the cache in its logical layout."""
     from attnsel_jax.aot.arguments import dense_arguments, mla_arguments, paged_arguments
     from attnsel_jax.config import AttentionSelectorConfig
-    from attnsel_jax.kv_cache import stored_dtype
+    from attnsel_jax.kv_cache import FP8_DS_MLA_BYTES, stored_dtype
     from attnsel_jax.selector import select
 
     op, is_mla = options["op"], options["op"] in ("mla", "sparse_mla")
@@ -74,20 +74,19 @@ def abstract_arguments(options: Mapping[str, Any], chip: Any, backend: str | Non
     serving = select(config, chip, backend).required()
     page_size = options["block_size"] or serving.get_preferred_block_size()
     pages = options["batch"] * -(-sizes["kv_len"] // page_size)
-    kv_heads = 1 if is_mla else heads["num_kv_heads"]
     cache_dtype = config.kv_cache_dtype
     cache = {
         "page_size": page_size,
         "cache_dtype": stored_dtype(cache_dtype, options["dtype"]),
-        "cache_shape": serving.get_kv_cache_shape(
-            pages, page_size, kv_heads, head_size, cache_dtype
-        ),
+        "cache_shape": (2, pages, page_size, heads["num_kv_heads"], head_size),
     }
     if not is_mla:
         static["causal"] = options["causal"]
         return paged_arguments(**sizes, **heads, **cache, head_size=head_size, **static)
+    cache["cache_shape"] = pages, page_size, head_size
     if cache_dtype == "fp8_ds_mla":
         static["kv_cache_dtype"] = cache_dtype
+        cache["cache_shape"] = pages, page_size, FP8_DS_MLA_BYTES
     latent = {"kv_lora_rank": head_size - 64, "rope_dim": 64, "scale": (head_size // 3) ** -0.5}
     topk = options["topk"] if op == "sparse_mla" else None
     return mla_arguments(**sizes, **cache, **latent, topk=topk, **static)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from attnsel_jax.cache_layouts import LATENT_LAYOUTS, LAYOUTS
 from attnsel_jax.compare.expected import gradient_names
-from attnsel_jax.kv_cache import LATENT_LAYOUTS, LAYOUTS
 
 RESULTS = {
     "dense": ("out", "lse"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from attnsel_jax.kv_cache import latent_layout_named, layout_named
+from attnsel_jax.cache_layouts import latent_layout_named, layout_named
 
 LOGITS = "batch heads q_len kv_len"
 _BATCH = {

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from attnsel_jax.backend import AttentionBackend
+from attnsel_jax.cache_layouts import layout_named
 from attnsel_jax.jitted_kernels import guarded, jitted_kernel, static_names
-from attnsel_jax.kv_cache import layout_named
 from attnsel_jax.mesh import groups
 from attnsel_jax.mesh.dimensions import ARGUMENTS, POSITIONAL, RESULTS, by_name, dimensions
 from attnsel_jax.mesh.forms import attend_dense, attend_ragged, check_context

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from attnsel_jax.kv_cache import layout_named
+from attnsel_jax.cache_layouts import layout_named
 
 if TYPE_CHECKING:
     from attnsel_jax.mesh.dimensions import Dims

@@ -5,12 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attnsel_jax.cache_layouts import latent_layout_named, layout_named
 from attnsel_jax.kv_cache import (
     FP8_DS_MLA_BYTES,
     KVCache,
     LatentCache,
-    latent_layout_named,
-    layout_named,
 )
 from attnsel_jax.metadata import AttentionMetadata
 from pallas_kernels.shape_checks import (

@@ -4,8 +4,8 @@ import functools
 
 from tpu_interpreter import tpu_interpreter
 
+from attnsel_jax.cache_layouts import LATENT_LAYOUTS
 from attnsel_jax.compare import compare
-from attnsel_jax.kv_cache import LATENT_LAYOUTS
 from attnsel_jax.problems import Problem
 from attnsel_jax.problems.mla_inputs import mla_inputs
 

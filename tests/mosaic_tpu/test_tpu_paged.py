@@ -10,10 +10,11 @@ from tpu_interpreter import tpu_interpreter
 from attnsel_jax.aot import compile_for, target_for
 from attnsel_jax.backends.mosaic_tpu import PAGED as DECLARED
 from attnsel_jax.backends.mosaic_tpu import MosaicTpuBackend
+from attnsel_jax.cache_layouts import LAYOUTS
 from attnsel_jax.compare.deviations import deviation
 from attnsel_jax.compare.expected import expected
 from attnsel_jax.compare.kernel_runs import run
-from attnsel_jax.kv_cache import LAYOUTS, KVCache
+from attnsel_jax.kv_cache import KVCache
 from attnsel_jax.platforms import Device
 from attnsel_jax.problems import QUICK
 from attnsel_jax.problems.paged_inputs import paged_inputs
