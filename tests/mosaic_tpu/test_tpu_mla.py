@@ -6,7 +6,8 @@ import pytest
 from latent_kernels import SHAPE, row_of
 
 from attnsel_jax import LatentCache
-from attnsel_jax.backends.mosaic_tpu_mla import MosaicTpuMlaBackend
+from attnsel_jax.aot import compile_for, target_for
+from attnsel_jax.backends.mosaic_tpu_mla import TPU_LATENT, MosaicTpuMlaBackend
 from attnsel_jax.compare.comparison import PASS
 from attnsel_jax.problems.mla_inputs import mla_inputs
 from pallas_kernels.mla import mosaic_tpu
@@ -111,3 +112,27 @@ def test_a_converted_cache_holds_the_same_rows():
 def test_the_backend_s_cache_is_in_the_layout_that_its_kernel_takes():
     assert MosaicTpuMlaBackend.get_kv_cache_shape(7, 64, 1, 576) == (7, 32, 1152)
     assert MosaicTpuMlaBackend.get_required_kv_cache_layout() == "paired"
+
+
+def compiles(chip, **options):
+    """Lets the chip's own compiler have the kernel."""
+    missing = target_for(chip).missing()
+    if missing:
+        pytest.skip(f"no compiler for {chip} here: {missing}")
+    arguments = arguments_of(rank=512, **options)
+    report = compile_for(chip, MosaicTpuMlaBackend.kernels["mla"], arguments)
+    assert report.compiled, report.refusal
+
+
+@pytest.mark.parametrize("chip", TPU_LATENT.generation.values)
+def test_a_sample_compiles(chip):
+    compiles(chip, num_heads=16, dtype="bfloat16", cache_dtype="float8_e4m3fn", scaled=True)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("chip", TPU_LATENT.generation.values)
+@pytest.mark.parametrize("cache_dtype", ["float32", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("page_size", TPU_LATENT.block_size.values)
+@pytest.mark.parametrize("dtype", TPU_LATENT.dtype.values)
+def test_everything_declared_compiles(chip, cache_dtype, page_size, dtype):
+    compiles(chip, num_heads=128, page_size=page_size, dtype=dtype, cache_dtype=cache_dtype)

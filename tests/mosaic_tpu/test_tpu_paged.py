@@ -202,3 +202,12 @@ def test_a_sample_compiles(chip):
 @pytest.mark.parametrize("dtype", DECLARED.dtype.values)
 def test_every_size_compiles(chip, head_size, page_size, dtype):
     compiles(chip, head_size=head_size, page_size=page_size, dtype=dtype)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("chip", DECLARED.generation.values)
+@pytest.mark.parametrize("cache_dtype", ["float8_e4m3fn", "float8_e5m2", "int8", "float32"])
+@pytest.mark.parametrize("page_size", [8, 16, 64])
+@pytest.mark.parametrize("dtype", DECLARED.dtype.values)
+def test_every_cache_compiles(chip, cache_dtype, page_size, dtype):
+    compiles(chip, head_size=80, page_size=page_size, dtype=dtype, cache_dtype=cache_dtype)
