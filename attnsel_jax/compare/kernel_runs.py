@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from attnsel_jax.cache_layouts import LATENT_LAYOUTS, LAYOUTS
+from attnsel_jax.cache_layouts import LATENT_LAYOUTS, LAYOUTS, in_layouts
 from attnsel_jax.compare.expected import gradient_names
 
 RESULTS = {
@@ -92,13 +92,9 @@ def _check_dtypes(results: Mapping[str, jax.Array], arguments: Mapping[str, Any]
 
 def _in_layout(arrays: dict[str, jax.Array], layout: str) -> dict[str, jax.Array]:
     """The arguments with the cache as the backend wants it."""
-    if layout in LAYOUTS and layout != "stacked" and "kv_pages" in arrays:
-        return arrays | {"kv_pages": LAYOUTS[layout].join(*arrays["kv_pages"])}
-    if layout in LATENT_LAYOUTS and "latent_pages" in arrays:
-        rope_dim = arrays["q_pe"].shape[-1]
-        pages = LATENT_LAYOUTS[layout].from_rows(arrays["latent_pages"], rope_dim)
-        return arrays | {"latent_pages": pages}
-    return arrays
+    return (
+        in_layouts(arrays, layout) if layout in LAYOUTS else in_layouts(arrays, "stacked", layout)
+    )
 
 
 def _as_the_oracle(
