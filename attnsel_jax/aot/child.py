@@ -62,7 +62,7 @@ def _compile(task: dict[str, Any]) -> Any:
     def program(caches: dict[str, jax.Array], arrays: dict[str, jax.Array]) -> Any:
         return function(**caches, **arrays)
 
-    with _abstract_device(target):
+    with _abstract_device(target, devices):
         traced = jax.jit(program, donate_argnums=0).trace(caches, arrays)
         return traced.lower().compile()
 
@@ -108,8 +108,11 @@ def _with_gradients(
 
 
 @contextlib.contextmanager
-def _abstract_device(target: dict[str, Any]) -> Iterator[None]:
-    """Tells kernels that ask what they are traced for: a TPU's generation, a GPU's core count."""
+def _abstract_device(target: dict[str, Any], devices: Any) -> Iterator[None]:
+    """Tells kernels that ask what they are traced for: a TPU's generation, a GPU's core count.
+
+    Mosaic GPU asks JAX's default device for the architecture.
+    """
     if target["platform"] == "tpu":
         from pallas_kernels import tpu_chip  # it imports Pallas
 
@@ -121,7 +124,7 @@ def _abstract_device(target: dict[str, Any]) -> Iterator[None]:
         return
     device = jax.sharding.AbstractDevice(target["kind"], target["num_cores"], "gpu")
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(mesh), jax.default_device(devices[0]):
         yield
 
 
