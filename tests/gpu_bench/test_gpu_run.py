@@ -105,7 +105,7 @@ def test_a_whole_run_writes_what_it_found(monkeypatch, tmp_path):
     monkeypatch.setattr(measured.calibration, "calibrated", lambda: {"tflops": 1.0, "gbytes": 1.0})
     works = [WORKS["dense"], WORKS["paged"]]
     said = []
-    data = measured.run(works, [OURS, "jax.nn xla"], tmp_path, 60.0, seed=3, say=said.append)
+    data = measured.run(works, [OURS, "jax.nn xla"], tmp_path, 900.0, seed=3, say=said.append)
     kept = json.loads((tmp_path / "gpu.json").read_text())
     assert kept["seed"] == 3
     verdicts = {(row["work"], row["contender"]): row["verdict"] for row in kept["timings"]}
