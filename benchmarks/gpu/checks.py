@@ -7,7 +7,7 @@ from typing import Any
 from attnsel_jax.compare import compare
 from attnsel_jax.problems import DEFAULT, QUICK
 from attnsel_jax.registry import AttentionBackendEnum
-from benchmarks.gpu.ours import BACKENDS
+from benchmarks.gpu import ours
 from benchmarks.gpu.racing import poison
 
 SETS = {"quick": QUICK, "models": DEFAULT}
@@ -22,7 +22,7 @@ def check(seed: int, seconds: float, workers: int = 8) -> Iterator[dict[str, Any
         workers: compilations side by side.
     """
     begun = time.perf_counter()
-    names = sorted(set(BACKENDS.values()))
+    names = sorted(set(ours.BACKENDS.values()))
     chosen = [n for n in names if AttentionBackendEnum[n].get_class().capabilities]
     problems = [problem for each in SETS.values() for problem in each]
     for at in range(0, len(problems), workers):
