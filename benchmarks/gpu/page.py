@@ -1,7 +1,11 @@
 """Results as tables: on the terminal, and for the docs."""
 
+import json
+import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from benchmarks.gpu.results import FOLDER, STATIC
 
 STATIC_COLUMNS = ("work", "who", "tiles", "kernel", "registers", "spills", "stack", "smem KiB",
                   "tensor", "TMA", "ex2", "loop", "tensor cores, at most", "faults")  # fmt: skip
@@ -84,6 +88,39 @@ def _count(rows: Sequence[Mapping[str, Any]], name: str, verdicts: Sequence[str]
 
 def _options(options: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in options.items()) or "its own"
+
+
+def static_sections(folder: pathlib.Path = FOLDER / STATIC) -> str:
+    """What the compiler made, a table for each chip that is committed."""
+    sections = []
+    for path in sorted(folder.glob("*.json")):
+        data = json.loads(path.read_text())
+        sections += [
+            f"### {data['chip']}",
+            _made(data),
+            markdown(STATIC_COLUMNS, static_rows(data["rows"])),
+        ]
+    return "\n\n".join(sections) or "No results are committed yet."
+
+
+def measured_sections(folder: pathlib.Path = FOLDER) -> str:
+    """What was measured, a section for each run that is committed."""
+    sections = []
+    for path in sorted(folder.glob("*/gpu.json")):
+        data = json.loads(path.read_text())
+        best = ", ".join(f"{value:.0f} {name}" for name, value in data["calibration"].items())
+        sections += [
+            f"### {data['device']['kind']}",
+            f"{_made(data)} Calibration: {best} a second.",
+            markdown(CHECK_COLUMNS, check_rows(data)),
+            markdown(TIMED_COLUMNS, timed_rows(data)),
+        ]
+    return "\n\n".join(sections) or "No results are committed yet."
+
+
+def _made(data: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    return f"`{data['command']}`, {data['date'][:10]}, {versions}."
 
 
 def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
