@@ -20,8 +20,8 @@ from pallas_kernels.dense.mosaic_gpu_geometry import (
     seen_interval,
 )
 
-PRODUCER_REGISTERS = 24
-CONSUMER_REGISTERS = {2: 240, 3: 160}
+PRODUCER_REGISTERS = 40
+CONSUMER_REGISTERS = {2: 232, 3: 160}
 
 
 class Operands(NamedTuple):
@@ -46,7 +46,8 @@ class Operands(NamedTuple):
 class Shared(NamedTuple):
     """What the warpgroups of a block share: rings of tiles, and barriers.
 
-    `*_full`: the slot has arrived; `*_empty`: the consumers are done with it.
+    `*_full`: the slot has arrived; `*_empty`: the consumers are done with it. `turn`: whose
+    products are issued next, so that one warpgroup's softmax runs beside another's products.
     """
 
     q: Any
@@ -60,6 +61,7 @@ class Shared(NamedTuple):
     v_raw: Any
     k_empty: Any
     v_empty: Any
+    turn: Any
 
 
 class Softmax(NamedTuple):
@@ -98,7 +100,10 @@ def forward(static: Static, x: Operands) -> tuple[jax.Array, jax.Array]:
         grid_names=("batch", "block", "head"),
         num_threads=static.tiles.consumers + 1,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            reduction_scratch_bytes=0,  # rows are reduced within a warp
+        ),
         kernel_name="attnsel_dense_forward",
     )(*(field for field in x if field is not None))
 
@@ -126,6 +131,7 @@ def _scratch(static: Static, dtype) -> list[Any]:
         plgpu.Barrier(),
         ring(num_arrivals=tiles.consumers),
         ring(num_arrivals=tiles.consumers),
+        plgpu.Barrier(num_barriers=tiles.consumers),
     ]
 
 
@@ -214,7 +220,8 @@ def _clear_unseen(static: Static, v: Any, first_key: Any, tiles: KeyTiles) -> No
     """Values that the block does not see become 0: their weight is 0, and 0 * NaN is NaN."""
     width = plgpu.find_swizzle(static.head_dim_v * 16) // 2
     layout = plgpu.Layout.WGMMA
-    for i in range(0, static.tiles.block_kv, CONSUMER_ROWS):
+    height = static.tiles.block_kv
+    for i in sorted({*range(0, height - CONSUMER_ROWS, CONSUMER_ROWS), height - CONSUMER_ROWS}):
         for j in range(0, static.head_dim_v, width):
             part = v.at[pl.ds(i, CONSUMER_ROWS), pl.ds(j, width)]
             shape = (CONSUMER_ROWS, width)
@@ -232,7 +239,8 @@ def consume(static, x: Operands, out, lse, shared: Shared, row: Row, b, head, in
     """One warpgroup's 64 queries against every key tile of the block."""
     first_row = index * static.block_q + wg * CONSUMER_ROWS
     tiles = key_tiles(static, row, index, (first_row, CONSUMER_ROWS))
-    stages = static.tiles.stages
+    stages, consumers = static.tiles.stages, static.tiles.consumers
+    turns = static.tiles.turns
     q = shared.q.at[wg]
     logits = functools.partial(_logits, static, x, shared, row, b, head, first_row)
     plgpu.barrier_wait(shared.q_full.at[wg])
@@ -251,14 +259,20 @@ def consume(static, x: Operands, out, lse, shared: Shared, row: Row, b, head, in
         def products(o_ref, s_ref):
             o_ref[...] = acc
             plgpu.barrier_wait(shared.k_full.at[slot])
+            if turns:
+                plgpu.barrier_wait(shared.turn.at[wg])
             plgpu.wgmma(s_ref, q, shared.k.at[slot].transpose((1, 0)))
-            plgpu.barrier_wait(shared.v_full.at[before])
             plgpu.wgmma(o_ref, p, shared.v.at[before])
+            if turns:
+                plgpu.barrier_arrive(shared.turn.at[lax.rem(wg + 1, jnp.int32(consumers))])
             s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
             next_p, alpha, next_state = weigh(s, tile, state, masked)
             if static.segments:
                 plgpu.commit_smem()
             plgpu.barrier_arrive(shared.k_empty.at[slot])
+            # The next values are waited for here: the branch keeps the compiler from moving the
+            # softmax past the wait for the products that it is to run beside.
+            plgpu.barrier_wait(shared.v_full.at[slot])
             o = plgpu.wgmma_accumulator_load(o_ref, wait_n=0)
             plgpu.barrier_arrive(shared.v_empty.at[before])
             return o * _along(alpha, o), next_p.astype(p.dtype), next_state
@@ -276,17 +290,29 @@ def consume(static, x: Operands, out, lse, shared: Shared, row: Row, b, head, in
     if static.segments:
         plgpu.commit_smem()
     plgpu.barrier_arrive(shared.k_empty.at[0])
+    plgpu.barrier_wait(shared.v_full.at[0])
     acc = _full((CONSUMER_ROWS, static.head_dim_v), 0.0, plgpu.Layout.WGMMA)
     carry = acc, p.astype(x.q.dtype), state
     begin = tiles.first + 1
     inner = jnp.maximum(tiles.inner, begin)
     inner_stop = jnp.maximum(tiles.inner_stop, begin)
     masked, bare = (functools.partial(step, masked=flag) for flag in (True, False))
+    if turns:
+
+        @pl.when(wg == consumers - 1)
+        def _():
+            plgpu.barrier_arrive(shared.turn.at[0])
+
     carry = lax.fori_loop(begin, inner, masked, carry)
     carry = lax.fori_loop(inner, inner_stop, bare, carry)
     acc, p, state = lax.fori_loop(inner_stop, tiles.stop, masked, carry)
+    if turns:
+
+        @pl.when(wg == 0)
+        def _():
+            plgpu.barrier_wait(shared.turn.at[0])
+
     last = lax.rem(tiles.stop - tiles.first - 1, jnp.int32(stages))
-    plgpu.barrier_wait(shared.v_full.at[last])
     acc = pl.run_state(lambda o: plgpu.wgmma(o, p, shared.v.at[last]))(plgpu.ACC.init(acc))
     plgpu.barrier_arrive(shared.v_empty.at[last])
     epilogue(static, x, acc, state, out, lse, shared, row, b, head, first_row, wg)

@@ -13,21 +13,23 @@ class Tiles:
         block_kv: keys of a tile.
         stages: key tiles, and value tiles, in shared memory.
         consumers: warpgroups that multiply, 64 queries each.
+        turns: whether consumers issue their products in turn.
     """
 
     block_kv: int
     stages: int
     consumers: int = 2
+    turns: bool = True
 
 
 # (head_dim, head_dim_v) -> tiles, capability 9.0; the first that is large enough.
 TILES = {
-    (64, 64): Tiles(128, 3),
-    (80, 80): Tiles(128, 2),
-    (96, 96): Tiles(128, 2),
-    (128, 128): Tiles(128, 2),
+    (64, 64): Tiles(128, 4),
+    (80, 80): Tiles(128, 4),
+    (96, 96): Tiles(128, 4),
+    (128, 128): Tiles(128, 3),
     (192, 128): Tiles(128, 2),
-    (192, 192): Tiles(64, 2),
+    (192, 192): Tiles(64, 3),
     (256, 256): Tiles(64, 2),
 }
 
