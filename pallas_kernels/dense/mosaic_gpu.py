@@ -123,7 +123,9 @@ def dense_attention(
         segments=q_segment_ids is not None,
         alibi=alibi_slopes is not None,
         sinks=sinks is not None,
-        tiles=forward_tiles(_hopper(), q.dtype.name, dims["head_dim"], dims["head_dim_v"]),
+        tiles=forward_tiles(
+            _hopper(), dims["head_dim"], dims["head_dim_v"], capped=soft_cap is not None
+        ),
     )
     # The kernels' scale is above 0: a sign, or nothing at all, is q's.
     x = x._replace(q=q if scale > 0 else q * jnp.sign(scale).astype(q.dtype))

@@ -20,8 +20,9 @@ from pallas_kernels.dense.mosaic_gpu_geometry import (
     seen_interval,
 )
 
-PRODUCER_REGISTERS = 40
-CONSUMER_REGISTERS = {2: 232, 3: 160}
+# Consumers -> (registers a thread of theirs, of the producer's). A block is launched with 65536
+# registers over its threads, rounded down to 8 each: more in sum than that would wait for ever.
+REGISTERS = {2: (232, 40), 3: (160, 32)}
 
 
 class Operands(NamedTuple):
@@ -108,6 +109,14 @@ def forward(static: Static, x: Operands) -> tuple[jax.Array, jax.Array]:
     )(*(field for field in x if field is not None))
 
 
+def slot_of(static: Static, n: jax.Array) -> jax.Array:
+    """The slot of a block's n-th tile in a ring; a remainder costs registers, a mask does not."""
+    stages = static.tiles.stages
+    if stages & (stages - 1):
+        return lax.rem(n, jnp.int32(stages))
+    return n & (stages - 1)
+
+
 def _tile(static: Static, *shape: int, dtype) -> Any:
     """A tile that TMA writes and wgmma reads: swizzled as far as its rows are long."""
     swizzle = plgpu.find_swizzle(shape[-1] * jnp.dtype(dtype).itemsize * 8)
@@ -141,31 +150,45 @@ def _shared(static: Static, scratch: list[Any]) -> Shared:
     return Shared(*scratch)
 
 
+class Place(NamedTuple):
+    """What a block of the grid computes: block_q queries of a head, and the keys that they see."""
+
+    row: Row
+    b: Any
+    head: Any
+    index: Any
+
+    @classmethod
+    def here(cls, static: Static, rows: Any) -> "Place":
+        """Where this block is; each role asks for itself, for what both hold would be spilled."""
+        b, index = lax.axis_index("batch"), lax.axis_index("block")
+        if static.causal:  # the longest first
+            index = pl.cdiv(static.q_len, static.block_q) - 1 - index
+        return cls(row_of(static, rows, b), b, lax.axis_index("head"), index)
+
+
 def block(static: Static, x: Operands, out: Any, lse: Any, shared: Shared) -> None:
-    """One block of the grid: block_q queries of a head, and the keys that they see."""
-    b, head = lax.axis_index("batch"), lax.axis_index("head")
-    index = lax.axis_index("block")
-    if static.causal:  # the longest first
-        index = pl.cdiv(static.q_len, static.block_q) - 1 - index
+    """One block of the grid, by the roles of its warpgroups."""
     wg = lax.axis_index("wg")
-    row = row_of(static, x.rows, b)
+    of_a_consumer, of_the_producer = REGISTERS[static.tiles.consumers]
 
     @pl.when(wg < static.tiles.consumers)
     def _():
-        plgpu.set_max_registers(CONSUMER_REGISTERS[static.tiles.consumers], action="increase")
-        consume(static, x, out, lse, shared, row, b, head, index, wg)
+        plgpu.set_max_registers(of_a_consumer, action="increase")
+        consume(static, x, out, lse, shared, Place.here(static, x.rows), wg)
 
     @pl.when(wg == static.tiles.consumers)
     def _():
-        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-        produce(static, x, shared, row, b, head, index)
+        plgpu.set_max_registers(of_the_producer, action="decrease")
+        produce(static, x, shared, Place.here(static, x.rows))
 
 
 # The producer.
 
 
-def produce(static, x: Operands, shared: Shared, row: Row, b, head, index) -> None:
+def produce(static: Static, x: Operands, shared: Shared, place: Place) -> None:
     """Brings the queries, then key and value tiles as slots become free."""
+    row, b, head, index = place
     tiles = key_tiles(static, row, index, (index * static.block_q, static.block_q))
     stages, block_kv = static.tiles.stages, static.tiles.block_kv
     kv_head = lax.div(head, jnp.int32(static.group))
@@ -176,7 +199,7 @@ def produce(static, x: Operands, shared: Shared, row: Row, b, head, index) -> No
     @pl.loop(tiles.first, tiles.stop)
     def _(tile):
         n = tile - tiles.first
-        slot = lax.rem(n, jnp.int32(stages))
+        slot = slot_of(static, n)
         keys = pl.ds(tile * block_kv, block_kv)
 
         @pl.when(n >= stages)
@@ -211,7 +234,7 @@ def produce(static, x: Operands, shared: Shared, row: Row, b, head, index) -> No
 
     @pl.loop(jnp.maximum(tiles.stop - tiles.first - stages, 0), tiles.stop - tiles.first)
     def _(n):
-        slot = lax.rem(n, jnp.int32(stages))
+        slot = slot_of(static, n)
         plgpu.barrier_wait(shared.k_empty.at[slot])
         plgpu.barrier_wait(shared.v_empty.at[slot])
 
@@ -235,26 +258,25 @@ def _clear_unseen(static: Static, v: Any, first_key: Any, tiles: KeyTiles) -> No
 # The consumers.
 
 
-def consume(static, x: Operands, out, lse, shared: Shared, row: Row, b, head, index, wg) -> None:
+def consume(static: Static, x: Operands, out, lse, shared: Shared, place: Place, wg) -> None:
     """One warpgroup's 64 queries against every key tile of the block."""
+    row, b, head, index = place
     first_row = index * static.block_q + wg * CONSUMER_ROWS
     tiles = key_tiles(static, row, index, (first_row, CONSUMER_ROWS))
-    stages, consumers = static.tiles.stages, static.tiles.consumers
+    consumers = static.tiles.consumers
     turns = static.tiles.turns
     q = shared.q.at[wg]
     logits = functools.partial(_logits, static, x, shared, row, b, head, first_row)
     plgpu.barrier_wait(shared.q_full.at[wg])
 
     def weigh(s, tile, state, masked):
-        return softmax_step(
-            *logits(s, tile, lax.rem(tile - tiles.first, jnp.int32(stages)), masked), state
-        )
+        return softmax_step(*logits(s, tile, slot_of(static, tile - tiles.first), masked), state)
 
     def step(tile, carry, *, masked):
         """Scores of this tile beside the weighted values of the one before."""
         acc, p, state = carry
         n = tile - tiles.first
-        slot, before = lax.rem(n, jnp.int32(stages)), lax.rem(n - 1, jnp.int32(stages))
+        slot, before = slot_of(static, n), slot_of(static, n - 1)
 
         def products(o_ref, s_ref):
             o_ref[...] = acc
@@ -312,7 +334,7 @@ def consume(static, x: Operands, out, lse, shared: Shared, row: Row, b, head, in
         def _():
             plgpu.barrier_wait(shared.turn.at[0])
 
-    last = lax.rem(tiles.stop - tiles.first - 1, jnp.int32(stages))
+    last = slot_of(static, tiles.stop - tiles.first - 1)
     acc = pl.run_state(lambda o: plgpu.wgmma(o, p, shared.v.at[last]))(plgpu.ACC.init(acc))
     plgpu.barrier_arrive(shared.v_empty.at[last])
     epilogue(static, x, acc, state, out, lse, shared, row, b, head, first_row, wg)
@@ -422,7 +444,7 @@ def epilogue(static, x, acc, state, out, lse, shared, row, b, head, first_row, w
         rest = jnp.exp2(m - top)
         m, l, acc = top, l * rest + jnp.exp2(sink - top), acc * _along(rest, acc)
     rows = _row_iota() + first_row
-    exists = (rows < row.q_len) & (l > 0.0)
+    exists = (rows < row.q_len) & (l != 0.0)
     inverse = jnp.where(exists, 1.0 / jnp.where(exists, l, 1.0), 0.0)
     staged = shared.q.at[wg, :, pl.ds(0, static.head_dim_v)]  # the queries are done with
     o = jnp.where(_along(exists, acc), acc * _along(inverse, acc), 0.0)
