@@ -270,7 +270,9 @@ def consume(static: Static, x: Operands, out, lse, shared: Shared, place: Place,
     plgpu.barrier_wait(shared.q_full.at[wg])
 
     def weigh(s, tile, state, masked):
-        return softmax_step(*logits(s, tile, slot_of(static, tile - tiles.first), masked), state)
+        y, factor = logits(s, tile, slot_of(static, tile - tiles.first), masked)
+        hides = masked or static.segments or static.bias is not None
+        return softmax_step(y, factor, state, may_be_empty=hides)
 
     def step(tile, carry, *, masked):
         """Scores of this tile beside the weighted values of the one before."""
@@ -426,10 +428,13 @@ def _bias_tile(static, bias, b, head, first_row, first_key, like):
     return tile.astype(jnp.float32)
 
 
-def softmax_step(y, factor: float, state: Softmax):
-    """(weights of a tile, what earlier sums are multiplied by, the state after it)."""
+def softmax_step(y, factor: float, state: Softmax, may_be_empty: bool = True):
+    """(weights of a tile, what earlier sums are multiplied by, the state after it).
+
+    `may_be_empty`: whether a row may have seen no key yet, this tile's included.
+    """
     m = jnp.maximum(state.m, y.max(axis=1) * factor)
-    shift = jnp.where(m == -jnp.inf, 0.0, m)  # a row that has seen no key yet
+    shift = jnp.where(m == -jnp.inf, 0.0, m) if may_be_empty else m  # -inf - -inf is NaN
     alpha = jnp.exp2(state.m - shift)
     p = jnp.exp2(y * factor - _along(shift, y))
     return p, alpha, Softmax(m, state.l * alpha + p.sum(axis=1))
@@ -449,7 +454,7 @@ def epilogue(static, x, acc, state, out, lse, shared, row, b, head, first_row, w
     staged = shared.q.at[wg, :, pl.ds(0, static.head_dim_v)]  # the queries are done with
     o = jnp.where(_along(exists, acc), acc * _along(inverse, acc), 0.0)
     staged[...] = o.astype(x.q.dtype)
-    log_sum = (m + jnp.log(jnp.where(exists, l, 1.0)) * LOG2E) * (1 / LOG2E)
+    log_sum = m * (1 / LOG2E) + jnp.log(jnp.where(exists, l, 1.0))
     shared.lse[wg, :] = jnp.where(exists, log_sum, -jnp.inf)
     plgpu.commit_smem()
     queries = pl.ds(first_row, CONSUMER_ROWS)
