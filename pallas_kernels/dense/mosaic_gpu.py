@@ -1,0 +1,249 @@
+"""Dense attention on NVIDIA GPUs, by Pallas kernels of Mosaic GPU: the door.
+
+It checks the arguments, brings them into the form that the kernels take, and chooses the kernel by
+the chip that is traced for. See `mosaic_gpu_forward` for the pipeline.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import gpu_chip, masks, shape_checks
+from pallas_kernels.dense import mosaic_gpu_forward
+from pallas_kernels.dense.mosaic_gpu_forward import Operands
+from pallas_kernels.dense.mosaic_gpu_geometry import Static, seen_keys
+from pallas_kernels.dense.mosaic_gpu_tiles import forward_tiles
+
+DTYPES = ("bfloat16", "float16")
+HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+
+
+class Floats(NamedTuple):
+    """What is differentiated, in the contract's layout; None = not given."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    bias: jax.Array | None
+    alibi_slopes: jax.Array | None
+    sinks: jax.Array | None
+
+
+class Masks(NamedTuple):
+    """Integers that say who sees whom; None = not given.
+
+    Attributes:
+        rows: int32 [batch, 3]: q_offset, queries, keys of each row; None = all static.
+        q_segment_ids, kv_segment_ids: the contract's.
+    """
+
+    rows: jax.Array | None
+    q_segment_ids: jax.Array | None
+    kv_segment_ids: jax.Array | None
+
+
+def dense_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    q_offset: int | jax.Array | None = None,
+    sliding_window: masks.Window = None,
+    attention_chunk_size: int | None = None,
+    soft_cap: float | None = None,
+    bias: jax.Array | None = None,
+    alibi_slopes: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    q_segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    q_lens: jax.Array | None = None,
+    kv_lens: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention over contiguous q, k, v, as `pallas_kernels.dense` defines it, for NVIDIA GPUs.
+
+    Args:
+        q, k, v, scale, causal, q_offset, sliding_window, attention_chunk_size, soft_cap, bias,
+            alibi_slopes, q_segment_ids, kv_segment_ids, q_lens, kv_lens, sinks: the contract's,
+            see `pallas_kernels.dense`; q, k and v bfloat16 or float16; (head_dim, head_dim_v) one
+            of `HEAD_DIMS`.
+        mask: must be None.
+
+    Returns:
+        out [batch, q_len, num_q_heads, head_dim_v] in q's dtype; lse float32
+        [batch, q_len, num_q_heads].
+
+    Raises:
+        ValueError: a shape, a dtype or a static number is not what the contract says, or is one
+            that this lowering, or the chip, does not take.
+
+    Numerics:
+        float32 logits, softmax and accumulation; weights are rounded to v's dtype before they meet
+        it. Exponentials, logarithms and quotients are the hardware's approximations (2 units).
+
+    Cost beside the kernel's:
+        q, k and v whose length is no multiple of 8 are copied once, padded. With segment ids v is
+        copied once (values that no query sees become 0). A full bias whose lengths are no whole
+        tiles is copied once, padded.
+
+    Reference:
+        Shah et al., "FlashAttention-3", 2024.
+    """
+    x = Floats(q, k, v, bias, alibi_slopes, sinks)
+    if mask is not None:
+        raise ValueError("mask is given, must be None: give a bias of 0 and -inf, or use XLA")
+    dims = _check(x, q_segment_ids, kv_segment_ids, q_lens, kv_lens)
+    for name, value in (("attention_chunk_size", attention_chunk_size), ("soft_cap", soft_cap)):
+        shape_checks.check_positive(name, value)
+    for side in masks.window_bounds(sliding_window):
+        shape_checks.check_positive("sliding_window", side)
+    scale = float(dims["head_dim"] ** -0.5 if scale is None else scale)
+    offset, rows = _rows(dims, q_offset, q_lens, kv_lens)
+    static = Static(
+        scale=abs(scale) or 1.0,
+        causal=causal,
+        sliding_window=masks.window_bounds(sliding_window),
+        attention_chunk_size=attention_chunk_size,
+        soft_cap=soft_cap,
+        offset=offset,
+        lengths=q_lens is not None or kv_lens is not None,
+        group=shape_checks.check_groups(dims["num_q_heads"], dims["num_kv_heads"]),
+        batch=dims["batch"],
+        num_q_heads=dims["num_q_heads"],
+        q_len=dims["q_len"],
+        kv_len=dims["kv_len"],
+        head_dim=dims["head_dim"],
+        head_dim_v=dims["head_dim_v"],
+        bias=None if bias is None else _full_dimensions(bias, dims),
+        segments=q_segment_ids is not None,
+        alibi=alibi_slopes is not None,
+        sinks=sinks is not None,
+        tiles=forward_tiles(
+            _hopper(), dims["head_dim"], dims["head_dim_v"], capped=soft_cap is not None
+        ),
+    )
+    # The kernels' scale is above 0: a sign, or nothing at all, is q's.
+    x = x._replace(q=q if scale > 0 else q * jnp.sign(scale).astype(q.dtype))
+    return _attend(static, x, Masks(rows, q_segment_ids, kv_segment_ids))
+
+
+def _hopper() -> gpu_chip.GpuChip:
+    """The chip that is traced for, which must be one that there is a kernel for."""
+    chip = gpu_chip.current()
+    if chip.capability != (9, 0):
+        major, minor = chip.capability
+        raise ValueError(
+            f"compute_capability is {major}.{minor} ({chip.kind}), must be 9.0: use CUDNN or XLA"
+        )
+    return chip
+
+
+def _check(x: Floats, q_segment_ids, kv_segment_ids, q_lens, kv_lens) -> dict[str, int]:
+    """The contract's shapes and dtypes, as far as this lowering takes them; sizes by name."""
+    full = "~batch ~num_q_heads ~q_len ~kv_len"
+    if (q_segment_ids is None) != (kv_segment_ids is None):
+        raise ValueError(
+            "q_segment_ids and kv_segment_ids: one is given and one is None, must be both or "
+            "neither: give each token of q and of k the id of its segment"
+        )
+    dims = shape_checks.check_arguments(
+        {
+            "q": (x.q, "batch q_len num_q_heads head_dim", DTYPES),
+            "k": (x.k, "batch kv_len num_kv_heads head_dim", DTYPES),
+            "v": (x.v, "batch kv_len num_kv_heads head_dim_v", DTYPES),
+            "bias": (x.bias, full, shape_checks.FLOATS),
+            "alibi_slopes": (x.alibi_slopes, "num_q_heads", shape_checks.FLOAT32),
+            "q_segment_ids": (q_segment_ids, "batch q_len", shape_checks.INT32),
+            "kv_segment_ids": (kv_segment_ids, "batch kv_len", shape_checks.INT32),
+            "q_lens": (q_lens, "batch", shape_checks.INT32),
+            "kv_lens": (kv_lens, "batch", shape_checks.INT32),
+            "sinks": (x.sinks, "num_q_heads", shape_checks.FLOAT32),
+        }
+    )
+    shape_checks.check_same_dtype(q=x.q, k=x.k, v=x.v)
+    if (sizes := (dims["head_dim"], dims["head_dim_v"])) not in HEAD_DIMS:
+        allowed = ", ".join(f"{d}/{dv}" for d, dv in HEAD_DIMS)
+        raise ValueError(
+            f"head_dim/head_dim_v is {sizes[0]}/{sizes[1]}, must be one of {allowed}: pad the "
+            f"heads with zeros, or use XLA"
+        )
+    return dims
+
+
+def _full_dimensions(bias: jax.Array, dims: dict[str, int]) -> tuple[bool, ...]:
+    names = ("batch", "num_q_heads", "q_len", "kv_len")
+    return tuple(bias.shape[i] == dims[name] for i, name in enumerate(names))
+
+
+def _rows(dims, q_offset, q_lens, kv_lens) -> tuple[int | None, jax.Array | None]:
+    """(the offset where it is static, `Masks.rows`)."""
+    batch, offset = dims["batch"], q_offset
+    static = offset is None or isinstance(offset, int | np.integer)
+    if not static:
+        offset = jnp.asarray(q_offset)
+        if not jnp.issubdtype(offset.dtype, jnp.integer) or offset.shape not in (
+            (), (1,), (batch,)
+        ):  # fmt: skip
+            raise ValueError(
+                f"q_offset is {offset.dtype.name}{list(offset.shape)}, must be an integer, or "
+                f"int32 [] or [{batch}] (batch): the position of query 0"
+            )
+    if static and q_lens is None and kv_lens is None:
+        return int(offset or 0), None
+    columns = (0 if offset is None else offset, q_lens, kv_lens)
+    sizes = (0, dims["q_len"], dims["kv_len"])
+    rows = [
+        jnp.broadcast_to(jnp.asarray(size if c is None else c, jnp.int32), (batch,))
+        for c, size in zip(columns, sizes, strict=True)
+    ]
+    return int(offset or 0) if static else None, jnp.stack(rows, axis=1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(static: Static, x: Floats, who: Masks) -> tuple[jax.Array, jax.Array]:
+    """The two results, in the contract's layout."""
+    out, lse = mosaic_gpu_forward.forward(static, _operands(static, x, who))
+    return out[:, : static.q_len], jnp.swapaxes(lse[:, :, : static.q_len], 1, 2)
+
+
+def _operands(static: Static, x: Floats, who: Masks) -> Operands:
+    """What the forward kernel takes."""
+    v, bias = x.v, x.bias
+    missing_q = -static.q_len % static.block_q
+    missing_kv = -static.kv_len % static.tiles.block_kv
+    q_segments, kv_segments = who.q_segment_ids, who.kv_segment_ids
+    if static.segments:
+        used = seen_keys(static, who.rows, q_segments, kv_segments)
+        v = jnp.where(used[:, :, None, None], v, jnp.zeros_like(v))
+        q_segments = jnp.pad(q_segments, ((0, 0), (0, missing_q)))
+        kv_segments = jnp.pad(kv_segments, ((0, 0), (0, missing_kv)))
+    if static.bias is not None:
+        pads = (0, 0, missing_q * static.bias[2], missing_kv * static.bias[3])
+        bias = jnp.pad(bias, [(0, pad) for pad in pads])
+    q, k, v = (in_whole_tiles_of_rows(array) for array in (x.q, x.k, v))
+    return Operands(q, k, v, who.rows, q_segments, kv_segments, bias, x.alibi_slopes, x.sinks)
+
+
+def in_whole_tiles_of_rows(x: jax.Array) -> jax.Array:
+    """[batch, length, heads, n] padded to a length that TMA can bring into wgmma's tiles of 8 rows.
+
+    A copy where the length is no multiple of 8: Mosaic splits the dimension in the descriptor.
+    """
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0)))
+
+
+def _forward(static: Static, x: Floats, who: Masks):
+    out, lse = _attend(static, x, who)
+    return (out, lse), (x, who, out, lse)
+
+
+def _backward(static: Static, residuals, cotangents):
+    raise NotImplementedError("MOSAIC_GPU's dense attention has no backward yet: use XLA")
+
+
+_attend.defvjp(_forward, _backward)

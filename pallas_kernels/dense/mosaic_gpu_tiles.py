@@ -1,0 +1,49 @@
+"""Tile sizes of the dense kernels of Mosaic GPU, by chip, dtype, head sizes and shape class.
+
+Chosen by compiling, with no GPU: no spills, no serialised wgmma, and the largest static bound on
+the tensor cores' share. Turns up to head size 128, as FlashAttention-3 has them: they cost 14 to
+29 instructions a tile, and no GPU has said yet what they bring. Tuning changes speed, never
+numbers.
+"""
+
+import dataclasses
+
+from pallas_kernels.gpu_chip import GpuChip
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Sizes of the forward pipeline.
+
+    Attributes:
+        block_kv: keys of a tile, a multiple of 64.
+        stages: key tiles, and value tiles, in shared memory; powers of 2 cost fewest registers.
+        consumers: warpgroups that multiply, 64 queries each.
+        turns: whether consumers issue their products in turn.
+    """
+
+    block_kv: int
+    stages: int
+    consumers: int = 2
+    turns: bool = True
+
+
+PLAIN, CAPPED = "plain", "capped"  # shape classes: a soft cap takes registers for its tanh
+# Capability -> (head_dim, head_dim_v) -> shape class -> tiles; bfloat16 and float16 are alike.
+TILES = {
+    (9, 0): {
+        (64, 64): {PLAIN: Tiles(128, 4)},
+        (80, 80): {PLAIN: Tiles(128, 4)},
+        (96, 96): {PLAIN: Tiles(128, 4)},
+        (128, 128): {PLAIN: Tiles(128, 2)},
+        (192, 128): {PLAIN: Tiles(128, 2, turns=False), CAPPED: Tiles(64, 2, turns=False)},
+        (192, 192): {PLAIN: Tiles(64, 2, turns=False)},
+        (256, 256): {PLAIN: Tiles(64, 2, turns=False)},
+    }
+}
+
+
+def forward_tiles(chip: GpuChip, head_dim: int, head_dim_v: int, *, capped: bool) -> Tiles:
+    """The tiles of a shape class on a chip."""
+    classes = TILES[chip.capability][head_dim, head_dim_v]
+    return classes.get(CAPPED if capped else PLAIN, classes[PLAIN])

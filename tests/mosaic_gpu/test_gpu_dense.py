@@ -1,0 +1,328 @@
+"""Dense attention on GPUs, in the Mosaic GPU interpreter against the oracle, and by the compiler.
+
+Key tiles are cut to 64 keys where a problem is to have many of them: first and last tiles with
+something to mask on either side, tiles with nothing to mask, and slots of the ring used again.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gpu_interpreter import gpu_interpreter, needs_gpu_interpreter
+
+from attnsel_jax.aot import compile_for, target_for
+from attnsel_jax.aot.arguments import dense_arguments
+from attnsel_jax.backends.mosaic_gpu import DENSE, HEAD_SIZES_V, MosaicGpuBackend
+from attnsel_jax.compare import compare
+from attnsel_jax.compare.comparison import FAIL, PASS
+from attnsel_jax.platforms import Device
+from attnsel_jax.problems import QUICK, Problem
+from attnsel_jax.problems.dense_inputs import dense_inputs
+from pallas_kernels.dense import (
+    mosaic_gpu,
+    mosaic_gpu_forward,
+    mosaic_gpu_geometry,
+    mosaic_gpu_tiles,
+)
+
+needs_gpu_interpreter()
+
+KERNEL = MosaicGpuBackend.kernels["dense"]
+CUT = mosaic_gpu_tiles.Tiles(block_kv=64, stages=2)
+SHAPE = {"heads": (2, 1), "head_size": 64, "q_len": 260, "dtype": "bfloat16"}
+
+
+def problem(name, **options):
+    return Problem(name, "dense", name, dense_inputs, SHAPE | options)
+
+
+TILED = (
+    problem("causal, head size 128, odd lengths", causal=True, q_len=257, kv_len=259,
+            heads=(2, 2), head_size=128),
+    problem("window", causal=True, sliding_window=70, q_len=300),
+    problem("two-sided window, keys past the queries", sliding_window=(50, 90), q_len=70,
+            kv_len=300),
+    problem("offsets, empty rows, float16", batch=2, q_len=140, kv_len=350, q_offset=(-80, 150),
+            causal=True, dtype="float16"),
+    problem("lengths", batch=2, q_len=130, kv_len=333, q_lens=(130, 60), kv_lens=(330, 123)),
+    problem("segments", segments=3, causal=True, q_len=140, batch=2, q_lens=(140, 77)),
+    problem("everything", batch=2, sinks=True, alibi=True, soft_cap=8.0, q_len=150,
+            q_lens=(150, 70), kv_len=170, kv_lens=(170, 130), bias=(True, True, True, True),
+            segments=2, sliding_window=90, attention_chunk_size=100, causal=True),
+)  # fmt: skip
+
+
+@pytest.fixture
+def cut_tiles(monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "forward_tiles", lambda *_, **__: CUT)
+
+
+def compared(case, chip="h200"):
+    with gpu_interpreter(chip):
+        (row,) = compare([case], {"MOSAIC_GPU": mosaic_gpu.dense_attention}).rows
+        assert row.verdict in (PASS, FAIL), str(row)
+    return row
+
+
+def check(case):
+    row = compared(case)
+    assert row.verdict == PASS, str(row)
+
+
+@pytest.mark.parametrize("case", TILED, ids=lambda case: case.name)
+def test_many_tiles_agree_with_the_oracle(case, cut_tiles):
+    check(case)
+
+
+def as_declared(case):
+    """A problem of the contract in a dtype and a head size that are declared, if it can be."""
+    options = dict(case.options)
+    if options["dtype"] == "float32":
+        options["dtype"] = "bfloat16"
+    return dataclasses.replace(case, options=options, gradients=False)
+
+
+ACCEPTED = [
+    as_declared(case)
+    for case in QUICK
+    if case.op == "dense"
+    and not MosaicGpuBackend.validate_configuration(as_declared(case).config, Device.named("h200"))
+]
+
+
+# What the problems of many tiles above do not have is run by default.
+SINGLE = ("bias", "key-bias", "soft-cap", "sinks", "lens", "head-sizes", "one-query", "encoder")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[] if case.name.split(".")[-1] in SINGLE else pytest.mark.sweep)
+        for case in ACCEPTED
+    ],
+    ids=lambda case: case.name,
+)
+def test_the_contract_s_problems_agree_with_the_oracle(case):
+    check(case)
+
+
+# What is planted -> a problem that must then go red.
+
+
+def ignoring(**fields):
+    """The forward kernel told of a call without these."""
+    forward = mosaic_gpu_forward.forward
+
+    def faulty(static, x):
+        return forward(dataclasses.replace(static, **fields), x)
+
+    return mosaic_gpu_forward, "forward", faulty
+
+
+def interval(low=0, high=0):
+    """Every query's keys, moved at either end."""
+    seen = mosaic_gpu_geometry.seen_interval
+
+    def faulty(static, row, query):
+        first, last = seen(static, row, query)
+        return first + low, last + high
+
+    return mosaic_gpu_forward, "seen_interval", faulty
+
+
+def unmasked_tile():
+    """One tile too many without masks."""
+    tiles = mosaic_gpu_forward.key_tiles
+
+    def faulty(*args):
+        found = tiles(*args)
+        return found._replace(inner_stop=jnp.minimum(found.inner_stop + 1, found.stop))
+
+    return mosaic_gpu_forward, "key_tiles", faulty
+
+
+def unscaled():
+    """Sums that are not brought to the new maximum."""
+    step = mosaic_gpu_forward.softmax_step
+
+    def faulty(y, factor, state, may_be_empty):
+        p, alpha, after = step(y, factor, state, may_be_empty)
+        return p, jnp.ones_like(alpha), after
+
+    return mosaic_gpu_forward, "softmax_step", faulty
+
+
+FAULTS = {
+    "unseen values stay": (
+        lambda: (mosaic_gpu_forward, "_clear_unseen", lambda *_: None),
+        problem("keys end inside a tile", q_len=20, kv_len=80, kv_lens=(70,), heads=(1, 1)),
+    ),
+    "causal, one key more": (
+        lambda: interval(high=1), problem("causal", causal=True, q_len=40, heads=(1, 1)),
+    ),
+    "window, one key less": (
+        lambda: interval(low=1),
+        problem("window", causal=True, sliding_window=9, q_len=40, heads=(1, 1)),
+    ),
+    "one tile more without masks": (
+        unmasked_tile, problem("causal", causal=True, q_len=100, heads=(1, 1)),
+    ),
+    "sums not rescaled": (unscaled, problem("long", q_len=20, kv_len=200, heads=(1, 1))),
+    "sinks": (lambda: ignoring(sinks=False), problem("sinks", sinks=True, q_len=20)),
+    "soft cap": (lambda: ignoring(soft_cap=None), problem("soft cap", soft_cap=5.0, q_len=20)),
+    "segments": (lambda: ignoring(segments=False), problem("segments", segments=2, q_len=20)),
+    "bias": (
+        lambda: ignoring(bias=None),
+        problem("bias", bias=(True, True, True, True), q_len=20, heads=(1, 1)),
+    ),
+    "ALiBi": (lambda: ignoring(alibi=False), problem("ALiBi", alibi=True, q_len=40)),
+    "chunk": (
+        lambda: ignoring(attention_chunk_size=None),
+        problem("chunk", attention_chunk_size=7, causal=True, q_len=20, heads=(1, 1)),
+    ),
+    "offset": (
+        lambda: ignoring(offset=0),
+        problem("offset", q_offset=30, kv_len=60, q_len=20, causal=True, heads=(1, 1)),
+    ),
+    "lengths": (
+        lambda: ignoring(lengths=False),
+        problem("lengths", kv_lens=(20, 9), batch=2, q_len=20, heads=(1, 1)),
+    ),
+    "groups": (lambda: ignoring(group=1), problem("groups", q_len=20)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_goes_red(name, monkeypatch, cut_tiles):
+    plant, case = FAULTS[name]
+    if name == "offset":  # a problem's offsets are arrays
+        case = dataclasses.replace(case, build=lambda rng, **o: dense_inputs(rng, **o)
+                                   | {"q_offset": case.options["q_offset"]})  # fmt: skip
+    monkeypatch.setattr(*plant())
+    assert compared(case).verdict == FAIL
+
+
+def test_a_slot_that_is_still_read_is_not_overwritten(monkeypatch, cut_tiles):
+    """The interpreter sees it where the ring is not waited for: with one slot less than it has."""
+    case = problem("long", q_len=20, kv_len=300, heads=(1, 1))
+    check(case)
+    x = case.make()
+    monkeypatch.setattr(mosaic_gpu_forward, "slot_of", lambda static, n: n * 0)
+    with pytest.raises(Exception, match=r"(?i)race|phase|arriv"), gpu_interpreter():
+        mosaic_gpu.dense_attention(**x)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "exact"),
+    [
+        (mosaic_gpu_tiles.Tiles(64, 3, 2, turns=False), True),
+        (mosaic_gpu_tiles.Tiles(64, 4, 3), True),
+        (mosaic_gpu_tiles.Tiles(128, 2), False),
+    ],
+    ids=str,
+)
+def test_tuning_changes_speed_and_never_numbers(tiles, exact, monkeypatch, cut_tiles):
+    case = problem("causal window", causal=True, sliding_window=100, q_len=250, heads=(1, 1))
+    x = {name: jnp.asarray(v) if hasattr(v, "shape") else v for name, v in case.make().items()}
+    with gpu_interpreter():
+        wanted = mosaic_gpu.dense_attention(**x)
+        monkeypatch.setattr(mosaic_gpu, "forward_tiles", lambda *_, **__: tiles)
+        found = mosaic_gpu.dense_attention(**x)
+    for w, f in zip(wanted, found, strict=True):
+        w, f = np.asarray(w, np.float32), np.asarray(f, np.float32)
+        if exact:
+            np.testing.assert_array_equal(f, w)
+        else:  # sums in another order: a rounding of the weights, and of the output
+            np.testing.assert_allclose(f, w, rtol=2**-6, atol=2**-8)
+
+
+def test_registers_of_a_block_s_roles_fit_what_it_is_launched_with():
+    for consumers, (consumer, producer) in mosaic_gpu_forward.REGISTERS.items():
+        launched = 65536 // (128 * (consumers + 1)) // 8 * 8 * (consumers + 1)
+        assert consumers * consumer + producer <= launched
+
+
+def compiles(chip, **options):
+    missing = target_for(chip).missing()
+    if missing:
+        pytest.skip(f"no compiler for {chip} here: {missing}")
+    options = {"batch": 1, "q_len": 1100, "kv_len": 1100, "num_heads": 4, "num_kv_heads": 2,
+               "head_size": 128, "dtype": "bfloat16", "causal": True} | options  # fmt: skip
+    size_v = options.pop("head_size_v", options["head_size"])
+    arguments = dense_arguments(**options)
+    arguments["v"] = arguments["v"].update(shape=(*arguments["v"].shape[:3], size_v))
+    report = compile_for(chip, KERNEL, arguments)
+    assert report.compiled, report.refusal
+
+
+@pytest.mark.parametrize("chip", ["h200"])
+def test_it_compiles_for_a_gpu(chip):
+    compiles(chip)
+
+
+SIZES = [
+    (size, size_v) for size in DENSE.head_size.values for size_v in HEAD_SIZES_V.get(size, (size,))
+]
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("causal", [True, False])
+def test_every_declared_size_compiles(dtype, sizes, causal):
+    compiles("h200", dtype=dtype, head_size=sizes[0], head_size_v=sizes[1], causal=causal)
+
+
+FEATURES = (
+    {"sliding_window": (300, 200), "causal": False},
+    {"attention_chunk_size": 300},
+    {"soft_cap": 30.0},
+    {"q_offset": -7},
+    {"bias": jax.ShapeDtypeStruct((1, 4, 1100, 1100), "bfloat16")},
+    {"bias": jax.ShapeDtypeStruct((1, 1, 1, 1100), "float32")},
+    {"bias": jax.ShapeDtypeStruct((1, 4, 1100, 1), "float16")},
+    {"bias": jax.ShapeDtypeStruct((1, 4, 1, 1), "float32")},
+    {"alibi_slopes": jax.ShapeDtypeStruct((4,), "float32")},
+    {
+        "q_segment_ids": jax.ShapeDtypeStruct((1, 1100), "int32"),
+        "kv_segment_ids": jax.ShapeDtypeStruct((1, 1100), "int32"),
+    },
+    {"kv_lens": jax.ShapeDtypeStruct((1,), "int32")},
+    {"sinks": jax.ShapeDtypeStruct((4,), "float32")},
+    {"q_offset": jax.ShapeDtypeStruct((1,), "int32"), "causal": False},
+    {"q_len": 1},
+    {"q_len": 33, "kv_len": 3},
+    {"kv_len": 20000},
+)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("features", [*FEATURES, "all"], ids=str)
+def test_every_declared_feature_compiles(features, sizes):
+    if features == "all":
+        features = {}
+        for feature in (*FEATURES[1:5], *FEATURES[8:12]):
+            features |= feature
+    compiles("h200", head_size=sizes[0], head_size_v=sizes[1], **features)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"mask": jnp.ones((1, 1, 4, 4), bool)}, "mask is given, must be None"),
+        ({"dtype": "float32"}, "q has dtype float32, must be one of bfloat16, float16"),
+        ({"head_size": 72}, "head_dim/head_dim_v is 72/72, must be one of 64/64, 80/80"),
+        ({"q_segment_ids": jnp.zeros((1, 4), jnp.int32)}, "must be both or neither"),
+        ({"soft_cap": 0.0}, "soft_cap is 0.0, must be above 0"),
+        ({"sliding_window": (3, 0)}, "sliding_window is 0, must be above 0"),
+        ({"q_offset": jnp.zeros(3, jnp.int32)}, r"q_offset is int32\[3\], must be"),
+    ],
+)
+def test_what_it_does_not_take_is_refused(arguments, text):
+    size, dtype = arguments.pop("head_size", 64), arguments.pop("dtype", "bfloat16")
+    x = jnp.zeros((1, 4, 2, size), dtype)
+    with pytest.raises(ValueError, match=text):
+        mosaic_gpu.dense_attention(x, x, x, **arguments)
