@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import gpu_chip, masks, shape_checks
-from pallas_kernels.dense import mosaic_gpu_forward
+from pallas_kernels.dense import mosaic_gpu_backward, mosaic_gpu_forward
 from pallas_kernels.dense.mosaic_gpu_forward import Operands
-from pallas_kernels.dense.mosaic_gpu_geometry import Static, seen_keys
+from pallas_kernels.dense.mosaic_gpu_geometry import Static, in_whole_tiles_of_rows, seen_keys
 from pallas_kernels.dense.mosaic_gpu_tiles import forward_tiles
+from pallas_kernels.dense.mosaic_gpu_weights import BLOCK, Arrays
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
@@ -229,21 +230,25 @@ def _operands(static: Static, x: Floats, who: Masks) -> Operands:
     return Operands(q, k, v, who.rows, q_segments, kv_segments, bias, x.alibi_slopes, x.sinks)
 
 
-def in_whole_tiles_of_rows(x: jax.Array) -> jax.Array:
-    """[batch, length, heads, n] padded to a length that TMA can bring into wgmma's tiles of 8 rows.
-
-    A copy where the length is no multiple of 8: Mosaic splits the dimension in the descriptor.
-    """
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0)))
-
-
 def _forward(static: Static, x: Floats, who: Masks):
     out, lse = _attend(static, x, who)
     return (out, lse), (x, who, out, lse)
 
 
 def _backward(static: Static, residuals, cotangents):
-    raise NotImplementedError("MOSAIC_GPU's dense attention has no backward yet: use XLA")
+    x, who, out, lse = residuals
+    dout, dlse = cotangents
+    for name, value in (("bias", x.bias), ("alibi_slopes", x.alibi_slopes)):
+        if value is not None:
+            raise ValueError(
+                f"{name} is given, must be None where gradients are taken with MOSAIC_GPU: use XLA"
+            )
+    segments = (who.q_segment_ids, who.kv_segment_ids)
+    if static.segments:
+        segments = (jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % BLOCK))) for ids in segments)
+    arrays = Arrays(x.q, x.k, x.v, dout, None, None, who.rows, *segments)
+    dq, dk, dv, dsinks = mosaic_gpu_backward.backward(static, arrays, out, lse, dlse, x.sinks)
+    return Floats(dq, dk, dv, None, None, dsinks), Masks(None, None, None)
 
 
 _attend.defvjp(_forward, _backward)

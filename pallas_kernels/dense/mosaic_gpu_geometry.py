@@ -168,3 +168,11 @@ def seen_keys(static: Static, rows: Any, q_segments: jax.Array, kv_segments: jax
         return jnp.any(inside & (mine[:, None] == theirs), axis=0)
 
     return jax.vmap(of_row)(jnp.arange(static.batch), q_segments, kv_segments)
+
+
+def in_whole_tiles_of_rows(x: jax.Array) -> jax.Array:
+    """[batch, length, heads, n] padded to a length that TMA can bring into wgmma's tiles of 8 rows.
+
+    A copy where the length is no multiple of 8: Mosaic splits the dimension in the descriptor.
+    """
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0)))

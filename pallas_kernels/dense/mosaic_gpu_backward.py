@@ -1,0 +1,144 @@
+"""The backward of dense attention on Hopper: what surrounds its two kernels.
+
+    delta = sum(out * dout) - dlse                       one pass of XLA's
+    dq           a block owns queries and goes through the keys       `mosaic_gpu_dq`
+    dk, dv       a block owns keys and goes through the queries       `mosaic_gpu_dkv`
+
+Every sum is added up by one warpgroup in one order, so that the same call gives the same bits; the
+price is that logits and dout @ v.T are computed in both: 7 products where 5 would do.
+
+Reference:
+    Dao, "FlashAttention-2", 2023: the recomputation from lse, and delta.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.dense.mosaic_gpu_dkv import key_gradients
+from pallas_kernels.dense.mosaic_gpu_dq import query_gradients
+from pallas_kernels.dense.mosaic_gpu_geometry import (
+    LOG2E,
+    Static,
+    in_whole_tiles_of_rows,
+    row_of,
+    seen_interval,
+    seen_keys,
+)
+from pallas_kernels.dense.mosaic_gpu_weights import BLOCK, Arrays
+
+class Gradients(NamedTuple):
+    """Of q, k, v in their dtype, and of the sinks in float32 (None = there are none)."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    sinks: jax.Array | None
+
+
+def backward(
+    static: Static, x: Arrays, out: jax.Array, lse: jax.Array, dlse: jax.Array, sinks: Any
+) -> Gradients:
+    """The gradients of a call.
+
+    Args:
+        static: the call.
+        x: its arrays; q, k and dout as they are given, `lse` and `delta` None.
+        out, lse: the forward's results, in the contract's layout.
+        dlse: the cotangent of lse.
+        sinks: float32 [num_q_heads], or None.
+    """
+    some = jnp.isfinite(lse)
+    x = cleared(static, x, some)
+    product = jnp.einsum("bthd,bthd->bth", out, x.dout, preferred_element_type=jnp.float32)
+    delta = product - jnp.where(some, dlse.astype(jnp.float32), 0.0)
+    # A row that sees nothing has weights of 0, whatever its logits.
+    log2_sum = jnp.where(some, lse * LOG2E, jnp.inf)
+    x = x._replace(lse=_by_head(static, log2_sum), delta=_by_head(static, delta))
+    dsinks = None
+    if sinks is not None:
+        share = jnp.where(some, jnp.exp(sinks - lse), 0.0)
+        dsinks = -jnp.sum(share * delta, axis=(0, 1))
+    padded = {name: in_whole_tiles_of_rows(getattr(x, name)) for name in ("q", "k", "v", "dout")}
+    x, tiles = x._replace(**padded), backward_tiles(static)
+    dq = query_gradients(static, x, tiles.k_stages, tiles.v_stages)
+    dk, dv = key_gradients(static, x, tiles.q_stages, split=tiles.split)
+    dk, dv = (gradient[:, : static.kv_len] for gradient in (dk, dv))
+    return Gradients(dq[:, : static.q_len], dk, dv, dsinks)
+
+
+def _by_head(static: Static, rows: jax.Array) -> jax.Array:
+    """[batch, q_len, heads] as [batch, heads, whole tiles]."""
+    missing = -static.q_len % BLOCK
+    return jnp.pad(jnp.swapaxes(rows, 1, 2), ((0, 0), (0, 0), (0, missing)))
+
+
+def cleared(static: Static, x: Arrays, some: jax.Array) -> Arrays:
+    """The arrays with 0 where NaN may be: a weight of 0 does not undo it in a product.
+
+    Costs a pass over k where some key may be unseen, and over q and dout where some query may see
+    none: with lengths, segments, offsets that are not static, windows that end before the keys do.
+
+    Args:
+        static: the call.
+        x: its arrays.
+        some: bool [batch, q_len, num_q_heads]: rows whose lse is finite.
+    """
+
+    def keep(where: jax.Array, a: jax.Array) -> jax.Array:
+        return jnp.where(where, a, jnp.zeros_like(a))
+
+    if not everything_is_seen(static):
+        k = keep(_used(static, x)[:, :, None, None], x.k)
+        x = x._replace(k=k, q=keep(some[..., None], x.q), dout=keep(some[..., None], x.dout))
+    return x
+
+
+def everything_is_seen(static: Static) -> bool:
+    """Whether each key is seen by a query and each query sees a key, as far as is known before."""
+    if static.lengths or static.segments or static.offset is None:
+        return False
+    if static.attention_chunk_size is not None:
+        return static.offset == 0 and static.q_len == static.kv_len
+    left, right = static.sliding_window
+    first, last = static.offset, static.offset + static.q_len - 1
+    keys_are_seen = (left is None or first < left) and (
+        last + 1 >= static.kv_len if static.causal
+        else right is None or last + right >= static.kv_len
+    )  # fmt: skip
+    rows_see = (first >= 0 or not (static.causal or right)) and (
+        left is None or last - left + 1 < static.kv_len
+    )
+    return keys_are_seen and rows_see
+
+
+def _used(static: Static, x: Arrays) -> jax.Array:
+    """bool [batch, kv_len]: keys that some query sees."""
+    if static.segments:
+        mine, theirs = x.q_segments[:, : static.q_len], x.kv_segments[:, : static.kv_len]
+        return seen_keys(static, x.rows, mine, theirs)
+    key = jnp.arange(static.kv_len, dtype=jnp.int32)
+
+    def of_row(b: jax.Array) -> jax.Array:
+        row = row_of(static, x.rows, b)
+        low = seen_interval(static, row, jnp.int32(0))[0]
+        high = seen_interval(static, row, jnp.asarray(row.q_len, jnp.int32) - 1)[1]
+        return (key >= low) & (key < high) & (row.q_len > 0)
+
+    return jax.vmap(of_row)(jnp.arange(static.batch))
+
+
+class BackwardTiles(NamedTuple):
+    """Sizes of the pipelines: tiles in flight, and whether dk and dv are two warpgroups'."""
+
+    k_stages: int
+    v_stages: int
+    q_stages: int
+    split: bool
+
+
+def backward_tiles(static: Static) -> BackwardTiles:
+    """By head size."""
+    large = static.head_dim > 128
+    return BackwardTiles(2, 1 if large else 2, 2, large)

@@ -1,0 +1,147 @@
+"""The weights of a tile, computed again from lse: what both backward kernels begin with.
+
+A tile's logits may lie either way: rows of queries (`mosaic_gpu_dq`) or rows of keys
+(`mosaic_gpu_dkv`); `queries` says along which axis the queries are.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.dense.mosaic_gpu_geometry import (
+    CONSUMER_ROWS,
+    LOG2E,
+    Row,
+    Static,
+    seen_interval,
+)
+
+TILE = CONSUMER_ROWS  # queries and keys of a tile: wgmma's M, either way
+BLOCK = 2 * TILE  # of a block of the grid: two warpgroups
+WGMMA = plgpu.Layout.WGMMA
+LAYOUTS = (WGMMA.reduce(1), WGMMA.reduce(0))  # of a number for each row, for each column
+
+
+class Arrays(NamedTuple):
+    """Arrays of both kernels, in GMEM; None = not given.
+
+    q, k, v, dout: the contract's; 0 in rows that nothing sees or that see nothing (v may be NaN).
+    lse, delta: float32 [batch, num_q_heads, whole blocks]; lse in units of log2, +inf for a row
+    that sees nothing.
+    rows: int32 [batch, 3] as `Row`; segment ids int32, padded to whole blocks.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    dout: Any
+    lse: Any = None
+    delta: Any = None
+    rows: Any = None
+    q_segments: Any = None
+    kv_segments: Any = None
+
+
+class Place(NamedTuple):
+    """Where a tile is: row of the batch, its lengths, the first query, the first key."""
+
+    b: Any
+    row: Row
+    query: Any
+    key: Any
+
+
+class Weights(NamedTuple):
+    """float32, like the logits: the weights; their derivative by the logit's, None = 1."""
+
+    p: jax.Array
+    slope: jax.Array | None
+
+
+def weights(
+    static: Static, x: Arrays, at: Place, logits: jax.Array, lse: jax.Array, *, queries: int
+) -> Weights:
+    """The weights of a tile.
+
+    Args:
+        static: the call.
+        x: arrays.
+        at: where the tile is.
+        logits: float32 [TILE, TILE], unscaled products.
+        lse: float32 [TILE], along the axis of the queries.
+        queries: that axis, 0 or 1.
+    """
+    slope, y = None, logits * (static.scale * LOG2E)
+    if static.soft_cap is not None:
+        # tanh by exp2: MUFU.TANH is good to 11 bits only.
+        e = jnp.exp2(logits * (2 * LOG2E * static.scale / static.soft_cap))
+        t = 1.0 - 2.0 / (e + 1.0)
+        slope, y = 1.0 - t * t, t * (static.soft_cap * LOG2E)
+    p = jnp.exp2(y - wide(lse, queries))
+    inside = jnp.logical_not(needs_mask(static, at))
+    if static.segments:
+        return Weights(_masked(static, x, at, p, queries), slope)
+    return Weights(
+        lax.cond(inside, lambda p: p, lambda p: _masked(static, x, at, p, queries), p), slope
+    )
+
+
+def wide(numbers: jax.Array, axis: int) -> jax.Array:
+    """A number for each index of an axis, as a tile."""
+    return lax.broadcast_in_dim(numbers, (TILE, TILE), [axis])
+
+
+def needs_mask(static: Static, at: Place) -> jax.Array:
+    """Whether some query of the tile does not see some key of it."""
+    last = at.query + TILE - 1
+    low, high = seen_interval(static, at.row, last)[0], seen_interval(static, at.row, at.query)[1]
+    return (low > at.key) | (high < at.key + TILE) | (last >= at.row.q_len)
+
+
+def _masked(static: Static, x: Arrays, at: Place, p: jax.Array, queries: int) -> jax.Array:
+    """The weights with 0 where a query does not see a key."""
+    keys = 1 - queries
+    index = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=LAYOUTS[queries]) + at.query
+    low, high = seen_interval(static, at.row, index)
+    high = jnp.where(index < at.row.q_len, high, 0)
+    key = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), keys, layout=WGMMA) + at.key
+    seen = key < wide(high, queries)
+    if static.sliding_window[0] is not None or static.attention_chunk_size is not None:
+        seen = seen & (key >= wide(low, queries))
+    if static.segments:
+        mine, theirs = (
+            plgpu.load(ids.at[at.b, pl.ds(first, TILE)], layout=LAYOUTS[axis], optimized=False)
+            for ids, first, axis in (
+                (x.q_segments, at.query, queries), (x.kv_segments, at.key, keys),
+            )
+        )  # fmt: skip
+        seen = seen & (wide(mine, queries) == wide(theirs, keys))
+    return jnp.where(seen, p, 0.0)
+
+
+
+def logit_gradients(
+    w: Weights, dp: jax.Array, delta: jax.Array, *, queries: int
+) -> jax.Array:
+    """dlogits of a tile before the scale; exactly 0 where the weight is, NaN or not in v.
+
+    Args:
+        w: the weights.
+        dp: float32 [TILE, TILE]: dout @ v.T, or its transpose.
+        delta: float32 [TILE], along the axis of the queries.
+        queries: that axis.
+    """
+    ds = jnp.where(w.p > 0.0, w.p * (dp - wide(delta, queries)), 0.0)
+    return ds if w.slope is None else ds * w.slope
+
+
+def swizzled(*shape: int, dtype: Any) -> Any:
+    """Shared memory that TMA writes and wgmma reads: swizzled as far as its rows are long."""
+    bits = jnp.dtype(dtype).itemsize * 8
+    swizzle = plgpu.find_swizzle(shape[-1] * bits)
+    tiling = plgpu.TilingTransform((8, 8 * swizzle // bits))
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
