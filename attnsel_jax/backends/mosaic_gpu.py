@@ -25,6 +25,7 @@ DENSE = Capabilities(
     has_segment_ids=EITHER,
     has_lens=EITHER,
     has_q_offset=EITHER,
+    needs_grad=EITHER,
     needs_lse=EITHER,
 )
 
@@ -39,11 +40,17 @@ class MosaicGpuBackend(AttentionBackend):
 
     @classmethod
     def supports_combination(cls, config, device):
-        """Refuses values of another head size than the keys', other than 128 under 192."""
+        """Refuses gradients with a bias or slopes, and values of a size that goes with no key."""
+        if config.op != "dense":
+            return ()
+        added = ("has_bias", "has_alibi") if config.needs_grad else ()
+        reasons = [
+            Rejection(name, True, "False with needs_grad") for name in added
+            if getattr(config, name)
+        ]  # fmt: skip
         size, size_v = config.head_size, config.head_size_v
-        if config.op != "dense" or size_v is None or size not in DENSE.head_size:
-            return ()
         allowed = HEAD_SIZES_V.get(size, (size,))
-        if size_v in allowed:
-            return ()
-        return (Rejection("head_size_v", size_v, f"{OneOf(*allowed)} with head_size {size}"),)
+        if size_v is not None and size in DENSE.head_size and size_v not in allowed:
+            must_be = f"{OneOf(*allowed)} with head_size {size}"
+            reasons.append(Rejection("head_size_v", size_v, must_be))
+        return tuple(reasons)

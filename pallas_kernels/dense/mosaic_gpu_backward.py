@@ -26,7 +26,9 @@ from pallas_kernels.dense.mosaic_gpu_geometry import (
     seen_interval,
     seen_keys,
 )
+from pallas_kernels.dense.mosaic_gpu_tiles import backward_tiles
 from pallas_kernels.dense.mosaic_gpu_weights import BLOCK, Arrays
+
 
 class Gradients(NamedTuple):
     """Of q, k, v in their dtype, and of the sinks in float32 (None = there are none)."""
@@ -61,8 +63,9 @@ def backward(
         share = jnp.where(some, jnp.exp(sinks - lse), 0.0)
         dsinks = -jnp.sum(share * delta, axis=(0, 1))
     padded = {name: in_whole_tiles_of_rows(getattr(x, name)) for name in ("q", "k", "v", "dout")}
-    x, tiles = x._replace(**padded), backward_tiles(static)
-    dq = query_gradients(static, x, tiles.k_stages, tiles.v_stages)
+    x, tiles = x._replace(**padded), backward_tiles(static.head_dim)
+    stages = {"k_stages": tiles.k_stages, "v_stages": tiles.v_stages}
+    dq = query_gradients(static, x, block_kv=tiles.block_kv, **stages)
     dk, dv = key_gradients(static, x, tiles.q_stages, split=tiles.split)
     dk, dv = (gradient[:, : static.kv_len] for gradient in (dk, dv))
     return Gradients(dq[:, : static.q_len], dk, dv, dsinks)
@@ -114,7 +117,7 @@ def everything_is_seen(static: Static) -> bool:
 
 
 def _used(static: Static, x: Arrays) -> jax.Array:
-    """bool [batch, kv_len]: keys that some query sees."""
+    """Bool [batch, kv_len]: keys that some query sees."""
     if static.segments:
         mine, theirs = x.q_segments[:, : static.q_len], x.kv_segments[:, : static.kv_len]
         return seen_keys(static, x.rows, mine, theirs)
@@ -127,18 +130,3 @@ def _used(static: Static, x: Arrays) -> jax.Array:
         return (key >= low) & (key < high) & (row.q_len > 0)
 
     return jax.vmap(of_row)(jnp.arange(static.batch))
-
-
-class BackwardTiles(NamedTuple):
-    """Sizes of the pipelines: tiles in flight, and whether dk and dv are two warpgroups'."""
-
-    k_stages: int
-    v_stages: int
-    q_stages: int
-    split: bool
-
-
-def backward_tiles(static: Static) -> BackwardTiles:
-    """By head size."""
-    large = static.head_dim > 128
-    return BackwardTiles(2, 1 if large else 2, 2, large)

@@ -4,9 +4,9 @@ Logits lie keys first, [keys, queries], so that both gradients are a product wit
 the dlogits, as they leave the registers::
 
     together   each of two warpgroups has 64 keys: dv += p dout, dk += ds q
-    split      the block has 64 keys. One warpgroup has dv: it computes the weights, and leaves them
-               in shared memory for the other, which has dk: it computes dout v.T. Two products each,
-               and none twice.
+    split      the block has 64 keys. One warpgroup has dv: it computes the weights, and leaves
+               them in shared memory for the other, which has dk: it computes dout v.T. Two
+               products each, and none twice.
 
 `split` is for heads so large that dk and dv of 64 keys do not fit one warpgroup's registers: 64 x
 256 floats are 128 registers of each thread, of 240.
@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dense.mosaic_gpu_dq import drain
-from pallas_kernels.dense.mosaic_gpu_geometry import Static, row_of, seen_interval
+from pallas_kernels.dense.mosaic_gpu_geometry import Static, row_of
 from pallas_kernels.dense.mosaic_gpu_weights import (
     LAYOUTS,
     TILE,
@@ -70,7 +70,7 @@ class Exchange(NamedTuple):
 def key_gradients(
     static: Static, x: Arrays, stages: int, *, split: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """dk and dv, like k and v."""
+    """The gradients of k and v, like k and v."""
     given = Arrays(*(field is not None for field in x))
 
     def body(*refs: Any) -> None:
@@ -87,8 +87,7 @@ def key_gradients(
             jax.ShapeDtypeStruct(x.k.shape, x.k.dtype),
             jax.ShapeDtypeStruct(x.v.shape, x.v.dtype),
         ),
-        scratch_types=_scratch(static, x.q.dtype, stages, owners)
-        + (_exchange() if split else []),
+        scratch_types=_scratch(static, x.q.dtype, stages, owners) + (_exchange() if split else []),
         grid=(static.batch, pl.cdiv(static.kv_len, owners * TILE), x.k.shape[2]),
         grid_names=("batch", "block", "kv_head"),
         num_threads=CONSUMERS + 1,
@@ -240,7 +239,7 @@ class _Block(NamedTuple):
         return weights(self.static, self.x, at, logits, lse, queries=1)
 
     def delta(self, slot: Any) -> jax.Array:
-        """delta of a slot's queries."""
+        """The deltas of a slot's queries."""
         return plgpu.load(self.shared.delta.at[slot], layout=LAYOUTS[1], optimized=False)
 
     def leave(self, sums: jax.Array, staging: Any, result: Any) -> None:

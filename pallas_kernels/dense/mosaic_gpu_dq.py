@@ -45,8 +45,17 @@ class Shared(NamedTuple):
     v_empty: Any
 
 
-def query_gradients(static: Static, x: Arrays, k_stages: int, v_stages: int) -> jax.Array:
-    """dq, like q."""
+def query_gradients(
+    static: Static, x: Arrays, *, block_kv: int, k_stages: int, v_stages: int
+) -> jax.Array:
+    """dq, like q.
+
+    Args:
+        static: the call.
+        x: its arrays.
+        block_kv: keys of a tile; divides 128.
+        k_stages, v_stages: tiles of keys, of values, in flight.
+    """
     given = Arrays(*(field is not None for field in x))
 
     def body(*refs: Any) -> None:
@@ -64,8 +73,8 @@ def query_gradients(static: Static, x: Arrays, k_stages: int, v_stages: int) -> 
         scratch_types=[
             swizzled(CONSUMERS, TILE, static.head_dim, dtype=dtype),
             swizzled(CONSUMERS, TILE, static.head_dim_v, dtype=dtype),
-            swizzled(k_stages, TILE, static.head_dim, dtype=dtype),
-            swizzled(v_stages, TILE, static.head_dim_v, dtype=dtype),
+            swizzled(k_stages, block_kv, static.head_dim, dtype=dtype),
+            swizzled(v_stages, block_kv, static.head_dim_v, dtype=dtype),
             plgpu.Barrier(num_barriers=CONSUMERS, num_arrivals=2),
             ring(num_barriers=k_stages),
             ring(num_barriers=v_stages),
@@ -95,7 +104,7 @@ def block(static: Static, x: Arrays, dq: Any, shared: Shared) -> None:
     if static.causal:  # the longest first
         index = pl.cdiv(static.q_len, BLOCK) - 1 - index
     at = Place(b, row_of(static, x.rows, b), index * BLOCK, jnp.int32(0))
-    keys = _seen_tiles(static, at)
+    keys = _seen_tiles(static, at, shared.k.shape[1])
 
     @pl.when(wg < CONSUMERS)
     def _():
@@ -112,12 +121,12 @@ def block(static: Static, x: Arrays, dq: Any, shared: Shared) -> None:
         _produce(static, x, shared, at, keys, head)
 
 
-def _seen_tiles(static: Static, at: Place) -> KeyRange:
+def _seen_tiles(static: Static, at: Place, block_kv: int) -> KeyRange:
     last = jnp.minimum(at.query + BLOCK, at.row.q_len) - 1
     low = jnp.maximum(seen_interval(static, at.row, at.query)[0], 0)
     high = jnp.where(last < at.query, 0, seen_interval(static, at.row, last)[1])
-    first = lax.div(low, jnp.int32(TILE))
-    return KeyRange(first, jnp.maximum(lax.div(high + TILE - 1, jnp.int32(TILE)) - first, 0))
+    first, size = lax.div(low, jnp.int32(block_kv)), jnp.int32(block_kv)
+    return KeyRange(first, jnp.maximum(lax.div(high + size - 1, size) - first, 0))
 
 
 def _produce(static: Static, x: Arrays, shared: Shared, at: Place, keys: KeyRange, head) -> None:
@@ -132,9 +141,11 @@ def _produce(static: Static, x: Arrays, shared: Shared, at: Place, keys: KeyRang
         (x.v, shared.v, shared.v_full, shared.v_empty),
     )
 
+    block_kv = shared.k.shape[1]
+
     @pl.loop(0, keys.count)
     def _(n):
-        rows = (at.b, pl.ds((keys.first + n) * TILE, TILE), kv_head)
+        rows = (at.b, pl.ds((keys.first + n) * block_kv, block_kv), kv_head)
         for array, tiles, full, empty in rings:
             slot = lax.rem(n, jnp.int32(tiles.shape[0]))
             pl.when(n >= tiles.shape[0])(functools.partial(plgpu.barrier_wait, empty.at[slot]))
@@ -167,45 +178,20 @@ def _consume(static, x: Arrays, dq, shared: Shared, at: Place, keys: KeyRange, h
         k_slot, v_slot = (lax.rem(n, jnp.int32(t.shape[0])) for t in (shared.k, shared.v))
         k, v = shared.k.at[k_slot], shared.v.at[v_slot]
 
-        def weigh(logits_acc, wait_n):
-            logits = plgpu.wgmma_accumulator_load(logits_acc, wait_n=wait_n)
-            here = at._replace(key=(keys.first + n) * TILE)
-            return weights(static, x, here, logits, lse, queries=0)
-
-        def multiply_keys(logits_acc):
+        def dlogits(logits_acc, dp_acc):
             plgpu.barrier_wait(shared.k_full.at[k_slot])
             plgpu.wgmma(logits_acc, q, k.transpose((1, 0)))
-
-        def multiply_values(dp_acc):
             plgpu.barrier_wait(shared.v_full.at[v_slot])
             plgpu.wgmma(dp_acc, dout, v.transpose((1, 0)))
-
-        def dlogits(w, dp_acc):
+            logits = plgpu.wgmma_accumulator_load(logits_acc, wait_n=1)
+            here = at._replace(key=(keys.first + n) * k.shape[0])
+            w = weights(static, x, here, logits, lse, queries=0)
             dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
             plgpu.barrier_arrive(shared.v_empty.at[v_slot])
             return logit_gradients(w, dp, delta, queries=0).astype(x.q.dtype)
 
-        def side_by_side(logits_acc, dp_acc):
-            multiply_keys(logits_acc)
-            multiply_values(dp_acc)
-            return dlogits(weigh(logits_acc, 1), dp_acc)
-
-        def one_after_another(logits_acc):
-            multiply_keys(logits_acc)
-            w = weigh(logits_acc, 0)
-
-            def values(dp_acc):
-                multiply_values(dp_acc)
-                return dlogits(w, dp_acc)
-
-            return pl.run_scoped(values, acc)
-
-        acc = plgpu.ACC((TILE, TILE), jnp.float32)
-        # dq of 64 queries by 256 leaves registers for one more accumulator only.
-        if static.head_dim > 192:
-            ds = pl.run_scoped(one_after_another, acc)
-        else:
-            ds = pl.run_scoped(side_by_side, acc, acc)
+        acc = plgpu.ACC((TILE, k.shape[0]), jnp.float32)
+        ds = pl.run_scoped(dlogits, acc, acc)
         plgpu.wgmma(dq_acc, ds, k)
         plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(shared.k_empty.at[k_slot])

@@ -47,3 +47,35 @@ def forward_tiles(chip: GpuChip, head_dim: int, head_dim_v: int, *, capped: bool
     """The tiles of a shape class on a chip."""
     classes = TILES[chip.capability][head_dim, head_dim_v]
     return classes.get(CAPPED if capped else PLAIN, classes[PLAIN])
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardTiles:
+    """Sizes of the backward pipelines.
+
+    Attributes:
+        block_kv: keys of a tile where queries are owned (dq).
+        k_stages, v_stages: key and value tiles in flight there.
+        q_stages: query tiles in flight where keys are owned (dk, dv).
+        split: dk and dv of the same keys are two warpgroups'.
+    """
+
+    block_kv: int
+    k_stages: int
+    v_stages: int
+    q_stages: int
+    split: bool
+
+
+# The largest head_dim that they are for -> tiles, capability 9.0. Above 128, dk and dv of 64 keys
+# do not fit one warpgroup's registers.
+BACKWARD_TILES = {
+    128: BackwardTiles(64, 2, 2, 2, split=False),
+    192: BackwardTiles(64, 2, 2, 2, split=True),
+    256: BackwardTiles(64, 2, 1, 2, split=True),
+}
+
+
+def backward_tiles(head_dim: int) -> BackwardTiles:
+    """The tiles of the backward for a head size."""
+    return next(tiles for largest, tiles in BACKWARD_TILES.items() if head_dim <= largest)

@@ -71,7 +71,7 @@ def weights(
         static: the call.
         x: arrays.
         at: where the tile is.
-        logits: float32 [TILE, TILE], unscaled products.
+        logits: float32, unscaled products: TILE queries by the tile's keys, or keys first.
         lse: float32 [TILE], along the axis of the queries.
         queries: that axis, 0 or 1.
     """
@@ -81,8 +81,8 @@ def weights(
         e = jnp.exp2(logits * (2 * LOG2E * static.scale / static.soft_cap))
         t = 1.0 - 2.0 / (e + 1.0)
         slope, y = 1.0 - t * t, t * (static.soft_cap * LOG2E)
-    p = jnp.exp2(y - wide(lse, queries))
-    inside = jnp.logical_not(needs_mask(static, at))
+    p = jnp.exp2(y - wide(lse, queries, y))
+    inside = jnp.logical_not(needs_mask(static, at, y.shape[1 - queries]))
     if static.segments:
         return Weights(_masked(static, x, at, p, queries), slope)
     return Weights(
@@ -90,16 +90,17 @@ def weights(
     )
 
 
-def wide(numbers: jax.Array, axis: int) -> jax.Array:
+def wide(numbers: jax.Array, axis: int, like: jax.Array) -> jax.Array:
     """A number for each index of an axis, as a tile."""
-    return lax.broadcast_in_dim(numbers, (TILE, TILE), [axis])
+    return lax.broadcast_in_dim(numbers, like.shape, [axis])
 
 
-def needs_mask(static: Static, at: Place) -> jax.Array:
-    """Whether some query of the tile does not see some key of it."""
+def needs_mask(static: Static, at: Place, keys: int) -> jax.Array:
+    """Whether some query of the tile does not see some of its `keys` keys."""
     last = at.query + TILE - 1
-    low, high = seen_interval(static, at.row, last)[0], seen_interval(static, at.row, at.query)[1]
-    return (low > at.key) | (high < at.key + TILE) | (last >= at.row.q_len)
+    low = seen_interval(static, at.row, last)[0]
+    high = seen_interval(static, at.row, at.query)[1]
+    return (low > at.key) | (high < at.key + keys) | (last >= at.row.q_len)
 
 
 def _masked(static: Static, x: Arrays, at: Place, p: jax.Array, queries: int) -> jax.Array:
@@ -108,34 +109,36 @@ def _masked(static: Static, x: Arrays, at: Place, p: jax.Array, queries: int) ->
     index = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=LAYOUTS[queries]) + at.query
     low, high = seen_interval(static, at.row, index)
     high = jnp.where(index < at.row.q_len, high, 0)
-    key = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), keys, layout=WGMMA) + at.key
-    seen = key < wide(high, queries)
+    key = plgpu.broadcasted_iota(jnp.int32, p.shape, keys, layout=WGMMA) + at.key
+    seen = key < wide(high, queries, p)
     if static.sliding_window[0] is not None or static.attention_chunk_size is not None:
-        seen = seen & (key >= wide(low, queries))
+        seen = seen & (key >= wide(low, queries, p))
     if static.segments:
         mine, theirs = (
-            plgpu.load(ids.at[at.b, pl.ds(first, TILE)], layout=LAYOUTS[axis], optimized=False)
+            _load(ids.at[at.b, pl.ds(first, p.shape[axis])], axis)
             for ids, first, axis in (
                 (x.q_segments, at.query, queries), (x.kv_segments, at.key, keys),
             )
         )  # fmt: skip
-        seen = seen & (wide(mine, queries) == wide(theirs, keys))
+        seen = seen & (wide(mine, queries, p) == wide(theirs, keys, p))
     return jnp.where(seen, p, 0.0)
 
 
+def _load(numbers: Any, axis: int) -> jax.Array:
+    """Numbers along an axis of a tile."""
+    return plgpu.load(numbers, layout=LAYOUTS[axis], optimized=False)
 
-def logit_gradients(
-    w: Weights, dp: jax.Array, delta: jax.Array, *, queries: int
-) -> jax.Array:
-    """dlogits of a tile before the scale; exactly 0 where the weight is, NaN or not in v.
+
+def logit_gradients(w: Weights, dp: jax.Array, delta: jax.Array, *, queries: int) -> jax.Array:
+    """Gradients of a tile's logits before the scale: 0 where the weight is, whatever v holds.
 
     Args:
         w: the weights.
-        dp: float32 [TILE, TILE]: dout @ v.T, or its transpose.
+        dp: float32, like the logits: dout @ v.T, or its transpose.
         delta: float32 [TILE], along the axis of the queries.
         queries: that axis.
     """
-    ds = jnp.where(w.p > 0.0, w.p * (dp - wide(delta, queries)), 0.0)
+    ds = jnp.where(w.p > 0.0, w.p * (dp - wide(delta, queries, dp)), 0.0)
     return ds if w.slope is None else ds * w.slope
 
 
