@@ -125,7 +125,11 @@ def dense_attention(
         alibi=alibi_slopes is not None,
         sinks=sinks is not None,
         tiles=forward_tiles(
-            _hopper(), dims["head_dim"], dims["head_dim_v"], capped=soft_cap is not None
+            _hopper(),
+            dims["head_dim"],
+            dims["head_dim_v"],
+            capped=soft_cap is not None,
+            segmented=q_segment_ids is not None,
         ),
     )
     # The kernels' scale is above 0: a sign, or nothing at all, is q's.

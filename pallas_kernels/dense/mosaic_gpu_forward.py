@@ -110,11 +110,19 @@ def forward(static: Static, x: Operands) -> tuple[jax.Array, jax.Array]:
 
 
 def slot_of(static: Static, n: jax.Array) -> jax.Array:
-    """The slot of a block's n-th tile in a ring; a remainder costs registers, a mask does not."""
+    """The slot of a block's n-th tile in a ring."""
     stages = static.tiles.stages
     if stages & (stages - 1):
         return lax.rem(n, jnp.int32(stages))
     return n & (stages - 1)
+
+
+def slot_after(static: Static, slot: jax.Array) -> jax.Array:
+    """The next slot of a ring: what a loop carries, for a remainder costs it registers."""
+    stages = static.tiles.stages
+    if stages & (stages - 1):
+        return jnp.where(slot == stages - 1, 0, slot + 1)
+    return (slot + 1) & (stages - 1)
 
 
 def _tile(static: Static, *shape: int, dtype) -> Any:
@@ -269,16 +277,15 @@ def consume(static: Static, x: Operands, out, lse, shared: Shared, place: Place,
     logits = functools.partial(_logits, static, x, shared, row, b, head, first_row)
     plgpu.barrier_wait(shared.q_full.at[wg])
 
-    def weigh(s, tile, state, masked):
-        y, factor = logits(s, tile, slot_of(static, tile - tiles.first), masked)
+    def weigh(s, tile, slot, state, masked):
+        y, factor = logits(s, tile, slot, masked)
         hides = masked or static.segments or static.bias is not None
         return softmax_step(y, factor, state, may_be_empty=hides)
 
     def step(tile, carry, *, masked):
         """Scores of this tile beside the weighted values of the one before."""
-        acc, p, state = carry
-        n = tile - tiles.first
-        slot, before = slot_of(static, n), slot_of(static, n - 1)
+        acc, p, state, before = carry
+        slot = slot_after(static, before)
 
         def products(o_ref, s_ref):
             o_ref[...] = acc
@@ -290,7 +297,7 @@ def consume(static: Static, x: Operands, out, lse, shared: Shared, place: Place,
             if turns:
                 plgpu.barrier_arrive(shared.turn.at[lax.rem(wg + 1, jnp.int32(consumers))])
             s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
-            next_p, alpha, next_state = weigh(s, tile, state, masked)
+            next_p, alpha, next_state = weigh(s, tile, slot, state, masked)
             if static.segments:
                 plgpu.commit_smem()
             plgpu.barrier_arrive(shared.k_empty.at[slot])
@@ -299,7 +306,7 @@ def consume(static: Static, x: Operands, out, lse, shared: Shared, place: Place,
             plgpu.barrier_wait(shared.v_full.at[slot])
             o = plgpu.wgmma_accumulator_load(o_ref, wait_n=0)
             plgpu.barrier_arrive(shared.v_empty.at[before])
-            return o * _along(alpha, o), next_p.astype(p.dtype), next_state
+            return o * _along(alpha, o), next_p.astype(p.dtype), next_state, slot
 
         return _with_accumulators(static, products)
 
@@ -310,13 +317,13 @@ def consume(static: Static, x: Operands, out, lse, shared: Shared, place: Place,
 
     s = pl.run_scoped(first_scores, plgpu.ACC((CONSUMER_ROWS, static.tiles.block_kv), jnp.float32))
     state = Softmax(_rows(-jnp.inf), _rows(0.0))
-    p, _, state = weigh(s, tiles.first, state, True)
+    p, _, state = weigh(s, tiles.first, 0, state, True)
     if static.segments:
         plgpu.commit_smem()
     plgpu.barrier_arrive(shared.k_empty.at[0])
     plgpu.barrier_wait(shared.v_full.at[0])
     acc = _full((CONSUMER_ROWS, static.head_dim_v), 0.0, plgpu.Layout.WGMMA)
-    carry = acc, p.astype(x.q.dtype), state
+    carry = acc, p.astype(x.q.dtype), state, jnp.int32(0)
     begin = tiles.first + 1
     inner = jnp.maximum(tiles.inner, begin)
     inner_stop = jnp.maximum(tiles.inner_stop, begin)
@@ -329,14 +336,13 @@ def consume(static: Static, x: Operands, out, lse, shared: Shared, place: Place,
 
     carry = lax.fori_loop(begin, inner, masked, carry)
     carry = lax.fori_loop(inner, inner_stop, bare, carry)
-    acc, p, state = lax.fori_loop(inner_stop, tiles.stop, masked, carry)
+    acc, p, state, last = lax.fori_loop(inner_stop, tiles.stop, masked, carry)
     if turns:
 
         @pl.when(wg == 0)
         def _():
             plgpu.barrier_wait(shared.turn.at[0])
 
-    last = slot_of(static, tiles.stop - tiles.first - 1)
     acc = pl.run_state(lambda o: plgpu.wgmma(o, p, shared.v.at[last]))(plgpu.ACC.init(acc))
     plgpu.barrier_arrive(shared.v_empty.at[last])
     epilogue(static, x, acc, state, out, lse, shared, row, b, head, first_row, wg)

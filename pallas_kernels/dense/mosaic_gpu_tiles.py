@@ -17,7 +17,7 @@ class Tiles:
 
     Attributes:
         block_kv: keys of a tile, a multiple of 64.
-        stages: key tiles, and value tiles, in shared memory; powers of 2 cost fewest registers.
+        stages: key tiles, and value tiles, in shared memory; at least 2.
         consumers: warpgroups that multiply, 64 queries each.
         turns: whether consumers issue their products in turn.
     """
@@ -28,14 +28,15 @@ class Tiles:
     turns: bool = True
 
 
-PLAIN, CAPPED = "plain", "capped"  # shape classes: a soft cap takes registers for its tanh
+# Shape classes: a soft cap takes registers for its tanh, segment ids take shared memory.
+PLAIN, CAPPED, SEGMENTED = "plain", "capped", "segmented"
 # Capability -> (head_dim, head_dim_v) -> shape class -> tiles; bfloat16 and float16 are alike.
 TILES = {
     (9, 0): {
         (64, 64): {PLAIN: Tiles(128, 4)},
         (80, 80): {PLAIN: Tiles(128, 4)},
         (96, 96): {PLAIN: Tiles(128, 4)},
-        (128, 128): {PLAIN: Tiles(128, 2)},
+        (128, 128): {PLAIN: Tiles(128, 3), SEGMENTED: Tiles(128, 2)},
         (192, 128): {PLAIN: Tiles(128, 2, turns=False), CAPPED: Tiles(64, 2, turns=False)},
         (192, 192): {PLAIN: Tiles(64, 2, turns=False)},
         (256, 256): {PLAIN: Tiles(64, 2, turns=False)},
@@ -43,10 +44,13 @@ TILES = {
 }
 
 
-def forward_tiles(chip: GpuChip, head_dim: int, head_dim_v: int, *, capped: bool) -> Tiles:
+def forward_tiles(
+    chip: GpuChip, head_dim: int, head_dim_v: int, *, capped: bool, segmented: bool
+) -> Tiles:
     """The tiles of a shape class on a chip."""
     classes = TILES[chip.capability][head_dim, head_dim_v]
-    return classes.get(CAPPED if capped else PLAIN, classes[PLAIN])
+    asked = [CAPPED] * capped + [SEGMENTED] * segmented
+    return next((classes[name] for name in asked if name in classes), classes[PLAIN])
 
 
 @dataclasses.dataclass(frozen=True)
