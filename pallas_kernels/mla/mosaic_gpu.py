@@ -1,0 +1,246 @@
+"""MLA on Hopper: this step's rows are scattered, then one kernel takes decodes and prefills alike.
+
+The contract (maths, arguments, edge cases) is `pallas_kernels/mla/__init__.py`. The cache is plain
+rows. A block of the grid is 64 rows of queries, tokens x heads, of one sequence, and a share of its
+keys: `mosaic_gpu_batch` says whose, `mosaic_gpu_load` brings, `mosaic_gpu_attend` attends. Where a
+batch has fewer tiles than the chip has cores, sequences are split over blocks, and the parts are
+merged by lse.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import gpu_chip
+from pallas_kernels.mla import mosaic_gpu_attend as attending
+from pallas_kernels.mla.mosaic_gpu_arguments import check_latent
+from pallas_kernels.mla.mosaic_gpu_attend import ATTENDING, KEYS, LOG2_E, PAIR, ROWS, Shared, Sizes
+from pallas_kernels.mla.mosaic_gpu_batch import Batch, find_tile, num_tiles, tiles_of_tokens
+from pallas_kernels.mla.mosaic_gpu_load import copies_of_a_block, load_pages, load_queries
+from pallas_kernels.mla.mosaic_gpu_writes import write_latents
+from pallas_kernels.shape_checks import check_positive
+
+REGISTERS_ATTENDING, REGISTERS_LOADING = 240, 24
+
+
+def mla_attention(
+    ql_nope: jax.Array,
+    q_pe: jax.Array,
+    kv_c: jax.Array | None,
+    k_pe: jax.Array | None,
+    latent_pages: jax.Array,
+    page_table: jax.Array,
+    kv_lens: jax.Array,
+    cu_q_lens: jax.Array,
+    num_seqs: jax.Array,
+    slot_mapping: jax.Array | None,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    kv_scale: jax.Array | None = None,
+    kv_cache_dtype: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Absorbed MLA of a ragged batch over a paged latent cache, as the contract of `mla` has it.
+
+    Numerics: products of 16-bit numbers with float32 sums; logits, softmax and sums are float32;
+    weights are rounded to the cache's dtype.
+
+    Raises:
+        ValueError: a shape or dtype is not the contract's, or not this lowering's: float32, a page
+            size other than 16 to 256 by powers of two, a kv_lora_rank other than 128, 256, 384 and
+            512, a rope_dim other than 64, a 16-bit cache of another dtype than the queries,
+            fp8_ds_mla; or the chip is no Hopper.
+    """
+    check_latent(
+        {
+            "ql_nope": ql_nope, "q_pe": q_pe, "kv_c": kv_c, "k_pe": k_pe,
+            "latent_pages": latent_pages, "page_table": page_table, "kv_lens": kv_lens,
+            "cu_q_lens": cu_q_lens, "num_seqs": num_seqs, "slot_mapping": slot_mapping,
+            "kv_scale": kv_scale,
+        },
+        kv_cache_dtype,
+    )  # fmt: skip
+    check_positive("soft_cap", soft_cap)
+    latent_pages = write_latents(latent_pages, kv_c, k_pe, slot_mapping, kv_scale)
+    num_heads = ql_nope.shape[1]
+    sizes = _sizes(ql_nope, q_pe, latent_pages, kv_lens.shape[0], float(scale), soft_cap)
+    extra = ((0, 0), (0, sizes.num_heads - num_heads), (0, 0))
+    batch = Batch(
+        kv_lens, cu_q_lens, num_seqs.reshape(1), ql_nope.shape[0],
+        page_table.shape[1] * sizes.page_size,
+    )  # fmt: skip
+    out, lse = _call(
+        jnp.pad(ql_nope, extra), jnp.pad(q_pe, extra), latent_pages, page_table, batch,
+        jnp.ones((1,), jnp.float32) if kv_scale is None else kv_scale.reshape(1), sizes,
+    )  # fmt: skip
+    return out[:, :num_heads], lse[:, :num_heads], latent_pages
+
+
+def _sizes(ql_nope, q_pe, pages, max_num_seqs: int, scale: float, soft_cap) -> Sizes:
+    """Static facts of a call: heads are padded to 8, or to whole tiles; the split count."""
+    num_tokens, num_heads, rank = ql_nope.shape
+    padded = num_heads + (-num_heads % (ROWS if num_heads > ROWS else 8))
+    block_q = max(1, ROWS // padded)
+    tiles = num_tiles(num_tokens, max_num_seqs, block_q) * -(-padded // ROWS)
+    return Sizes(
+        block_q=block_q, num_heads=padded, rank=rank, rope_dim=q_pe.shape[2],
+        page_size=pages.shape[1], scale=scale, soft_cap=soft_cap,
+        splits=max(1, gpu_chip.current().num_cores // tiles),
+    )  # fmt: skip
+
+
+class _Arrays(NamedTuple):
+    """What the kernel reads and writes in GMEM."""
+
+    ql_nope: Any  # [num_tokens * num_heads, rank]
+    q_pe: Any
+    pages: Any
+    page_table: Any
+    kv_lens: Any
+    cu_q_lens: Any
+    num_seqs: Any
+    kv_scale: Any
+    out: Any  # [num_tokens * num_heads, rank]; where split, float32 [splits, tiles, ROWS, rank]
+    lse: Any  # [splits, tiles, ROWS]
+
+
+def _call(ql_nope, q_pe, pages, page_table, batch: Batch, kv_scale, sizes: Sizes):
+    """The kernel, and what puts its parts together: out and lse of padded heads."""
+    num_tokens, num_heads, rank = ql_nope.shape
+    max_num_seqs = batch.kv_lens.shape[0]
+    row_blocks = -(-num_heads // ROWS)
+    tiles = num_tiles(num_tokens, max_num_seqs, sizes.block_q) * row_blocks
+    out = jax.ShapeDtypeStruct((num_tokens * num_heads, rank), ql_nope.dtype)
+    if sizes.splits > 1:
+        out = jax.ShapeDtypeStruct((sizes.splits, tiles, ROWS, rank), jnp.float32)
+    facts = {"num_tokens": num_tokens, "most_keys": batch.most_keys, "row_blocks": row_blocks}
+    called = plgpu.kernel(
+        functools.partial(_kernel, sizes=sizes, **facts),
+        out_type=[out, jax.ShapeDtypeStruct((sizes.splits, tiles, ROWS), jnp.float32)],
+        scratch_types=_scratch(sizes, pages.dtype),
+        grid=(sizes.splits, tiles),
+        grid_names=("split", "tile"),
+        num_threads=ATTENDING + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="mla_attention",
+    )
+    out, lse = called(
+        ql_nope.reshape(-1, rank), q_pe.reshape(num_tokens * num_heads, -1), pages, page_table,
+        *batch[:3], kv_scale,
+    )  # fmt: skip
+    return _merged(out, lse, batch, sizes, ql_nope.dtype)
+
+
+def _scratch(sizes: Sizes, dtype) -> list[Any]:
+    """Shared memory and barriers, in the order of `Shared`."""
+    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    pieces = copies_of_a_block(sizes.page_size)
+    return [
+        plgpu.SMEM((ROWS, sizes.width), dtype, transforms=tiled),
+        plgpu.SMEM((2, KEYS, sizes.width), dtype, transforms=tiled),
+        plgpu.SMEM((2, ROWS), jnp.float32),
+        plgpu.SMEM((2, ROWS), jnp.float32),
+        plgpu.SMEM((ROWS,), jnp.float32),
+        plgpu.Barrier(num_arrivals=2),
+        tuple(plgpu.Barrier(num_barriers=2, num_arrivals=n * pieces) for n in (1, 2)),
+        tuple(plgpu.Barrier(num_barriers=2) for _ in range(2)),
+        plgpu.Barrier(num_barriers=2),
+        plgpu.Barrier(num_arrivals=ATTENDING),
+    ]
+
+
+def _kernel(*refs, sizes: Sizes, num_tokens: int, most_keys: int, row_blocks: int):
+    """One block: finds its tile and its share of the keys; each warpgroup takes its part."""
+    arrays, shared = _Arrays(*refs[: len(_Arrays._fields)]), Shared(*refs[len(_Arrays._fields) :])
+    split, number = jax.lax.axis_index("split"), jax.lax.axis_index("tile")
+    batch = Batch(arrays.kv_lens, arrays.cu_q_lens, arrays.num_seqs, num_tokens, most_keys)
+    tile = find_tile(number // row_blocks, batch, sizes.block_q)
+    pairs = pl.cdiv(tile.stop, PAIR)
+    share = pl.cdiv(pairs, sizes.splits)
+    first_pair = split * share
+    kv_scale = arrays.kv_scale[0]
+    to_tanh = LOG2_E if sizes.soft_cap is None else 2 * LOG2_E / sizes.soft_cap
+    walk = attending.Walk(
+        pairs=jnp.clip(pairs - first_pair, 0, share),
+        first_pair=first_pair,
+        q_pos=tile.q_pos,
+        kv_len=tile.kv_len,
+        factor=kv_scale * (sizes.scale * to_tanh),
+    )
+    row = tile.token * sizes.num_heads + (number % row_blocks) * ROWS
+    warpgroup = jax.lax.axis_index("warpgroup")
+
+    @pl.when(tile.count > 0)
+    def _():
+        for me in range(ATTENDING):
+
+            @pl.when(warpgroup == me)
+            def _(me=me):
+                plgpu.set_max_registers(REGISTERS_ATTENDING, action="increase")
+                running = attending.attend(me, sizes, shared, walk)
+                results = attending.finish(me, shared, running, kv_scale)
+                _write(me, sizes, shared, arrays, results, (split, number), row, tile.count)
+
+        @pl.when(warpgroup == ATTENDING)
+        def _():
+            plgpu.set_max_registers(REGISTERS_LOADING, action="decrease")
+            load_queries(sizes, shared, arrays.ql_nope, arrays.q_pe, row)
+            load_pages(sizes, shared, arrays.pages, arrays.page_table, tile, walk)
+
+
+def _write(me, sizes, shared, arrays, results, at, row, count) -> None:
+    """One's half of the output, and lse: of the tile's tokens, or all rows of a split's part."""
+    out, lse = results
+    columns = sizes.columns(me)
+    if me == 0:
+        shared.lse[...] = lse
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(shared.lse, arrays.lse.at[at])
+    if sizes.splits > 1:
+        arrays.out[(*at, slice(None), columns)] = out
+    else:
+        shared.q[:, columns] = out.astype(arrays.out.dtype)
+        plgpu.commit_smem()
+        height = min(sizes.num_heads, ROWS)
+        for token in range(sizes.block_q):
+
+            @pl.when(token < count)
+            def _(first=token * height):
+                plgpu.copy_smem_to_gmem(
+                    shared.q.at[pl.ds(first, height), columns],
+                    arrays.out.at[pl.ds(row + first, height), columns],
+                )
+
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _merged(out, lse, batch: Batch, sizes: Sizes, dtype):
+    """Out [num_tokens, num_heads, rank] and lse [num_tokens, num_heads] of what the blocks made."""
+    num_heads = sizes.num_heads
+    tile, place = tiles_of_tokens(batch, sizes.block_q)
+
+    def of_tokens(parts):
+        """[splits, tiles, ROWS, ...] -> [splits, num_tokens, num_heads, ...]."""
+        rows = sizes.block_q if num_heads <= ROWS else 1
+        if num_heads <= ROWS:
+            parts = parts[:, :, : rows * num_heads]
+        splits, _, _, *rest = parts.shape
+        parts = parts.reshape(splits, -1, rows, num_heads, *rest)
+        return parts[:, :, 0] if rows == 1 else parts[:, tile, place]
+
+    lse = of_tokens(lse)
+    if sizes.splits == 1:
+        return out.reshape(batch.num_tokens, num_heads, sizes.rank), lse[0]
+    most = jnp.max(lse, axis=0)
+    shares = jnp.exp(lse - jnp.where(jnp.isfinite(most), most, 0))
+    total = jnp.sum(shares, axis=0)
+    weights = shares / jnp.where(total == 0, 1, total)
+    out = jnp.sum(weights[..., None] * of_tokens(out), axis=0)
+    whole = jnp.where(total == 0, -jnp.inf, most + jnp.log(jnp.where(total == 0, 1, total)))
+    return out.astype(dtype), whole

@@ -1,0 +1,65 @@
+"""What brings queries and keys into shared memory: one warpgroup of MLA's kernels for Hopper."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mla.mosaic_gpu_attend import KEYS, ROWS, Shared, Sizes, Walk
+from pallas_kernels.mla.mosaic_gpu_batch import Tile
+
+
+def load_queries(sizes: Sizes, shared: Shared, ql_nope: Any, q_pe: Any, row) -> None:
+    """ROWS rows from `row` on, whosever they are: a row sees nothing of another."""
+    rows = pl.ds(row, ROWS)
+    latent = pl.ds(0, sizes.rank)
+    plgpu.copy_gmem_to_smem(ql_nope.at[rows], shared.q.at[:, latent], shared.q_full)
+    plgpu.copy_gmem_to_smem(q_pe.at[rows], shared.q.at[:, sizes.rope], shared.q_full)
+
+
+def copies_of_a_block(page_size: int) -> int:
+    """Copies that bring one half of a slot."""
+    return max(1, KEYS // page_size)
+
+
+def load_pages(
+    sizes: Sizes, shared: Shared, pages: Any, page_table: Any, tile: Tile, walk: Walk
+) -> None:
+    """Every pair of key blocks, page by page; returns when the last has been used.
+
+    The pages of positions past the sequence's end are not looked up: its last page comes again.
+    """
+    rows = min(sizes.page_size, KEYS)
+
+    def load_slot(i, slot):
+        for part, (full, empty) in enumerate(zip(shared.full, shared.empty, strict=True)):
+            columns = sizes.columns(slot ^ part)
+
+            @pl.when(i > 0)
+            def _(empty=empty):
+                plgpu.barrier_wait(empty.at[slot])
+
+            for piece in range(copies_of_a_block(sizes.page_size)):
+                first = (walk.first_pair + i) * 2 * KEYS + slot * KEYS + piece * rows
+                column = jnp.minimum(first, walk.kv_len - 1) // sizes.page_size
+                page = pages.at[page_table[tile.seq, column], pl.ds(first % sizes.page_size, rows)]
+                at = pl.ds(piece * rows, rows)
+                for wanted in (columns, sizes.rope)[: 1 + part]:
+                    plgpu.copy_gmem_to_smem(
+                        page.at[:, wanted], shared.kv.at[slot, at, wanted], full.at[slot]
+                    )
+
+    def one_pair(i, _):
+        for slot in (0, 1):
+            load_slot(i, slot)
+        return _
+
+    jax.lax.fori_loop(0, walk.pairs, one_pair, None)
+
+    @pl.when(walk.pairs > 0)
+    def _():
+        for empty in shared.empty:
+            for slot in (0, 1):
+                plgpu.barrier_wait(empty.at[slot])

@@ -1,0 +1,30 @@
+"""This step's rows into a latent cache, by a scatter of XLA's: in place where it is donated."""
+
+import jax
+import jax.numpy as jnp
+
+
+def write_latents(
+    latent_pages: jax.Array,
+    kv_c: jax.Array | None,
+    k_pe: jax.Array | None,
+    slot_mapping: jax.Array | None,
+    kv_scale: jax.Array | None,
+) -> jax.Array:
+    """The cache with this step's rows at their slots; as it was when kv_c is None."""
+    if kv_c is None:
+        return latent_pages
+    rows = quantised(jnp.concatenate([kv_c, k_pe], axis=-1), kv_scale, latent_pages.dtype)
+    num_pages, page_size, _ = latent_pages.shape
+    # Left alone, a negative index would wrap round to the cache's end.
+    page = jnp.where(slot_mapping >= 0, slot_mapping // page_size, num_pages)
+    return latent_pages.at[page, slot_mapping % page_size].set(rows, mode="drop")
+
+
+def quantised(values: jax.Array, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+    """True values as the cache stores them: divided, saturated, rounded; NaN stays NaN."""
+    stored = values.astype(jnp.float32)
+    if scale is not None:
+        stored = stored / scale
+    largest = float(jnp.finfo(dtype).max)
+    return jnp.clip(stored, -largest, largest).astype(dtype)
