@@ -142,12 +142,14 @@ def _scratch(sizes: Sizes, dtype) -> list[Any]:
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     pieces = copies_of_a_block(sizes.page_size)
     return [
-        plgpu.SMEM((ROWS, sizes.width), dtype, transforms=tiled),
-        plgpu.SMEM((2, KEYS, sizes.width), dtype, transforms=tiled),
+        plgpu.SMEM((2, ROWS, sizes.half), dtype, transforms=tiled),
+        plgpu.SMEM((ROWS, sizes.rope_dim), dtype, transforms=tiled),
+        plgpu.SMEM((2, 2, KEYS, sizes.half), dtype, transforms=tiled),
+        plgpu.SMEM((2, KEYS, sizes.rope_dim), dtype, transforms=tiled),
         plgpu.SMEM((2, ROWS), jnp.float32),
         plgpu.SMEM((2, ROWS), jnp.float32),
         plgpu.SMEM((ROWS,), jnp.float32),
-        plgpu.Barrier(num_arrivals=2),
+        plgpu.Barrier(num_arrivals=3),
         tuple(plgpu.Barrier(num_barriers=2, num_arrivals=n * pieces) for n in (1, 2)),
         tuple(plgpu.Barrier(num_barriers=2) for _ in range(2)),
         plgpu.Barrier(num_barriers=2),
@@ -160,7 +162,7 @@ def _kernel(*refs, sizes: Sizes, num_tokens: int, most_keys: int, row_blocks: in
     arrays, shared = _Arrays(*refs[: len(_Arrays._fields)]), Shared(*refs[len(_Arrays._fields) :])
     split, number = jax.lax.axis_index("split"), jax.lax.axis_index("tile")
     batch = Batch(arrays.kv_lens, arrays.cu_q_lens, arrays.num_seqs, num_tokens, most_keys)
-    tile = find_tile(number // row_blocks, batch, sizes.block_q)
+    tile = find_tile(jax.lax.div(number, row_blocks), batch, sizes.block_q)
     pairs = pl.cdiv(tile.stop, PAIR)
     share = pl.cdiv(pairs, sizes.splits)
     first_pair = split * share
@@ -171,9 +173,10 @@ def _kernel(*refs, sizes: Sizes, num_tokens: int, most_keys: int, row_blocks: in
         first_pair=first_pair,
         q_pos=tile.q_pos,
         kv_len=tile.kv_len,
+        zero=jnp.minimum(arrays.num_seqs[0], 0),
         factor=kv_scale * (sizes.scale * to_tanh),
     )
-    row = tile.token * sizes.num_heads + (number % row_blocks) * ROWS
+    row = tile.token * sizes.num_heads + jax.lax.rem(number, row_blocks) * ROWS
     warpgroup = jax.lax.axis_index("warpgroup")
 
     @pl.when(tile.count > 0)
@@ -205,7 +208,7 @@ def _write(me, sizes, shared, arrays, results, at, row, count) -> None:
     if sizes.splits > 1:
         arrays.out[(*at, slice(None), columns)] = out
     else:
-        shared.q[:, columns] = out.astype(arrays.out.dtype)
+        shared.q[me] = out.astype(arrays.out.dtype)
         plgpu.commit_smem()
         height = min(sizes.num_heads, ROWS)
         for token in range(sizes.block_q):
@@ -213,7 +216,7 @@ def _write(me, sizes, shared, arrays, results, at, row, count) -> None:
             @pl.when(token < count)
             def _(first=token * height):
                 plgpu.copy_smem_to_gmem(
-                    shared.q.at[pl.ds(first, height), columns],
+                    shared.q.at[me, pl.ds(first, height)],
                     arrays.out.at[pl.ds(row + first, height), columns],
                 )
 

@@ -22,7 +22,9 @@ shared memory) is that of FlashMLA's decode kernel for Hopper as its authors des
 """
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -52,34 +54,31 @@ class Sizes:
     splits: int
 
     @property
-    def width(self) -> int:
-        """Columns of a key."""
-        return self.rank + self.rope_dim
-
-    @property
     def half(self) -> int:
         """Columns of the output that one warpgroup keeps."""
         return self.rank // 2
 
     @property
     def rope(self) -> Any:
-        """A slot's columns of the rotary part, and of the weights later."""
+        """A row's columns of the rotary part."""
         return pl.ds(self.rank, self.rope_dim)
 
     def columns(self, half: int) -> Any:
-        """The columns of a half of the values."""
+        """A row's columns of a half of the latent."""
         return pl.ds(half * self.half, self.half)
 
 
 class Shared(NamedTuple):
-    """Shared memory and barriers of a block; `own` and `other` are the halves of a slot's values.
+    """Shared memory and barriers of a block; `own` and `other` are the halves of a slot's latents.
 
     A slot's own half is read as values by its owner, the other half by the other warpgroup, and
-    so are the rotary columns, as weights. Each is filled and emptied by itself.
+    so are the rotary keys, as weights. Each is filled and emptied by itself.
     """
 
-    q: Any  # [ROWS, width], then the output's
-    kv: Any  # [2, KEYS, width]
+    q: Any  # [2 halves, ROWS, half], then the output's
+    q_rope: Any  # [ROWS, rope_dim]
+    kv: Any  # [2 slots, 2 halves, KEYS, half]
+    kv_rope: Any  # [2 slots, KEYS, rope_dim], then weights [2, ROWS, KEYS]
     maxima: Any  # float32 [2, ROWS]: the running maximum that a slot's weights are relative to
     sums: Any  # float32 [2, ROWS]
     lse: Any  # float32 [ROWS]
@@ -97,6 +96,7 @@ class Walk(NamedTuple):
     first_pair: Any
     q_pos: Any  # position of the tile's first query
     kv_len: Any
+    zero: Any  # that the compiler does not know to be 0, see `attend`
     factor: Any  # what scores are multiplied by
 
 
@@ -129,43 +129,43 @@ def start(sizes: Sizes) -> Running:
 
 
 def attend(me: int, sizes: Sizes, shared: Shared, walk: Walk) -> Running:
-    """The part of warpgroup `me` (0 or 1) in every pair of blocks."""
+    """The part of warpgroup `me` (0 or 1) in every pair of blocks.
+
+    Each wgmma takes its operands by descriptors of 64 bits, 88 of them in a step. Known to be the
+    same in each step they would all be computed before the loop and kept, most of them spilled (276
+    bytes, 2025-11). So the slots' numbers depend on the step, as far as the compiler can see.
+    """
     plgpu.barrier_wait(shared.q_full)
 
     def one_pair(i, running):
+        zero = i & walk.zero
         first_key = (walk.first_pair + i) * PAIR + me * KEYS
-        scores = own_scores(me, sizes, shared)
+        scores = own_scores(me, shared, zero)
         if me == 1:
-            running = other_block(me, sizes, shared, running)
-        running = own_block(me, sizes, shared, running, scores, first_key, walk)
+            running = other_block(me, sizes, shared, running, zero)
+        running = own_block(me, sizes, shared, running, scores, first_key, walk, zero)
         if me == 0:
-            running = other_block(me, sizes, shared, running)
+            running = other_block(me, sizes, shared, running, zero)
         return running
 
     return jax.lax.fori_loop(0, walk.pairs, one_pair, start(sizes))
 
 
-def own_scores(me: int, sizes: Sizes, shared: Shared) -> jax.Array:
+def own_scores(me: int, shared: Shared, zero) -> jax.Array:
     """Dot products of all rows and the keys of one's slot, float32 [ROWS, KEYS]."""
-    own, other = sizes.columns(me), sizes.columns(1 - me)
 
     def dots(acc):
-        def add(columns):
-            plgpu.wgmma(
-                acc, shared.q.at[:, columns], shared.kv.at[me, :, columns].transpose((1, 0))
-            )
-
-        plgpu.barrier_wait(shared.full[0].at[me])
-        add(own)
-        plgpu.barrier_wait(shared.full[1].at[me])
-        add(other)
-        add(sizes.rope)
+        for half, full in zip((me, 1 - me), shared.full, strict=True):
+            plgpu.barrier_wait(full.at[me])
+            keys = shared.kv.at[me + zero, half].transpose((1, 0))
+            plgpu.wgmma(acc, shared.q.at[half + zero], keys)
+        plgpu.wgmma(acc, shared.q_rope, shared.kv_rope.at[me + zero].transpose((1, 0)))
         return acc[...]
 
     return pl.run_scoped(dots, plgpu.ACC((ROWS, KEYS), jnp.float32))
 
 
-def own_block(me, sizes, shared, running, scores, first_key, walk: Walk) -> Running:
+def own_block(me, sizes, shared, running, scores, first_key, walk: Walk, zero) -> Running:
     """Weights of one's own block, handed to the other warpgroup; and their values added."""
     logits = scores * walk.factor
     if sizes.soft_cap is not None:
@@ -174,22 +174,23 @@ def own_block(me, sizes, shared, running, scores, first_key, walk: Walk) -> Runn
         logits = cap - 2 * cap / (1 + jnp.exp2(logits))
     row = plgpu.broadcasted_iota(jnp.int32, (ROWS, KEYS), 0, layout=plgpu.Layout.WGMMA)
     column = plgpu.broadcasted_iota(jnp.int32, (ROWS, KEYS), 1, layout=plgpu.Layout.WGMMA)
-    token = row // sizes.num_heads if sizes.block_q > 1 else 0
+    token = jax.lax.div(row, jnp.full_like(row, sizes.num_heads))
     logits = jnp.where(column <= walk.q_pos - first_key + token, logits, -jnp.inf)
     m = jnp.maximum(running.m, logits.max(axis=1))
     weights = jnp.exp2(logits - across(m, KEYS))
+    shrink = jnp.exp2(running.m - m)
+    l = running.l * shrink + weights.sum(axis=1)
     rounded = weights.astype(shared.kv.dtype)
-    shared.kv[me, :, sizes.rope] = rounded
+    shared.kv_rope[me] = rounded
     shared.maxima[me] = m
     blank_unused(me, sizes, shared, walk.kv_len - first_key)
     plgpu.commit_smem()
     plgpu.barrier_arrive(shared.weighed.at[me])
-    shrink = jnp.exp2(running.m - m)
-    acc = add_values(
-        running.acc * across(shrink, sizes.half), rounded, shared.kv.at[me, :, sizes.columns(me)]
+    acc = add_product(
+        running.acc * across(shrink, sizes.half), lambda: (rounded, shared.kv.at[me + zero, me])
     )
     plgpu.barrier_arrive(shared.empty[0].at[me])
-    return Running(acc, m, running.l * shrink + weights.sum(axis=1))
+    return Running(acc, m, l)
 
 
 def blank_unused(me: int, sizes: Sizes, shared: Shared, keys) -> None:
@@ -197,33 +198,34 @@ def blank_unused(me: int, sizes: Sizes, shared: Shared, keys) -> None:
 
     @pl.when(keys < KEYS)
     def _():
-        for first in range(0, sizes.rank, KEYS):
-            values = shared.kv.at[me, :, pl.ds(first, KEYS)]
+        for half, first in itertools.product((0, 1), range(0, sizes.half, KEYS)):
+            values = shared.kv.at[me, half, :, pl.ds(first, KEYS)]
             row = plgpu.broadcasted_iota(jnp.int32, (KEYS, KEYS), 0, layout=plgpu.Layout.WGMMA)
             kept = plgpu.load(values, layout=plgpu.Layout.WGMMA)
             values[...] = jnp.where(row < keys, kept, jnp.zeros_like(kept))
 
 
-def other_block(me: int, sizes: Sizes, shared: Shared, running: Running) -> Running:
+def other_block(me: int, sizes: Sizes, shared: Shared, running: Running, zero) -> Running:
     """Values of the block that the other warpgroup owns, with the weights that it left."""
     slot = 1 - me
-    for full in shared.full:
-        plgpu.barrier_wait(full.at[slot])
+    plgpu.barrier_wait(shared.full[1].at[slot])  # its own half is refilled without asking here
     plgpu.barrier_wait(shared.weighed.at[slot])
     m = plgpu.load(shared.maxima.at[slot], layout=row_layout())
     shrink = jnp.exp2(running.m - m)
-    acc = add_values(
+    acc = add_product(
         running.acc * across(shrink, sizes.half),
-        shared.kv.at[slot, :, sizes.rope],
-        shared.kv.at[slot, :, sizes.columns(me)],
+        lambda: (shared.kv_rope.at[slot + zero], shared.kv.at[slot + zero, me]),
     )
     plgpu.barrier_arrive(shared.empty[1].at[slot])
     return Running(acc, m, running.l * shrink)
 
 
-def add_values(acc: jax.Array, weights: Any, values: Any) -> jax.Array:
-    """acc + weights @ values; weights in registers or in shared memory."""
-    return pl.run_state(lambda ref: plgpu.wgmma(ref, weights, values))(plgpu.ACC.init(acc))
+def add_product(acc: jax.Array, factors: Callable[[], tuple[Any, Any]]) -> jax.Array:
+    """acc + weights @ values, which `factors` gives: weights in registers or in shared memory.
+
+    It is called where the product is: an index of a ref may be no constant from outside.
+    """
+    return pl.run_state(lambda ref: plgpu.wgmma(ref, *factors()))(plgpu.ACC.init(acc))
 
 
 def finish(me: int, shared: Shared, running: Running, kv_scale) -> tuple[jax.Array, jax.Array]:

@@ -40,7 +40,7 @@ def num_tiles(num_tokens: int, max_num_seqs: int, block_q: int) -> int:
 
 def first_tile(start: jax.Array, seq: jax.Array, block_q: int) -> jax.Array:
     """The first tile of a sequence whose first token is `start`."""
-    return (start + seq * (block_q - 1)) // block_q
+    return jax.lax.div(start + seq * (block_q - 1), jnp.full_like(start, block_q))
 
 
 def find_tile(index: jax.Array, batch: Batch, block_q: int) -> Tile:
@@ -53,13 +53,11 @@ def find_tile(index: jax.Array, batch: Batch, block_q: int) -> Tile:
 
     def halve(_, bounds):
         low, high = bounds  # low begins at or before the tile, high + 1 after it
-        middle = (low + high + 1) // 2
+        middle = jax.lax.div(low + high + 1, 2)
         begins = first_tile(start(middle), middle, block_q) <= index
         return jnp.where(begins, middle, low), jnp.where(begins, high, middle - 1)
 
-    seq, _ = jax.lax.fori_loop(
-        0, max_num_seqs.bit_length(), halve, (jnp.int32(0), num_seqs)
-    )
+    seq, _ = jax.lax.fori_loop(0, max_num_seqs.bit_length(), halve, (jnp.int32(0), num_seqs))
     is_padding = seq >= num_seqs
     seq_or_last = jnp.minimum(seq, max_num_seqs - 1)
     first = start(seq)

@@ -1,5 +1,6 @@
 """What brings queries and keys into shared memory: one warpgroup of MLA's kernels for Hopper."""
 
+import functools
 from typing import Any
 
 import jax
@@ -14,9 +15,10 @@ from pallas_kernels.mla.mosaic_gpu_batch import Tile
 def load_queries(sizes: Sizes, shared: Shared, ql_nope: Any, q_pe: Any, row) -> None:
     """ROWS rows from `row` on, whosever they are: a row sees nothing of another."""
     rows = pl.ds(row, ROWS)
-    latent = pl.ds(0, sizes.rank)
-    plgpu.copy_gmem_to_smem(ql_nope.at[rows], shared.q.at[:, latent], shared.q_full)
-    plgpu.copy_gmem_to_smem(q_pe.at[rows], shared.q.at[:, sizes.rope], shared.q_full)
+    for half in (0, 1):
+        part = ql_nope.at[rows, sizes.columns(half)]
+        plgpu.copy_gmem_to_smem(part, shared.q.at[half], shared.q_full)
+    plgpu.copy_gmem_to_smem(q_pe.at[rows], shared.q_rope, shared.q_full)
 
 
 def copies_of_a_block(page_size: int) -> int:
@@ -35,7 +37,7 @@ def load_pages(
 
     def load_slot(i, slot):
         for part, (full, empty) in enumerate(zip(shared.full, shared.empty, strict=True)):
-            columns = sizes.columns(slot ^ part)
+            half = slot ^ part
 
             @pl.when(i > 0)
             def _(empty=empty):
@@ -43,13 +45,15 @@ def load_pages(
 
             for piece in range(copies_of_a_block(sizes.page_size)):
                 first = (walk.first_pair + i) * 2 * KEYS + slot * KEYS + piece * rows
-                column = jnp.minimum(first, walk.kv_len - 1) // sizes.page_size
-                page = pages.at[page_table[tile.seq, column], pl.ds(first % sizes.page_size, rows)]
+                column = jax.lax.div(jnp.minimum(first, walk.kv_len - 1), sizes.page_size)
+                page = pages.at[
+                    page_table[tile.seq, column], pl.ds(jax.lax.rem(first, sizes.page_size), rows)
+                ]
                 at = pl.ds(piece * rows, rows)
-                for wanted in (columns, sizes.rope)[: 1 + part]:
-                    plgpu.copy_gmem_to_smem(
-                        page.at[:, wanted], shared.kv.at[slot, at, wanted], full.at[slot]
-                    )
+                copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=full.at[slot])
+                copy(page.at[:, sizes.columns(half)], shared.kv.at[slot, half, at])
+                if part == 1:
+                    copy(page.at[:, sizes.rope], shared.kv_rope.at[slot, at])
 
     def one_pair(i, _):
         for slot in (0, 1):
