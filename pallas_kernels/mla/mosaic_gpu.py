@@ -8,7 +8,6 @@ merged by lse.
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax

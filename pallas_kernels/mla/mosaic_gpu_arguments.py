@@ -1,4 +1,4 @@
-"""What the latent kernels for NVIDIA GPUs take: the contract's arguments, within limits of theirs."""
+"""What the latent kernels for Hopper take: the contract's arguments, within limits of theirs."""
 
 from collections.abc import Mapping
 

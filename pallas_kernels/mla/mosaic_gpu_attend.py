@@ -178,7 +178,7 @@ def own_block(me, sizes, shared, running, scores, first_key, walk: Walk, zero) -
     logits = jnp.where(column <= walk.q_pos - first_key + token, logits, -jnp.inf)
     m = jnp.maximum(running.m, logits.max(axis=1))
     weights = jnp.exp2(logits - across(m, KEYS))
-    shrink = jnp.exp2(running.m - m)
+    shrink = shrink_to(running.m, m)
     l = running.l * shrink + weights.sum(axis=1)
     rounded = weights.astype(shared.kv.dtype)
     shared.kv_rope[me] = rounded
@@ -211,7 +211,7 @@ def other_block(me: int, sizes: Sizes, shared: Shared, running: Running, zero) -
     plgpu.barrier_wait(shared.full[1].at[slot])  # its own half is refilled without asking here
     plgpu.barrier_wait(shared.weighed.at[slot])
     m = plgpu.load(shared.maxima.at[slot], layout=row_layout())
-    shrink = jnp.exp2(running.m - m)
+    shrink = shrink_to(running.m, m)
     acc = add_product(
         running.acc * across(shrink, sizes.half),
         lambda: (shared.kv_rope.at[slot + zero], shared.kv.at[slot + zero, me]),
@@ -220,8 +220,13 @@ def other_block(me: int, sizes: Sizes, shared: Shared, running: Running, zero) -
     return Running(acc, m, running.l * shrink)
 
 
+def shrink_to(old: jax.Array, new: jax.Array) -> jax.Array:
+    """What sums relative to an old maximum are multiplied by, to be relative to the new one."""
+    return jnp.exp2(old - new)
+
+
 def add_product(acc: jax.Array, factors: Callable[[], tuple[Any, Any]]) -> jax.Array:
-    """acc + weights @ values, which `factors` gives: weights in registers or in shared memory.
+    """Adds weights @ values, which `factors` gives: weights in registers or in shared memory.
 
     It is called where the product is: an index of a ref may be no constant from outside.
     """
