@@ -20,11 +20,27 @@ from pallas_kernels.mla import mosaic_gpu_attend as attending
 from pallas_kernels.mla.mosaic_gpu_arguments import check_latent
 from pallas_kernels.mla.mosaic_gpu_attend import ATTENDING, KEYS, LOG2_E, PAIR, ROWS, Shared, Sizes
 from pallas_kernels.mla.mosaic_gpu_batch import Batch, find_tile, num_tiles, tiles_of_tokens
-from pallas_kernels.mla.mosaic_gpu_load import copies_of_a_block, load_pages, load_queries
+from pallas_kernels.mla.mosaic_gpu_load import (
+    copies_of_a_block,
+    load_pages,
+    load_queries,
+    load_raw_pages,
+)
+from pallas_kernels.mla.mosaic_gpu_slots import (
+    GROUP,
+    LANE_ROW,
+    ExpandedSlots,
+    PlainSlots,
+    load_and_expand,
+    row_pieces_layout,
+    tiled,
+)
 from pallas_kernels.mla.mosaic_gpu_writes import write_latents
 from pallas_kernels.shape_checks import check_positive
 
-REGISTERS_ATTENDING, REGISTERS_LOADING = 240, 24
+# Registers of a thread, by what its warpgroup does: 504 together, in steps of 8.
+REGISTERS = {"attends": 240, "loads": 24}
+REGISTERS_EXPANDED = {"attends": 216, "loads": 72}
 
 
 def mla_attention(
@@ -47,7 +63,8 @@ def mla_attention(
     """Absorbed MLA of a ragged batch over a paged latent cache, as the contract of `mla` has it.
 
     Numerics: products of 16-bit numbers with float32 sums; logits, softmax and sums are float32;
-    weights are rounded to the cache's dtype.
+    weights are rounded to the queries' dtype. An 8-bit cache is multiplied as float16, which has
+    every value of it: bfloat16 queries are converted, and must not be beyond 65504.
 
     Raises:
         ValueError: a shape or dtype is not the contract's, or not this lowering's: float32, a page
@@ -73,10 +90,13 @@ def mla_attention(
         kv_lens, cu_q_lens, num_seqs.reshape(1), ql_nope.shape[0],
         page_table.shape[1] * sizes.page_size,
     )  # fmt: skip
+    queries = [jnp.pad(x, extra) for x in (ql_nope, q_pe)]
+    if latent_pages.dtype.itemsize == 1:
+        queries = [x.astype(jnp.float16) for x in queries]
+    kv_scale = jnp.ones((1,), jnp.float32) if kv_scale is None else kv_scale.reshape(1)
     out, lse = _call(
-        jnp.pad(ql_nope, extra), jnp.pad(q_pe, extra), latent_pages, page_table, batch,
-        jnp.ones((1,), jnp.float32) if kv_scale is None else kv_scale.reshape(1), sizes,
-    )  # fmt: skip
+        *queries, latent_pages, page_table, batch, kv_scale, sizes, dtype=ql_nope.dtype
+    )
     return out[:, :num_heads], lse[:, :num_heads], latent_pages
 
 
@@ -108,20 +128,26 @@ class _Arrays(NamedTuple):
     lse: Any  # [splits, tiles, ROWS]
 
 
-def _call(ql_nope, q_pe, pages, page_table, batch: Batch, kv_scale, sizes: Sizes):
+def _call(ql_nope, q_pe, pages, page_table, batch: Batch, kv_scale, sizes: Sizes, *, dtype):
     """The kernel, and what puts its parts together: out and lse of padded heads."""
     num_tokens, num_heads, rank = ql_nope.shape
     max_num_seqs = batch.kv_lens.shape[0]
     row_blocks = -(-num_heads // ROWS)
     tiles = num_tiles(num_tokens, max_num_seqs, sizes.block_q) * row_blocks
-    out = jax.ShapeDtypeStruct((num_tokens * num_heads, rank), ql_nope.dtype)
+    out = jax.ShapeDtypeStruct((num_tokens * num_heads, rank), dtype)
     if sizes.splits > 1:
         out = jax.ShapeDtypeStruct((sizes.splits, tiles, ROWS, rank), jnp.float32)
-    facts = {"num_tokens": num_tokens, "most_keys": batch.most_keys, "row_blocks": row_blocks}
+    is_raw = pages.dtype.itemsize == 1
+    if is_raw:
+        pages = pages.reshape(*pages.shape[:2], -1, LANE_ROW)
+    facts = {
+        "num_tokens": num_tokens, "most_keys": batch.most_keys, "row_blocks": row_blocks,
+        "converts": ql_nope.dtype != dtype,
+    }  # fmt: skip
     called = plgpu.kernel(
         functools.partial(_kernel, sizes=sizes, **facts),
         out_type=[out, jax.ShapeDtypeStruct((sizes.splits, tiles, ROWS), jnp.float32)],
-        scratch_types=_scratch(sizes, pages.dtype),
+        scratch_types=_scratch(sizes, ql_nope.dtype, dtype, pages.dtype),
         grid=(sizes.splits, tiles),
         grid_names=("split", "tile"),
         num_threads=ATTENDING + 1,
@@ -133,49 +159,62 @@ def _call(ql_nope, q_pe, pages, page_table, batch: Batch, kv_scale, sizes: Sizes
         ql_nope.reshape(-1, rank), q_pe.reshape(num_tokens * num_heads, -1), pages, page_table,
         *batch[:3], kv_scale,
     )  # fmt: skip
-    return _merged(out, lse, batch, sizes, ql_nope.dtype)
+    return _merged(out, lse, batch, sizes, dtype)
 
 
-def _scratch(sizes: Sizes, dtype) -> list[Any]:
-    """Shared memory and barriers, in the order of `Shared`."""
-    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    pieces = copies_of_a_block(sizes.page_size)
+def _scratch(sizes: Sizes, q_dtype, out_dtype, cache_dtype) -> list[Any]:
+    """Shared memory and barriers, in the order of `Shared`, but `out` lies where q does."""
+    q, out = (
+        plgpu.SMEM((2, ROWS, sizes.half), dtype, transforms=tiled())
+        for dtype in (q_dtype, out_dtype)
+    )
+    columns = sizes.rank + sizes.rope_dim
+    if cache_dtype == q_dtype:
+        slots = PlainSlots.scratch(sizes, q_dtype, copies_of_a_block(sizes.page_size))
+    else:
+        raw = (2, KEYS // GROUP, 2 * GROUP, columns // LANE_ROW, LANE_ROW)
+        kv = plgpu.SMEM((2, KEYS, columns), q_dtype, transforms=tiled())
+        slots = (
+            plgpu.RefUnion(plgpu.SMEM(raw, cache_dtype), kv),
+            plgpu.Barrier(num_barriers=2, num_arrivals=KEYS // GROUP),
+            plgpu.Barrier(num_barriers=2),
+            plgpu.Barrier(num_barriers=2, num_arrivals=ATTENDING),
+        )
     return [
-        plgpu.SMEM((2, ROWS, sizes.half), dtype, transforms=tiled),
-        plgpu.SMEM((ROWS, sizes.rope_dim), dtype, transforms=tiled),
-        plgpu.SMEM((2, 2, KEYS, sizes.half), dtype, transforms=tiled),
-        plgpu.SMEM((2, KEYS, sizes.rope_dim), dtype, transforms=tiled),
+        q if q_dtype == out_dtype else plgpu.RefUnion(q, out),
+        plgpu.SMEM((ROWS, sizes.rope_dim), q_dtype, transforms=tiled()),
+        slots,
         plgpu.SMEM((2, ROWS), jnp.float32),
         plgpu.SMEM((2, ROWS), jnp.float32),
         plgpu.SMEM((ROWS,), jnp.float32),
         plgpu.Barrier(num_arrivals=3),
-        tuple(plgpu.Barrier(num_barriers=2, num_arrivals=n * pieces) for n in (1, 2)),
-        tuple(plgpu.Barrier(num_barriers=2) for _ in range(2)),
         plgpu.Barrier(num_barriers=2),
         plgpu.Barrier(num_arrivals=ATTENDING),
     ]
 
 
-def _kernel(*refs, sizes: Sizes, num_tokens: int, most_keys: int, row_blocks: int):
+def _shared(scratch, sizes: Sizes, converts: bool) -> Shared:
+    """What `_scratch` allocated; converts: the output's dtype is not the queries'."""
+    q, q_rope, slots, *rest = scratch
+    q, out = q if converts else (q, q)
+    if not isinstance(slots, PlainSlots):
+        union, *barriers = slots
+        slots = ExpandedSlots(*union, *barriers, sizes.rank)
+    return Shared(q, q_rope, out, slots, *rest)
+
+
+def _kernel(*refs, sizes: Sizes, num_tokens, most_keys, row_blocks, converts):
     """One block: finds its tile and its share of the keys; each warpgroup takes its part."""
-    arrays, shared = _Arrays(*refs[: len(_Arrays._fields)]), Shared(*refs[len(_Arrays._fields) :])
+    arrays = _Arrays(*refs[: len(_Arrays._fields)])
+    shared = _shared(refs[len(_Arrays._fields) :], sizes, converts)
     split, number = jax.lax.axis_index("split"), jax.lax.axis_index("tile")
     batch = Batch(arrays.kv_lens, arrays.cu_q_lens, arrays.num_seqs, num_tokens, most_keys)
     tile = find_tile(jax.lax.div(number, row_blocks), batch, sizes.block_q)
-    pairs = pl.cdiv(tile.stop, PAIR)
-    share = pl.cdiv(pairs, sizes.splits)
-    first_pair = split * share
     kv_scale = arrays.kv_scale[0]
-    to_tanh = LOG2_E if sizes.soft_cap is None else 2 * LOG2_E / sizes.soft_cap
-    walk = attending.Walk(
-        pairs=jnp.clip(pairs - first_pair, 0, share),
-        first_pair=first_pair,
-        q_pos=tile.q_pos,
-        kv_len=tile.kv_len,
-        zero=jnp.minimum(arrays.num_seqs[0], 0),
-        factor=kv_scale * (sizes.scale * to_tanh),
-    )
+    walk = _walk(tile, split, sizes, arrays.num_seqs[0], kv_scale)
     row = tile.token * sizes.num_heads + jax.lax.rem(number, row_blocks) * ROWS
+    is_raw = isinstance(shared.slots, ExpandedSlots)
+    registers = REGISTERS_EXPANDED if is_raw else REGISTERS
     warpgroup = jax.lax.axis_index("warpgroup")
 
     @pl.when(tile.count > 0)
@@ -184,16 +223,49 @@ def _kernel(*refs, sizes: Sizes, num_tokens: int, most_keys: int, row_blocks: in
 
             @pl.when(warpgroup == me)
             def _(me=me):
-                plgpu.set_max_registers(REGISTERS_ATTENDING, action="increase")
-                running = attending.attend(me, sizes, shared, walk)
+                plgpu.set_max_registers(registers["attends"], action="increase")
+                running = attending.attend(me, sizes, shared, walk, attending.sees_causally)
                 results = attending.finish(me, shared, running, kv_scale)
                 _write(me, sizes, shared, arrays, results, (split, number), row, tile.count)
 
         @pl.when(warpgroup == ATTENDING)
         def _():
-            plgpu.set_max_registers(REGISTERS_LOADING, action="decrease")
+            plgpu.set_max_registers(registers["loads"], action="decrease")
             load_queries(sizes, shared, arrays.ql_nope, arrays.q_pe, row)
-            load_pages(sizes, shared, arrays.pages, arrays.page_table, tile, walk)
+            sources = arrays.pages, arrays.page_table, tile, walk
+            if not is_raw:
+                load_pages(sizes, shared.slots, *sources)
+                return
+            first = walk.first_pair * PAIR
+            load_and_expand(
+                shared.slots, walk.pairs,
+                functools.partial(load_raw_pages, sizes, shared.slots, *sources),
+                functools.partial(_converted, shared.q.dtype),
+                lambda i, slot: walk.kv_len - first - i * PAIR - slot * KEYS,
+            )  # fmt: skip
+
+
+def _walk(tile, split, sizes: Sizes, num_seqs, kv_scale) -> attending.Walk:
+    """A split's share of the keys of a tile."""
+    pairs = pl.cdiv(tile.stop, PAIR)
+    share = pl.cdiv(pairs, sizes.splits)
+    to_tanh = LOG2_E if sizes.soft_cap is None else 2 * LOG2_E / sizes.soft_cap
+    return attending.Walk(
+        pairs=jnp.clip(pairs - split * share, 0, share),
+        first_pair=split * share,
+        q_pos=tile.q_pos,
+        kv_len=tile.kv_len,
+        zero=jnp.minimum(num_seqs, 0),
+        factor=kv_scale * (sizes.scale * to_tanh),
+    )
+
+
+def _converted(dtype, raw, slot) -> list[jax.Array]:
+    """The columns of a group of 8-bit rows, as `load_and_expand` wants them."""
+    return [
+        plgpu.load(raw.at[pl.ds(0, GROUP), column], layout=row_pieces_layout()).astype(dtype)
+        for column in range(raw.shape[1])
+    ]
 
 
 def _write(me, sizes, shared, arrays, results, at, row, count) -> None:
@@ -207,7 +279,7 @@ def _write(me, sizes, shared, arrays, results, at, row, count) -> None:
     if sizes.splits > 1:
         arrays.out[(*at, slice(None), columns)] = out
     else:
-        shared.q[me] = out.astype(arrays.out.dtype)
+        shared.out[me] = out.astype(arrays.out.dtype)
         plgpu.commit_smem()
         height = min(sizes.num_heads, ROWS)
         for token in range(sizes.block_q):
@@ -215,7 +287,7 @@ def _write(me, sizes, shared, arrays, results, at, row, count) -> None:
             @pl.when(token < count)
             def _(first=token * height):
                 plgpu.copy_smem_to_gmem(
-                    shared.q.at[me, pl.ds(first, height)],
+                    shared.out.at[me, pl.ds(first, height)],
                     arrays.out.at[pl.ds(row + first, height), columns],
                 )
 

@@ -22,7 +22,6 @@ shared memory) is that of FlashMLA's decode kernel for Hopper as its authors des
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -38,6 +37,9 @@ PAIR = 2 * KEYS
 ATTENDING = 2  # warpgroups
 NOTHING = -1e30  # a running maximum before any key: finite, so that differences are numbers
 LOG2_E = math.log2(math.e)
+OWN, OTHER = 0, 1  # parts of a slot: the half that its owner reads as values, and the rest
+
+Sees = Callable[..., jax.Array]  # as `sees_causally`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,22 +71,16 @@ class Sizes:
 
 
 class Shared(NamedTuple):
-    """Shared memory and barriers of a block; `own` and `other` are the halves of a slot's latents.
+    """Shared memory and barriers of a block of the grid."""
 
-    A slot's own half is read as values by its owner, the other half by the other warpgroup, and
-    so are the rotary keys, as weights. Each is filled and emptied by itself.
-    """
-
-    q: Any  # [2 halves, ROWS, half], then the output's
+    q: Any  # [2 halves, ROWS, half]
     q_rope: Any  # [ROWS, rope_dim]
-    kv: Any  # [2 slots, 2 halves, KEYS, half]
-    kv_rope: Any  # [2 slots, KEYS, rope_dim], then weights [2, ROWS, KEYS]
+    out: Any  # as q, when the queries have been read for the last time
+    slots: Any  # of keys: see `mosaic_gpu_slots`
     maxima: Any  # float32 [2, ROWS]: the running maximum that a slot's weights are relative to
     sums: Any  # float32 [2, ROWS]
     lse: Any  # float32 [ROWS]
     q_full: Any
-    full: tuple[Any, Any]  # own, other; of 2 slots
-    empty: tuple[Any, Any]
     weighed: Any  # of 2 slots: weights and maximum are there
     done: Any
 
@@ -128,8 +124,8 @@ def start(sizes: Sizes) -> Running:
     )
 
 
-def attend(me: int, sizes: Sizes, shared: Shared, walk: Walk) -> Running:
-    """The part of warpgroup `me` (0 or 1) in every pair of blocks.
+def attend(me: int, sizes: Sizes, shared: Shared, walk: Walk, sees: Sees) -> Running:
+    """The part of warpgroup `me` (0 or 1) in every pair of blocks; `sees` masks.
 
     Each wgmma takes its operands by descriptors of 64 bits, 88 of them in a step. Known to be the
     same in each step they would all be computed before the loop and kept, most of them spilled (276
@@ -143,7 +139,7 @@ def attend(me: int, sizes: Sizes, shared: Shared, walk: Walk) -> Running:
         scores = own_scores(me, shared, zero)
         if me == 1:
             running = other_block(me, sizes, shared, running, zero)
-        running = own_block(me, sizes, shared, running, scores, first_key, walk, zero)
+        running = own_block(me, sizes, shared, running, scores, first_key, walk, zero, sees)
         if me == 0:
             running = other_block(me, sizes, shared, running, zero)
         return running
@@ -155,69 +151,63 @@ def own_scores(me: int, shared: Shared, zero) -> jax.Array:
     """Dot products of all rows and the keys of one's slot, float32 [ROWS, KEYS]."""
 
     def dots(acc):
-        for half, full in zip((me, 1 - me), shared.full, strict=True):
-            plgpu.barrier_wait(full.at[me])
-            keys = shared.kv.at[me + zero, half].transpose((1, 0))
+        for part, half in enumerate((me, 1 - me)):
+            shared.slots.wait(me, part)
+            keys = shared.slots.values(me + zero, half).transpose((1, 0))
             plgpu.wgmma(acc, shared.q.at[half + zero], keys)
-        plgpu.wgmma(acc, shared.q_rope, shared.kv_rope.at[me + zero].transpose((1, 0)))
+        plgpu.wgmma(acc, shared.q_rope, shared.slots.rope(me + zero).transpose((1, 0)))
         return acc[...]
 
     return pl.run_scoped(dots, plgpu.ACC((ROWS, KEYS), jnp.float32))
 
 
-def own_block(me, sizes, shared, running, scores, first_key, walk: Walk, zero) -> Running:
+def own_block(me, sizes, shared, running, scores, first_key, walk, zero, sees) -> Running:
     """Weights of one's own block, handed to the other warpgroup; and their values added."""
     logits = scores * walk.factor
     if sizes.soft_cap is not None:
         # tanh(x) = 1 - 2 / (1 + exp(2 x)), the hardware's own tanh is good to 11 bits only.
         cap = sizes.soft_cap * LOG2_E
         logits = cap - 2 * cap / (1 + jnp.exp2(logits))
-    row = plgpu.broadcasted_iota(jnp.int32, (ROWS, KEYS), 0, layout=plgpu.Layout.WGMMA)
-    column = plgpu.broadcasted_iota(jnp.int32, (ROWS, KEYS), 1, layout=plgpu.Layout.WGMMA)
-    token = jax.lax.div(row, jnp.full_like(row, sizes.num_heads))
-    logits = jnp.where(column <= walk.q_pos - first_key + token, logits, -jnp.inf)
+    logits = jnp.where(sees(me, sizes, shared, first_key, walk), logits, -jnp.inf)
     m = jnp.maximum(running.m, logits.max(axis=1))
     weights = jnp.exp2(logits - across(m, KEYS))
     shrink = shrink_to(running.m, m)
     l = running.l * shrink + weights.sum(axis=1)
-    rounded = weights.astype(shared.kv.dtype)
-    shared.kv_rope[me] = rounded
+    rounded = weights.astype(shared.q.dtype)
+    plgpu.store(shared.slots.rope(me), rounded)
     shared.maxima[me] = m
-    blank_unused(me, sizes, shared, walk.kv_len - first_key)
+    shared.slots.blank(me, sizes, walk.kv_len - first_key)
     plgpu.commit_smem()
     plgpu.barrier_arrive(shared.weighed.at[me])
     acc = add_product(
-        running.acc * across(shrink, sizes.half), lambda: (rounded, shared.kv.at[me + zero, me])
+        running.acc * across(shrink, sizes.half),
+        lambda: (rounded, shared.slots.values(me + zero, me)),
     )
-    plgpu.barrier_arrive(shared.empty[0].at[me])
+    shared.slots.release(me, OWN)
     return Running(acc, m, l)
-
-
-def blank_unused(me: int, sizes: Sizes, shared: Shared, keys) -> None:
-    """Zeros for the values of a slot after the sequence's last key: 0 * NaN is NaN."""
-
-    @pl.when(keys < KEYS)
-    def _():
-        for half, first in itertools.product((0, 1), range(0, sizes.half, KEYS)):
-            values = shared.kv.at[me, half, :, pl.ds(first, KEYS)]
-            row = plgpu.broadcasted_iota(jnp.int32, (KEYS, KEYS), 0, layout=plgpu.Layout.WGMMA)
-            kept = plgpu.load(values, layout=plgpu.Layout.WGMMA)
-            values[...] = jnp.where(row < keys, kept, jnp.zeros_like(kept))
 
 
 def other_block(me: int, sizes: Sizes, shared: Shared, running: Running, zero) -> Running:
     """Values of the block that the other warpgroup owns, with the weights that it left."""
     slot = 1 - me
-    plgpu.barrier_wait(shared.full[1].at[slot])  # its own half is refilled without asking here
+    shared.slots.wait_for_values(slot)
     plgpu.barrier_wait(shared.weighed.at[slot])
     m = plgpu.load(shared.maxima.at[slot], layout=row_layout())
     shrink = shrink_to(running.m, m)
     acc = add_product(
         running.acc * across(shrink, sizes.half),
-        lambda: (shared.kv_rope.at[slot + zero], shared.kv.at[slot + zero, me]),
+        lambda: (shared.slots.rope(slot + zero), shared.slots.values(slot + zero, me)),
     )
-    plgpu.barrier_arrive(shared.empty[1].at[slot])
+    shared.slots.release(slot, OTHER)
     return Running(acc, m, running.l * shrink)
+
+
+def sees_causally(me: int, sizes: Sizes, shared: Shared, first_key, walk: Walk) -> jax.Array:
+    """Whether each row's query comes no earlier than each key of a block."""
+    row = plgpu.broadcasted_iota(jnp.int32, (ROWS, KEYS), 0, layout=plgpu.Layout.WGMMA)
+    column = plgpu.broadcasted_iota(jnp.int32, (ROWS, KEYS), 1, layout=plgpu.Layout.WGMMA)
+    token = jax.lax.div(row, jnp.full_like(row, sizes.num_heads))
+    return column <= walk.q_pos - first_key + token
 
 
 def shrink_to(old: jax.Array, new: jax.Array) -> jax.Array:

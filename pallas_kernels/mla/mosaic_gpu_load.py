@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mla.mosaic_gpu_attend import KEYS, ROWS, Shared, Sizes, Walk
+from pallas_kernels.mla.mosaic_gpu_attend import KEYS, OTHER, ROWS, Shared, Sizes, Walk
 from pallas_kernels.mla.mosaic_gpu_batch import Tile
+from pallas_kernels.mla.mosaic_gpu_slots import GROUP, ExpandedSlots, PlainSlots
 
 
 def load_queries(sizes: Sizes, shared: Shared, ql_nope: Any, q_pe: Any, row) -> None:
@@ -27,7 +28,7 @@ def copies_of_a_block(page_size: int) -> int:
 
 
 def load_pages(
-    sizes: Sizes, shared: Shared, pages: Any, page_table: Any, tile: Tile, walk: Walk
+    sizes: Sizes, slots: PlainSlots, pages: Any, page_table: Any, tile: Tile, walk: Walk
 ) -> None:
     """Every pair of key blocks, page by page; returns when the last has been used.
 
@@ -36,7 +37,7 @@ def load_pages(
     rows = min(sizes.page_size, KEYS)
 
     def load_slot(i, slot):
-        for part, (full, empty) in enumerate(zip(shared.full, shared.empty, strict=True)):
+        for part, (full, empty) in enumerate(zip(slots.full, slots.empty, strict=True)):
             half = slot ^ part
 
             @pl.when(i > 0)
@@ -51,9 +52,9 @@ def load_pages(
                 ]
                 at = pl.ds(piece * rows, rows)
                 copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=full.at[slot])
-                copy(page.at[:, sizes.columns(half)], shared.kv.at[slot, half, at])
-                if part == 1:
-                    copy(page.at[:, sizes.rope], shared.kv_rope.at[slot, at])
+                copy(page.at[:, sizes.columns(half)], slots.kv.at[slot, half, at])
+                if part == OTHER:
+                    copy(page.at[:, sizes.rope], slots.kv_rope.at[slot, at])
 
     def one_pair(i, _):
         for slot in (0, 1):
@@ -64,6 +65,24 @@ def load_pages(
 
     @pl.when(walk.pairs > 0)
     def _():
-        for empty in shared.empty:
+        for empty in slots.empty:
             for slot in (0, 1):
                 plgpu.barrier_wait(empty.at[slot])
+
+
+def load_raw_pages(
+    sizes: Sizes, slots: ExpandedSlots, pages: Any, page_table: Any, tile: Tile, walk: Walk, i, slot
+) -> None:
+    """One block of rows that are expanded: groups of 16 into the first rows of theirs.
+
+    pages: [num_pages, page_size, columns / 64, 64]. Positions past the end as in `load_pages`.
+    """
+    for group in range(KEYS // GROUP):
+        first = (walk.first_pair + i) * 2 * KEYS + slot * KEYS + group * GROUP
+        column = jax.lax.div(jnp.minimum(first, walk.kv_len - 1), sizes.page_size)
+        rows = pl.ds(jax.lax.rem(first, sizes.page_size), GROUP)
+        plgpu.copy_gmem_to_smem(
+            pages.at[page_table[tile.seq, column], rows],
+            slots.raw.at[slot, group, pl.ds(0, GROUP)],
+            slots.arrived.at[slot],
+        )

@@ -14,7 +14,7 @@ from attnsel_jax.config import AttentionSelectorConfig
 from attnsel_jax.platforms import Device
 from attnsel_jax.problems.mla_inputs import mla_inputs
 from pallas_kernels import gpu_chip
-from pallas_kernels.mla import mosaic_gpu, mosaic_gpu_attend
+from pallas_kernels.mla import mosaic_gpu, mosaic_gpu_attend, mosaic_gpu_slots
 from pallas_kernels.mla.mosaic_gpu import mla_attention
 
 needs_gpu_interpreter()
@@ -71,7 +71,7 @@ def first_key_later(monkeypatch):
 
 
 def unused_kept(monkeypatch):
-    monkeypatch.setattr(mosaic_gpu_attend, "blank_unused", lambda *_: None)
+    monkeypatch.setattr(mosaic_gpu_slots, "blank_rows", lambda *_: None)
 
 
 def other_maximum_ignored(monkeypatch):
