@@ -168,18 +168,13 @@ def _scratch(sizes: Sizes, q_dtype, out_dtype, cache_dtype) -> list[Any]:
         plgpu.SMEM((2, ROWS, sizes.half), dtype, transforms=tiled())
         for dtype in (q_dtype, out_dtype)
     )
-    columns = sizes.rank + sizes.rope_dim
     if cache_dtype == q_dtype:
         slots = PlainSlots.scratch(sizes, q_dtype, copies_of_a_block(sizes.page_size))
     else:
-        raw = (2, KEYS // GROUP, 2 * GROUP, columns // LANE_ROW, LANE_ROW)
-        kv = plgpu.SMEM((2, KEYS, columns), q_dtype, transforms=tiled())
-        slots = (
-            plgpu.RefUnion(plgpu.SMEM(raw, cache_dtype), kv),
-            plgpu.Barrier(num_barriers=2, num_arrivals=KEYS // GROUP),
-            plgpu.Barrier(num_barriers=2),
-            plgpu.Barrier(num_barriers=2, num_arrivals=ATTENDING),
-        )
+        columns = sizes.rank + sizes.rope_dim
+        groups = KEYS // GROUP
+        raw = plgpu.SMEM((groups, 2 * GROUP, columns // LANE_ROW, LANE_ROW), cache_dtype)
+        slots = ExpandedSlots.scratch(raw, sizes, q_dtype, groups)
     return [
         q if q_dtype == out_dtype else plgpu.RefUnion(q, out),
         plgpu.SMEM((ROWS, sizes.rope_dim), q_dtype, transforms=tiled()),
@@ -198,8 +193,7 @@ def _shared(scratch, sizes: Sizes, converts: bool) -> Shared:
     q, q_rope, slots, *rest = scratch
     q, out = q if converts else (q, q)
     if not isinstance(slots, PlainSlots):
-        union, *barriers = slots
-        slots = ExpandedSlots(*union, *barriers, sizes.rank)
+        slots = ExpandedSlots.of(slots, sizes.rank)
     return Shared(q, q_rope, out, slots, *rest)
 
 

@@ -153,9 +153,9 @@ def own_scores(me: int, shared: Shared, zero) -> jax.Array:
     def dots(acc):
         for part, half in enumerate((me, 1 - me)):
             shared.slots.wait(me, part)
-            keys = shared.slots.values(me + zero, half).transpose((1, 0))
+            keys = shared.slots.values(me, half, zero).transpose((1, 0))
             plgpu.wgmma(acc, shared.q.at[half + zero], keys)
-        plgpu.wgmma(acc, shared.q_rope, shared.slots.rope(me + zero).transpose((1, 0)))
+        plgpu.wgmma(acc, shared.q_rope, shared.slots.rope(me, zero).transpose((1, 0)))
         return acc[...]
 
     return pl.run_scoped(dots, plgpu.ACC((ROWS, KEYS), jnp.float32))
@@ -174,14 +174,14 @@ def own_block(me, sizes, shared, running, scores, first_key, walk, zero, sees) -
     shrink = shrink_to(running.m, m)
     l = running.l * shrink + weights.sum(axis=1)
     rounded = weights.astype(shared.q.dtype)
-    plgpu.store(shared.slots.rope(me), rounded)
+    plgpu.store(shared.slots.rope(me, zero), rounded)
     shared.maxima[me] = m
     shared.slots.blank(me, sizes, walk.kv_len - first_key)
     plgpu.commit_smem()
     plgpu.barrier_arrive(shared.weighed.at[me])
     acc = add_product(
         running.acc * across(shrink, sizes.half),
-        lambda: (rounded, shared.slots.values(me + zero, me)),
+        lambda: (rounded, shared.slots.values(me, me, zero)),
     )
     shared.slots.release(me, OWN)
     return Running(acc, m, l)
@@ -196,7 +196,7 @@ def other_block(me: int, sizes: Sizes, shared: Shared, running: Running, zero) -
     shrink = shrink_to(running.m, m)
     acc = add_product(
         running.acc * across(shrink, sizes.half),
-        lambda: (shared.slots.rope(slot + zero), shared.slots.values(slot + zero, me)),
+        lambda: (shared.slots.rope(slot, zero), shared.slots.values(slot, me, zero)),
     )
     shared.slots.release(slot, OTHER)
     return Running(acc, m, running.l * shrink)

@@ -83,6 +83,6 @@ def load_raw_pages(
         rows = pl.ds(jax.lax.rem(first, sizes.page_size), GROUP)
         plgpu.copy_gmem_to_smem(
             pages.at[page_table[tile.seq, column], rows],
-            slots.raw.at[slot, group, pl.ds(0, GROUP)],
+            slots.raw[slot].at[group, pl.ds(0, GROUP)],
             slots.arrived.at[slot],
         )

@@ -12,6 +12,7 @@ accumulator of 64 x 256: ptxas refuses it.)
 """
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mla.mosaic_gpu_attend import KEYS, OTHER, OWN, Sizes
+from pallas_kernels.mla.mosaic_gpu_attend import ATTENDING, KEYS, OTHER, OWN, Sizes
 
 GROUP = 16  # rows that are expanded at once
 LANE_ROW = 64  # 16-bit numbers of a swizzled row, 128 bytes
@@ -50,13 +51,13 @@ class PlainSlots(NamedTuple):
             tuple(plgpu.Barrier(num_barriers=2) for _ in (OWN, OTHER)),
         )
 
-    def values(self, slot: Any, half: int) -> Any:
-        """Half of a slot's latents, [KEYS, half]."""
-        return self.kv.at[slot, half]
+    def values(self, slot: int, half: int, zero: Any) -> Any:
+        """Half of a slot's latents, [KEYS, half]; zero: see `mosaic_gpu_attend.attend`."""
+        return self.kv.at[slot + zero, half]
 
-    def rope(self, slot: Any) -> Any:
+    def rope(self, slot: int, zero: Any) -> Any:
         """A slot's rotary keys, [KEYS, rope_dim]."""
-        return self.kv_rope.at[slot]
+        return self.kv_rope.at[slot + zero]
 
     def wait(self, slot: int, part: int) -> None:
         """For the owner: until a part is there."""
@@ -90,20 +91,39 @@ def blank_rows(rows: Any, keys: Any, layout: Any) -> None:
 class ExpandedSlots(NamedTuple):
     """Slots whose rows come raw, and are then written as wgmma wants them."""
 
-    raw: Any  # [2 slots, KEYS / GROUP, rows, ...]: the same memory
-    kv: Any  # [2 slots, KEYS, rank + rope_dim]
+    raw: tuple[Any, Any]  # by slot, [KEYS / GROUP, rows, ...]: the same memory as
+    kv: tuple[Any, Any]  # by slot, [1, KEYS, rank + rope_dim]
     arrived: Any  # of 2 slots
     full: Any
     empty: Any
     rank: int
 
-    def values(self, slot: Any, half: int) -> Any:
-        """Half of a slot's latents, [KEYS, half]."""
-        return self.kv.at[slot, :, pl.ds(half * (self.rank // 2), self.rank // 2)]
+    @classmethod
+    def scratch(cls, raw: Any, sizes: Sizes, dtype: Any, copies: int) -> tuple[Any, ...]:
+        """What to allocate; raw: a slot's rows as they come; copies: that bring them."""
+        columns = sizes.rank + sizes.rope_dim
+        kv = plgpu.SMEM((1, KEYS, columns), dtype, transforms=tiled())
+        return (
+            *(one_memory(raw, kv) for _ in range(2)),
+            plgpu.Barrier(num_barriers=2, num_arrivals=copies),
+            plgpu.Barrier(num_barriers=2),
+            plgpu.Barrier(num_barriers=2, num_arrivals=ATTENDING),
+        )
 
-    def rope(self, slot: Any) -> Any:
+    @classmethod
+    def of(cls, scratch: tuple[Any, ...], rank: int) -> "ExpandedSlots":
+        """What `scratch` allocated."""
+        first, second, *barriers = scratch
+        return cls(*zip(first, second, strict=True), *barriers, rank)
+
+    def values(self, slot: int, half: int, zero: Any) -> Any:
+        """Half of a slot's latents, [KEYS, half]; zero: see `mosaic_gpu_attend.attend`."""
+        return self.kv[slot].at[zero, :, pl.ds(half * (self.rank // 2), self.rank // 2)]
+
+    def rope(self, slot: int, zero: Any) -> Any:
         """A slot's rotary keys, [KEYS, rope_dim]."""
-        return self.kv.at[slot, :, pl.ds(self.rank, self.kv.shape[2] - self.rank)]
+        kv = self.kv[slot]
+        return kv.at[zero, :, pl.ds(self.rank, kv.shape[2] - self.rank)]
 
     def wait(self, slot: int, part: int) -> None:
         """For the owner: until all is there."""
@@ -119,6 +139,26 @@ class ExpandedSlots(NamedTuple):
 
     def blank(self, slot: int, sizes: Sizes, keys: Any) -> None:
         """Nothing: whoever expands leaves no row that does not exist."""
+
+
+def one_memory(raw: Any, kv: Any) -> Any:
+    """A slot's raw rows and its keys, at the same address, so that each group covers itself.
+
+    A group of raw rows is allocated as large as GROUP rows of keys, and both begin where the slot
+    does: tiles of 8 keys come one after another. While a group is written, the next one's raw rows
+    are still there. (The interpreter tells views apart for a whole slot: there, tests give each its
+    own memory.)
+
+    Raises:
+        ValueError: the sizes differ.
+    """
+    sizes = [math.prod(x.shape) * x.dtype.itemsize for x in (raw, kv)]
+    if sizes[0] != sizes[1] or raw.shape[0] != KEYS // GROUP:
+        raise ValueError(
+            f"raw rows take {sizes[0]} bytes in {raw.shape[0]} groups, must be {sizes[1]} in "
+            f"{KEYS // GROUP}: as the keys that are written over them"
+        )
+    return plgpu.RefUnion(raw, kv)
 
 
 def row_pieces_layout() -> Any:
@@ -152,10 +192,10 @@ def load_and_expand(
     def expand(i, slot):
         plgpu.barrier_wait(slots.arrived.at[slot])
         for group in range(KEYS // GROUP):
-            pieces = pieces_of(slots.raw.at[slot, group], slot)
+            pieces = pieces_of(slots.raw[slot].at[group], slot)
             for column, piece in enumerate(pieces):
                 at = pl.ds(group * GROUP, GROUP), pl.ds(column * LANE_ROW, LANE_ROW)
-                slots.kv[(slot, *at)] = piece
+                slots.kv[slot][(0, *at)] = piece
         if keys_of is not None:
             blank_last(slots, slot, keys_of(i, slot))
         plgpu.commit_smem()
@@ -187,7 +227,7 @@ def blank_last(slots: ExpandedSlots, slot: int, keys: Any) -> None:
     @pl.when(keys < KEYS)
     def _():
         for group, column in itertools.product(
-            range(KEYS // GROUP), range(slots.kv.shape[2] // LANE_ROW)
+            range(KEYS // GROUP), range(slots.kv[slot].shape[2] // LANE_ROW)
         ):
             at = pl.ds(group * GROUP, GROUP), pl.ds(column * LANE_ROW, LANE_ROW)
-            blank_rows(slots.kv.at[(slot, *at)], keys - group * GROUP, row_pieces_layout())
+            blank_rows(slots.kv[slot].at[(0, *at)], keys - group * GROUP, row_pieces_layout())

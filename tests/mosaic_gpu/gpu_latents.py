@@ -8,6 +8,7 @@ from attnsel_jax.compare import compare
 from attnsel_jax.problems import Problem
 from attnsel_jax.problems.mla_inputs import mla_inputs
 from pallas_kernels import gpu_chip
+from pallas_kernels.mla import mosaic_gpu_slots
 
 # Small, and with every edge: one query, several tiles of queries, none, more queries than a tile;
 # keys in one block, in several pairs, on a block's border.
@@ -29,3 +30,8 @@ def row_of(kernel, *, seed=0, **options):
     with gpu_interpreter("h200"):
         (row,) = compare([problem], {"kernel": kernel}, seed=seed).rows
     return row
+
+
+def with_raw_rows_apart(monkeypatch):
+    """Raw rows and keys of a slot in memory of their own: the interpreter has room, and asks it."""
+    monkeypatch.setattr(mosaic_gpu_slots, "one_memory", lambda raw, kv: (raw, kv))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gpu_interpreter import needs_gpu_interpreter
-from gpu_latents import SHAPE, row_of, with_cores
+from gpu_latents import SHAPE, row_of, with_cores, with_raw_rows_apart
 
 from attnsel_jax.aot import compile_for, target_for
 from attnsel_jax.backends.mosaic_gpu_mla import GPU_LATENT, HALVES, MosaicGpuMlaBackend
@@ -27,8 +27,14 @@ CASES = {
                                    "q_lens": (2,), "kv_lens": (140,)},
     "soft-cap-nothing-written": {"soft_cap": 5.0, "writes": False, "page_size": 128,
                                  "q_lens": (1, 5), "kv_lens": (700, 9)},
+    "e4m3": {"cache_dtype": "float8_e4m3fn", "scaled": True, "q_lens": (1, 5),
+             "kv_lens": (300, 9)},
 }  # fmt: skip
 MORE = {
+    "e5m2-pages-of-16": {"cache_dtype": "float8_e5m2", "page_size": 16, "num_heads": 16,
+                         "soft_cap": 20.0},
+    "e4m3-float16": {"cache_dtype": "float8_e4m3fn", "scaled": True, "dtype": "float16",
+                     "page_size": 32, "rank": 512, "kv_lens": (193, 71, 7, 4)},
     "deepseek": {"rank": 512, "num_heads": 16, "q_lens": (1, 3), "kv_lens": (330, 20)},
     "rank-256": {"rank": 256, "kv_lens": (128, 71, 7, 4)},
     "one-tile-a-token": {"q_lens": (3, 1), "kv_lens": (130, 2), "pad_seqs": 4, "num_heads": 72},
@@ -43,6 +49,7 @@ MORE = {
 def _few_cores(monkeypatch):
     """So few that some problems are split and others are not."""
     with_cores(monkeypatch, 8)
+    with_raw_rows_apart(monkeypatch)
 
 
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
@@ -107,6 +114,15 @@ def nothing_written(monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "write_latents", lambda pages, *_: pages)
 
 
+def scale_dropped(monkeypatch):
+    real = mosaic_gpu._walk
+
+    def faulty(*args):
+        return real(*args[:-1], 1.0)
+
+    monkeypatch.setattr(mosaic_gpu, "_walk", faulty)
+
+
 FAULTS = {
     "a key after the query's own is seen": (first_key_later, "mixed"),
     "unused slots are multiplied by 0": (unused_kept, "mixed"),
@@ -115,6 +131,8 @@ FAULTS = {
     "no soft cap": (soft_cap_dropped, "soft-cap-nothing-written"),
     "the pages of another sequence": (wrong_sequence, "decode"),
     "this step's rows are not written": (nothing_written, "decode"),
+    "unused slots of 8 bits are multiplied by 0": (unused_kept, "e4m3"),
+    "no scale of the cache": (scale_dropped, "e4m3"),
 }
 
 
@@ -207,16 +225,19 @@ def compiled(num_pages=64, **options):
     return report, pages.size * pages.dtype.itemsize
 
 
-def test_a_sample_compiles_and_the_cache_is_not_copied():
+@pytest.mark.parametrize("cache_dtype", [None, "float8_e4m3fn"])
+def test_a_sample_compiles_and_the_cache_is_not_copied(cache_dtype):
     sizes = {"q_lens": (1,) * 4, "kv_lens": (1024,) * 4, "num_heads": 128}
-    report, cache = compiled(num_pages=8192, **sizes)
+    report, cache = compiled(num_pages=8192, cache_dtype=cache_dtype, **sizes)
     assert report.memory["aliased"] >= cache > 10 * report.memory["temporaries"]
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("page_size", GPU_LATENT.block_size.values)
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("num_heads", [128, 16, 3])
+@pytest.mark.parametrize("cache_dtype", [None, "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("num_heads", [128, 3])
 @pytest.mark.parametrize("soft_cap", [None, 30.0])
-def test_everything_declared_compiles(num_heads, page_size, dtype, soft_cap):
-    compiled(num_heads=num_heads, page_size=page_size, dtype=dtype, soft_cap=soft_cap)
+def test_everything_declared_compiles(num_heads, page_size, dtype, cache_dtype, soft_cap):
+    compiled(num_heads=num_heads, page_size=page_size, dtype=dtype, soft_cap=soft_cap,
+             cache_dtype=cache_dtype)  # fmt: skip
