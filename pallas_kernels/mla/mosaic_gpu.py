@@ -18,22 +18,24 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import gpu_chip
 from pallas_kernels.mla import mosaic_gpu_attend as attending
 from pallas_kernels.mla.mosaic_gpu_arguments import check_latent
-from pallas_kernels.mla.mosaic_gpu_attend import ATTENDING, KEYS, LOG2_E, PAIR, ROWS, Shared, Sizes
-from pallas_kernels.mla.mosaic_gpu_batch import Batch, find_tile, num_tiles, tiles_of_tokens
+from pallas_kernels.mla.mosaic_gpu_attend import ATTENDING, KEYS, LOG2_E, PAIR, ROWS, Sizes
+from pallas_kernels.mla.mosaic_gpu_batch import Batch, find_tile, num_tiles
 from pallas_kernels.mla.mosaic_gpu_load import (
     copies_of_a_block,
     load_pages,
     load_queries,
     load_raw_pages,
 )
+from pallas_kernels.mla.mosaic_gpu_results import merged, shapes, write
 from pallas_kernels.mla.mosaic_gpu_slots import (
     GROUP,
     LANE_ROW,
     ExpandedSlots,
     PlainSlots,
+    allocated,
     load_and_expand,
     row_pieces_layout,
-    tiled,
+    scratch,
 )
 from pallas_kernels.mla.mosaic_gpu_writes import write_latents
 from pallas_kernels.shape_checks import check_positive
@@ -124,8 +126,8 @@ class _Arrays(NamedTuple):
     cu_q_lens: Any
     num_seqs: Any
     kv_scale: Any
-    out: Any  # [num_tokens * num_heads, rank]; where split, float32 [splits, tiles, ROWS, rank]
-    lse: Any  # [splits, tiles, ROWS]
+    out: Any  # see `mosaic_gpu_results`
+    lse: Any
 
 
 def _call(ql_nope, q_pe, pages, page_table, batch: Batch, kv_scale, sizes: Sizes, *, dtype):
@@ -134,9 +136,6 @@ def _call(ql_nope, q_pe, pages, page_table, batch: Batch, kv_scale, sizes: Sizes
     max_num_seqs = batch.kv_lens.shape[0]
     row_blocks = -(-num_heads // ROWS)
     tiles = num_tiles(num_tokens, max_num_seqs, sizes.block_q) * row_blocks
-    out = jax.ShapeDtypeStruct((num_tokens * num_heads, rank), dtype)
-    if sizes.splits > 1:
-        out = jax.ShapeDtypeStruct((sizes.splits, tiles, ROWS, rank), jnp.float32)
     is_raw = pages.dtype.itemsize == 1
     if is_raw:
         pages = pages.reshape(*pages.shape[:2], -1, LANE_ROW)
@@ -146,8 +145,10 @@ def _call(ql_nope, q_pe, pages, page_table, batch: Batch, kv_scale, sizes: Sizes
     }  # fmt: skip
     called = plgpu.kernel(
         functools.partial(_kernel, sizes=sizes, **facts),
-        out_type=[out, jax.ShapeDtypeStruct((sizes.splits, tiles, ROWS), jnp.float32)],
-        scratch_types=_scratch(sizes, ql_nope.dtype, dtype, pages.dtype),
+        out_type=shapes(sizes, num_tokens, tiles, dtype),
+        scratch_types=scratch(
+            sizes, _slots(sizes, ql_nope.dtype, pages.dtype), ql_nope.dtype, dtype
+        ),
         grid=(sizes.splits, tiles),
         grid_names=("split", "tile"),
         num_threads=ATTENDING + 1,
@@ -159,48 +160,23 @@ def _call(ql_nope, q_pe, pages, page_table, batch: Batch, kv_scale, sizes: Sizes
         ql_nope.reshape(-1, rank), q_pe.reshape(num_tokens * num_heads, -1), pages, page_table,
         *batch[:3], kv_scale,
     )  # fmt: skip
-    return _merged(out, lse, batch, sizes, dtype)
+    return merged(out, lse, batch, sizes, dtype)
 
 
-def _scratch(sizes: Sizes, q_dtype, out_dtype, cache_dtype) -> list[Any]:
-    """Shared memory and barriers, in the order of `Shared`, but `out` lies where q does."""
-    q, out = (
-        plgpu.SMEM((2, ROWS, sizes.half), dtype, transforms=tiled())
-        for dtype in (q_dtype, out_dtype)
-    )
+def _slots(sizes: Sizes, q_dtype, cache_dtype) -> Any:
+    """The slots of keys, to allocate."""
     if cache_dtype == q_dtype:
-        slots = PlainSlots.scratch(sizes, q_dtype, copies_of_a_block(sizes.page_size))
-    else:
-        columns = sizes.rank + sizes.rope_dim
-        groups = KEYS // GROUP
-        raw = plgpu.SMEM((groups, 2 * GROUP, columns // LANE_ROW, LANE_ROW), cache_dtype)
-        slots = ExpandedSlots.scratch(raw, sizes, q_dtype, groups)
-    return [
-        q if q_dtype == out_dtype else plgpu.RefUnion(q, out),
-        plgpu.SMEM((ROWS, sizes.rope_dim), q_dtype, transforms=tiled()),
-        slots,
-        plgpu.SMEM((2, ROWS), jnp.float32),
-        plgpu.SMEM((2, ROWS), jnp.float32),
-        plgpu.SMEM((ROWS,), jnp.float32),
-        plgpu.Barrier(num_arrivals=3),
-        plgpu.Barrier(num_barriers=2),
-        plgpu.Barrier(num_arrivals=ATTENDING),
-    ]
-
-
-def _shared(scratch, sizes: Sizes, converts: bool) -> Shared:
-    """What `_scratch` allocated; converts: the output's dtype is not the queries'."""
-    q, q_rope, slots, *rest = scratch
-    q, out = q if converts else (q, q)
-    if not isinstance(slots, PlainSlots):
-        slots = ExpandedSlots.of(slots, sizes.rank)
-    return Shared(q, q_rope, out, slots, *rest)
+        return PlainSlots.scratch(sizes, q_dtype, copies_of_a_block(sizes.page_size))
+    columns = sizes.rank + sizes.rope_dim
+    groups = KEYS // GROUP
+    raw = plgpu.SMEM((groups, 2 * GROUP, columns // LANE_ROW, LANE_ROW), cache_dtype)
+    return ExpandedSlots.scratch(raw, sizes, q_dtype, groups)
 
 
 def _kernel(*refs, sizes: Sizes, num_tokens, most_keys, row_blocks, converts):
     """One block: finds its tile and its share of the keys; each warpgroup takes its part."""
     arrays = _Arrays(*refs[: len(_Arrays._fields)])
-    shared = _shared(refs[len(_Arrays._fields) :], sizes, converts)
+    shared = allocated(refs[len(_Arrays._fields) :], sizes, converts)
     split, number = jax.lax.axis_index("split"), jax.lax.axis_index("tile")
     batch = Batch(arrays.kv_lens, arrays.cu_q_lens, arrays.num_seqs, num_tokens, most_keys)
     tile = find_tile(jax.lax.div(number, row_blocks), batch, sizes.block_q)
@@ -220,7 +196,7 @@ def _kernel(*refs, sizes: Sizes, num_tokens, most_keys, row_blocks, converts):
                 plgpu.set_max_registers(registers["attends"], action="increase")
                 running = attending.attend(me, sizes, shared, walk, attending.sees_causally)
                 results = attending.finish(me, shared, running, kv_scale)
-                _write(me, sizes, shared, arrays, results, (split, number), row, tile.count)
+                write(me, sizes, shared, arrays, results, (split, number), row, tile.count)
 
         @pl.when(warpgroup == ATTENDING)
         def _():
@@ -260,55 +236,3 @@ def _converted(dtype, raw, slot) -> list[jax.Array]:
         plgpu.load(raw.at[pl.ds(0, GROUP), column], layout=row_pieces_layout()).astype(dtype)
         for column in range(raw.shape[1])
     ]
-
-
-def _write(me, sizes, shared, arrays, results, at, row, count) -> None:
-    """One's half of the output, and lse: of the tile's tokens, or all rows of a split's part."""
-    out, lse = results
-    columns = sizes.columns(me)
-    if me == 0:
-        shared.lse[...] = lse
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(shared.lse, arrays.lse.at[at])
-    if sizes.splits > 1:
-        arrays.out[(*at, slice(None), columns)] = out
-    else:
-        shared.out[me] = out.astype(arrays.out.dtype)
-        plgpu.commit_smem()
-        height = min(sizes.num_heads, ROWS)
-        for token in range(sizes.block_q):
-
-            @pl.when(token < count)
-            def _(first=token * height):
-                plgpu.copy_smem_to_gmem(
-                    shared.out.at[me, pl.ds(first, height)],
-                    arrays.out.at[pl.ds(row + first, height), columns],
-                )
-
-    plgpu.wait_smem_to_gmem(0)
-
-
-def _merged(out, lse, batch: Batch, sizes: Sizes, dtype):
-    """Out [num_tokens, num_heads, rank] and lse [num_tokens, num_heads] of what the blocks made."""
-    num_heads = sizes.num_heads
-    tile, place = tiles_of_tokens(batch, sizes.block_q)
-
-    def of_tokens(parts):
-        """[splits, tiles, ROWS, ...] -> [splits, num_tokens, num_heads, ...]."""
-        rows = sizes.block_q if num_heads <= ROWS else 1
-        if num_heads <= ROWS:
-            parts = parts[:, :, : rows * num_heads]
-        splits, _, _, *rest = parts.shape
-        parts = parts.reshape(splits, -1, rows, num_heads, *rest)
-        return parts[:, :, 0] if rows == 1 else parts[:, tile, place]
-
-    lse = of_tokens(lse)
-    if sizes.splits == 1:
-        return out.reshape(batch.num_tokens, num_heads, sizes.rank), lse[0]
-    most = jnp.max(lse, axis=0)
-    shares = jnp.exp(lse - jnp.where(jnp.isfinite(most), most, 0))
-    total = jnp.sum(shares, axis=0)
-    weights = shares / jnp.where(total == 0, 1, total)
-    out = jnp.sum(weights[..., None] * of_tokens(out), axis=0)
-    whole = jnp.where(total == 0, -jnp.inf, most + jnp.log(jnp.where(total == 0, 1, total)))
-    return out.astype(dtype), whole

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mla.mosaic_gpu_attend import ATTENDING, KEYS, OTHER, OWN, Sizes
+from pallas_kernels.mla.mosaic_gpu_attend import ATTENDING, KEYS, OTHER, OWN, ROWS, Shared, Sizes
 
 GROUP = 16  # rows that are expanded at once
 LANE_ROW = 64  # 16-bit numbers of a swizzled row, 128 bytes
@@ -231,3 +231,31 @@ def blank_last(slots: ExpandedSlots, slot: int, keys: Any) -> None:
         ):
             at = pl.ds(group * GROUP, GROUP), pl.ds(column * LANE_ROW, LANE_ROW)
             blank_rows(slots.kv[slot].at[(0, *at)], keys - group * GROUP, row_pieces_layout())
+
+
+def scratch(sizes: Sizes, slots: Any, q_dtype: Any, out_dtype: Any) -> list[Any]:
+    """A kernel's shared memory and barriers, in `Shared`'s order; `out` lies where q does."""
+    q, out = (
+        plgpu.SMEM((2, ROWS, sizes.half), dtype, transforms=tiled())
+        for dtype in (q_dtype, out_dtype)
+    )
+    return [
+        q if q_dtype == out_dtype else plgpu.RefUnion(q, out),
+        plgpu.SMEM((ROWS, sizes.rope_dim), q_dtype, transforms=tiled()),
+        slots,
+        plgpu.SMEM((2, ROWS), jnp.float32),
+        plgpu.SMEM((2, ROWS), jnp.float32),
+        plgpu.SMEM((ROWS,), jnp.float32),
+        plgpu.Barrier(num_arrivals=3),
+        plgpu.Barrier(num_barriers=2),
+        plgpu.Barrier(num_arrivals=ATTENDING),
+    ]
+
+
+def allocated(refs: Any, sizes: Sizes, converts: bool) -> Shared:
+    """What `scratch` allocated; converts: the output's dtype is not the queries'."""
+    q, q_rope, slots, *rest = refs
+    q, out = q if converts else (q, q)
+    if not isinstance(slots, PlainSlots):
+        slots = ExpandedSlots.of(slots, sizes.rank)
+    return Shared(q, q_rope, out, slots, *rest)
