@@ -39,7 +39,13 @@ class MosaicGpuMlaBackend(AttentionBackend):
     def supports_combination(
         cls, config: AttentionSelectorConfig, device: Device
     ) -> Sequence[Rejection]:
-        """A 16-bit cache is multiplied as it is: of the queries' dtype."""
-        if config.cache_dtype in HALVES and config.cache_dtype != config.dtype:
-            return [Rejection("kv_cache_dtype", config.cache_dtype, OneOf(config.dtype))]
-        return []
+        """A cache of the other 16-bit dtype."""
+        return other_half(config)
+
+
+def other_half(config: AttentionSelectorConfig) -> Sequence[Rejection]:
+    """A 16-bit cache is multiplied as it is, so it has the queries' dtype."""
+    if config.cache_dtype in HALVES and config.cache_dtype != config.dtype:
+        allowed = f"{config.dtype} as the queries, or of 8 bits"
+        return [Rejection("kv_cache_dtype", config.cache_dtype, allowed)]
+    return []

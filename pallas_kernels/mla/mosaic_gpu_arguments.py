@@ -49,11 +49,7 @@ def check_latent(
             f"kv_scale is given, must be None with kv_cache_dtype {FP8_DS_MLA!r}: its rows carry "
             f"their own scales"
         )
-    chip = gpu_chip.current()
-    if chip.capability != (9, 0):
-        raise ValueError(
-            "compute_capability is {}.{}, must be 9.0: use XLA_MLA".format(*chip.capability)
-        )
+    check_chip("XLA_MLA")
     missing = [name for name in ("kv_c", "k_pe", "slot_mapping") if arrays[name] is None]
     if len(missing) in (1, 2):
         raise ValueError(
@@ -66,6 +62,15 @@ def check_latent(
     _check_sizes(dims, is_bytes)
     _check_cache(arrays["latent_pages"].dtype.name, arrays["ql_nope"].dtype.name)
     return dims
+
+
+def check_chip(instead: str) -> None:
+    """Refuses a chip that is no Hopper, and names the backend to use instead."""
+    capability = gpu_chip.current().capability
+    if capability != (9, 0):
+        raise ValueError(
+            "compute_capability is {}.{}, must be 9.0: use {}".format(*capability, instead)
+        )
 
 
 def _table(arrays, is_bytes: bool) -> dict[str, Spec]:

@@ -176,7 +176,7 @@ def _kernel(*refs, sizes: Sizes, row_blocks: int):
     split, number = jax.lax.axis_index("split"), jax.lax.axis_index("tile")
     token = jax.lax.div(number, row_blocks)
     kv_scale = arrays.kv_scale[0]
-    walk = _walk(arrays.used[token], split, sizes, kv_scale)
+    walk = _walk(arrays.used[token], arrays.chosen[token, 0], split, sizes, kv_scale)
     row = token * sizes.num_heads + jax.lax.rem(number, row_blocks) * ROWS
     warpgroup = jax.lax.axis_index("warpgroup")
     for me in range(ATTENDING):
@@ -198,7 +198,7 @@ def _kernel(*refs, sizes: Sizes, row_blocks: int):
         load_and_expand(shared.slots, walk.pairs, load, _pieces, None)
 
 
-def _walk(used, split, sizes: Sizes, kv_scale) -> attending.Walk:
+def _walk(used, a_row, split, sizes: Sizes, kv_scale) -> attending.Walk:
     """A split's share of a token's list."""
     pairs = pl.cdiv(used, PAIR)
     share = pl.cdiv(pairs, sizes.splits)
@@ -208,7 +208,7 @@ def _walk(used, split, sizes: Sizes, kv_scale) -> attending.Walk:
         first_pair=split * share,
         q_pos=0,
         kv_len=0,
-        zero=jnp.minimum(used, 0),
+        zero=jnp.minimum(a_row, 0),  # not of `used`: in a loop it is known to be above 0
         factor=kv_scale * (sizes.scale * to_tanh),
     )
 
