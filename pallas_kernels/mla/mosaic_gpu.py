@@ -37,6 +37,7 @@ from pallas_kernels.mla.mosaic_gpu_slots import (
     row_pieces_layout,
     scratch,
 )
+from pallas_kernels.mla.mosaic_gpu_tiles import TILES, splits
 from pallas_kernels.mla.mosaic_gpu_writes import write_latents
 from pallas_kernels.shape_checks import check_positive
 
@@ -86,12 +87,11 @@ def mla_attention(
     check_positive("soft_cap", soft_cap)
     latent_pages = write_latents(latent_pages, kv_c, k_pe, slot_mapping, kv_scale)
     num_heads = ql_nope.shape[1]
-    sizes = _sizes(ql_nope, q_pe, latent_pages, kv_lens.shape[0], float(scale), soft_cap)
+    most_keys = page_table.shape[1] * latent_pages.shape[1]
+    max_num_seqs = kv_lens.shape[0]
+    sizes = _sizes(ql_nope, q_pe, latent_pages, max_num_seqs, most_keys, float(scale), soft_cap)
     extra = ((0, 0), (0, sizes.num_heads - num_heads), (0, 0))
-    batch = Batch(
-        kv_lens, cu_q_lens, num_seqs.reshape(1), ql_nope.shape[0],
-        page_table.shape[1] * sizes.page_size,
-    )  # fmt: skip
+    batch = Batch(kv_lens, cu_q_lens, num_seqs.reshape(1), ql_nope.shape[0], most_keys)
     queries = [jnp.pad(x, extra) for x in (ql_nope, q_pe)]
     if latent_pages.dtype.itemsize == 1:
         queries = [x.astype(jnp.float16) for x in queries]
@@ -102,16 +102,21 @@ def mla_attention(
     return out[:, :num_heads], lse[:, :num_heads], latent_pages
 
 
-def _sizes(ql_nope, q_pe, pages, max_num_seqs: int, scale: float, soft_cap) -> Sizes:
+def _sizes(ql_nope, q_pe, pages, max_num_seqs: int, most_keys: int, scale, soft_cap) -> Sizes:
     """Static facts of a call: heads are padded to 8, or to whole tiles; the split count."""
     num_tokens, num_heads, rank = ql_nope.shape
     padded = num_heads + (-num_heads % (ROWS if num_heads > ROWS else 8))
     block_q = max(1, ROWS // padded)
-    tiles = num_tiles(num_tokens, max_num_seqs, block_q) * -(-padded // ROWS)
+    chip = gpu_chip.current()
+    parts = splits(
+        TILES[chip.name, 8 * pages.dtype.itemsize, "decode"],
+        cores=chip.num_cores,
+        blocks=num_tiles(num_tokens, max_num_seqs, block_q) * -(-padded // ROWS),
+        most_keys=most_keys,
+    )
     return Sizes(
         block_q=block_q, num_heads=padded, rank=rank, rope_dim=q_pe.shape[2],
-        page_size=pages.shape[1], scale=scale, soft_cap=soft_cap,
-        splits=max(1, gpu_chip.current().num_cores // tiles),
+        page_size=pages.shape[1], scale=scale, soft_cap=soft_cap, splits=parts,
     )  # fmt: skip
 
 

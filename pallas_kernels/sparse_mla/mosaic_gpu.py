@@ -34,6 +34,7 @@ from pallas_kernels.mla.mosaic_gpu_slots import (
     row_pieces_layout,
     scratch,
 )
+from pallas_kernels.mla.mosaic_gpu_tiles import TILES, splits
 from pallas_kernels.mla.mosaic_gpu_writes import write_latents
 from pallas_kernels.shape_checks import INT32, check_positive
 from pallas_kernels.sparse_mla.mosaic_gpu_rows import Chosen, chosen_rows, gathered
@@ -148,8 +149,10 @@ def _call(queries, rows, chosen: Chosen, kv_scale, sizes: Sizes):
     num_tokens, num_heads, rank = ql_nope.shape
     dtype, row_blocks = ql_nope.dtype, -(-num_heads // ROWS)
     tiles = num_tokens * row_blocks
-    splits = gpu_chip.current().num_cores // tiles
-    sizes = dataclasses.replace(sizes, splits=max(1, min(splits, chosen.rows.shape[1] // PAIR)))
+    chip, listed = gpu_chip.current(), chosen.rows.shape[1]
+    choice = TILES[chip.name, 16, "sparse"]
+    parts = splits(choice, cores=chip.num_cores, blocks=tiles, most_keys=listed)
+    sizes = dataclasses.replace(sizes, splits=parts)
     raw = plgpu.SMEM((KEYS // GROUP, GROUP, *rows.shape[1:]), dtype)
     slots = ExpandedSlots.scratch(raw, sizes, dtype, KEYS + 1)
     called = plgpu.kernel(

@@ -8,7 +8,9 @@ from attnsel_jax.compare import compare
 from attnsel_jax.problems import Problem
 from attnsel_jax.problems.mla_inputs import mla_inputs
 from pallas_kernels import gpu_chip
-from pallas_kernels.mla import mosaic_gpu_slots
+from pallas_kernels.mla import mosaic_gpu as mla
+from pallas_kernels.mla import mosaic_gpu_slots, mosaic_gpu_tiles
+from pallas_kernels.sparse_mla import mosaic_gpu as sparse_mla
 
 # Small, and with every edge: one query, several tiles of queries, none, more queries than a tile;
 # keys in one block, in several pairs, on a block's border.
@@ -18,7 +20,11 @@ SHAPE = {"num_heads": 3, "rank": 128, "rope_dim": 64, "qk_nope_head_dim": 16, "p
 
 
 def with_cores(monkeypatch, cores):
-    """A Hopper of fewer cores: they decide how often sequences are split."""
+    """A Hopper of fewer cores, where each pair of key blocks is worth a split."""
+    tiles = {key: tiles._replace(least_pairs=1) for key, tiles in mosaic_gpu_tiles.TILES.items()}
+    monkeypatch.setattr(mosaic_gpu_tiles, "TILES", tiles)
+    for kernel in (mla, sparse_mla):
+        monkeypatch.setattr(kernel, "TILES", tiles)
     chip = dataclasses.replace(gpu_chip.CHIPS["h200"], num_cores=cores)
     monkeypatch.setitem(gpu_chip.CHIPS, "h200", chip)
 

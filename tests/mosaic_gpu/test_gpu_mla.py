@@ -16,6 +16,7 @@ from attnsel_jax.problems.mla_inputs import mla_inputs
 from pallas_kernels import gpu_chip
 from pallas_kernels.mla import mosaic_gpu, mosaic_gpu_attend, mosaic_gpu_slots
 from pallas_kernels.mla.mosaic_gpu import mla_attention
+from pallas_kernels.mla.mosaic_gpu_tiles import TILES, Tiles, splits
 
 needs_gpu_interpreter()
 
@@ -155,6 +156,17 @@ def test_how_often_sequences_are_split_changes_rounding_only(monkeypatch):
         with_cores(monkeypatch, cores)
         results.append(row_of(mla_attention, **CASES["decode"]))
     assert [row.verdict for row in results] == [PASS, PASS]
+
+
+def test_the_table_says_how_often_sequences_are_split():
+    tiles = Tiles(waves=1, least_pairs=4)
+    facts = {"cores": 132, "most_keys": 8192}
+    assert splits(tiles, blocks=64, **facts) == 2
+    assert splits(tiles, blocks=200, **facts) == 1
+    assert splits(tiles, blocks=1, **facts) == 8192 // (4 * 128)
+    assert splits(tiles, blocks=1, cores=132, most_keys=100) == 1
+    chips = {chip for chip, *_ in TILES}
+    assert chips == {name for name, chip in gpu_chip.CHIPS.items() if chip.capability == (9, 0)}
 
 
 REFUSED = {
