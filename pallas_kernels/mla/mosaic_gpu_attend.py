@@ -1,0 +1,239 @@
+"""The warpgroups of MLA on Hopper: one brings keys, two attend, and what they hand each other.
+
+A block has 64 rows of queries (tokens x heads) and takes keys two blocks of 64 at a time, one in
+each of two slots. A slot's block is *owned* by one of the attending warpgroups: the owner alone
+computes its scores and weights. Each warpgroup keeps half of the output's columns, and adds both
+blocks' weighted values to it::
+
+    slot 0 (even blocks)                    slot 1 (odd blocks)
+    scores, weights: warpgroup 0            scores, weights: warpgroup 1
+    values 0 ... rank/2:  warpgroup 0       values 0 ... rank/2:  warpgroup 0
+    values rank/2 ... :   warpgroup 1       values rank/2 ... :   warpgroup 1
+
+So no score is computed twice, and an accumulator of 64 x 256 fits registers. The owner puts its
+weights where the block's rotary keys were, which nobody reads any more, and the running maximum
+beside them. Blocks go into every accumulator in their order, so the maximum passes from owner to
+owner, and while one warpgroup computes weights the other one multiplies.
+
+The division of the work (two warpgroups, two blocks of keys, halves of V, weights exchanged through
+shared memory) is that of FlashMLA's decode kernel for Hopper as DeepSeek describe it (FlashMLA,
+docs/20250422-new-kernel-deep-dive.md).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+ROWS = 64  # of queries in a block of the grid: wgmma's M
+KEYS = 64  # in a slot
+PAIR = 2 * KEYS
+ATTENDING = 2  # warpgroups
+NOTHING = -1e30  # a running maximum before any key: finite, so that differences are numbers
+LOG2_E = math.log2(math.e)
+OWN, OTHER = 0, 1  # parts of a slot: the half that its owner reads as values, and the rest
+
+Sees = Callable[..., jax.Array]  # as `sees_causally`
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What is static of a call."""
+
+    block_q: int  # tokens of a tile
+    num_heads: int  # rows of a token, padded
+    rank: int
+    rope_dim: int
+    page_size: int
+    scale: float
+    soft_cap: float | None
+    splits: int
+
+    @property
+    def half(self) -> int:
+        """Columns of the output that one warpgroup keeps."""
+        return self.rank // 2
+
+    @property
+    def rope(self) -> Any:
+        """A row's columns of the rotary part."""
+        return pl.ds(self.rank, self.rope_dim)
+
+    def columns(self, half: int) -> Any:
+        """A row's columns of a half of the latent."""
+        return pl.ds(half * self.half, self.half)
+
+
+class Shared(NamedTuple):
+    """Shared memory and barriers of a block of the grid."""
+
+    q: Any  # [2 halves, ROWS, half]
+    q_rope: Any  # [ROWS, rope_dim]
+    out: Any  # as q, when the queries have been read for the last time
+    slots: Any  # of keys: see `mosaic_gpu_slots`
+    maxima: Any  # float32 [2, ROWS]: the running maximum that a slot's weights are relative to
+    sums: Any  # float32 [2, ROWS]
+    lse: Any  # float32 [ROWS]
+    q_full: Any
+    weighed: Any  # of 2 slots: weights and maximum are there
+    done: Any
+
+
+class Walk(NamedTuple):
+    """What a block of the grid goes through; scalars."""
+
+    pairs: Any  # of key blocks
+    first_pair: Any
+    q_pos: Any  # position of the tile's first query
+    kv_len: Any
+    zero: Any  # that the compiler does not know to be 0, see `attend`
+    factor: Any  # what scores are multiplied by
+
+
+class Running(NamedTuple):
+    """The state of one warpgroup's softmax: registers."""
+
+    acc: jax.Array  # float32 [ROWS, half]
+    m: jax.Array  # float32 [ROWS], base 2
+    l: jax.Array  # float32 [ROWS]: of the blocks that it owns
+
+
+def row_layout() -> Any:
+    """Of one number for each row of an accumulator."""
+    return plgpu.Layout.WGMMA.reduce(1)
+
+
+def across(x: jax.Array, columns: int) -> jax.Array:
+    """A number for each row, as wide as a matrix."""
+    return jax.lax.broadcast_in_dim(x, (x.shape[0], columns), [0])
+
+
+def start(sizes: Sizes) -> Running:
+    """Before any key."""
+    row = row_layout()
+    return Running(
+        plgpu.layout_cast(jnp.zeros((ROWS, sizes.half), jnp.float32), plgpu.Layout.WGMMA),
+        plgpu.layout_cast(jnp.full((ROWS,), NOTHING, jnp.float32), row),
+        plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row),
+    )
+
+
+def attend(me: int, sizes: Sizes, shared: Shared, walk: Walk, sees: Sees) -> Running:
+    """The part of warpgroup `me` (0 or 1) in every pair of blocks; `sees` masks.
+
+    Each wgmma takes its operands by descriptors of 64 bits, 84 of them in a step. Known to be the
+    same in each step they are computed before the loop and kept, many of them spilled (436 bytes
+    stored, 480 loaded by ptxas's count, jax 0.12.0.1, 2026-11-25; none like this). So the slots'
+    numbers depend on the step, as far as the compiler can see.
+    """
+    plgpu.barrier_wait(shared.q_full)
+
+    def one_pair(i, running):
+        zero = i & walk.zero
+        first_key = (walk.first_pair + i) * PAIR + me * KEYS
+        scores = own_scores(me, shared, zero)
+        if me == 1:
+            running = other_block(me, sizes, shared, running, zero)
+        running = own_block(me, sizes, shared, running, scores, first_key, walk, zero, sees)
+        if me == 0:
+            running = other_block(me, sizes, shared, running, zero)
+        return running
+
+    return jax.lax.fori_loop(0, walk.pairs, one_pair, start(sizes))
+
+
+def own_scores(me: int, shared: Shared, zero) -> jax.Array:
+    """Dot products of all rows and the keys of one's slot, float32 [ROWS, KEYS]."""
+
+    def dots(acc):
+        for part, half in enumerate((me, 1 - me)):
+            shared.slots.wait(me, part)
+            keys = shared.slots.values(me, half, zero).transpose((1, 0))
+            plgpu.wgmma(acc, shared.q.at[half + zero], keys)
+        plgpu.wgmma(acc, shared.q_rope, shared.slots.rope(me, zero).transpose((1, 0)))
+        return acc[...]
+
+    return pl.run_scoped(dots, plgpu.ACC((ROWS, KEYS), jnp.float32))
+
+
+def own_block(me, sizes, shared, running, scores, first_key, walk, zero, sees) -> Running:
+    """Weights of one's own block, handed to the other warpgroup; and their values added."""
+    logits = scores * walk.factor
+    if sizes.soft_cap is not None:
+        # tanh(x) = 1 - 2 / (1 + exp(2 x)), the hardware's own tanh is good to 11 bits only.
+        cap = sizes.soft_cap * LOG2_E
+        logits = cap - 2 * cap / (1 + jnp.exp2(logits))
+    logits = jnp.where(sees(me, sizes, shared, first_key, walk), logits, -jnp.inf)
+    m = jnp.maximum(running.m, logits.max(axis=1))
+    weights = jnp.exp2(logits - across(m, KEYS))
+    shrink = shrink_to(running.m, m)
+    l = running.l * shrink + weights.sum(axis=1)
+    rounded = weights.astype(shared.q.dtype)
+    plgpu.store(shared.slots.rope(me, zero), rounded)
+    shared.maxima[me] = m
+    shared.slots.blank(me, sizes, walk.kv_len - first_key)
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(shared.weighed.at[me])
+    acc = add_product(
+        running.acc * across(shrink, sizes.half),
+        lambda: (rounded, shared.slots.values(me, me, zero)),
+    )
+    shared.slots.release(me, OWN)
+    return Running(acc, m, l)
+
+
+def other_block(me: int, sizes: Sizes, shared: Shared, running: Running, zero) -> Running:
+    """Values of the block that the other warpgroup owns, with the weights that it left."""
+    slot = 1 - me
+    shared.slots.wait_for_values(slot)
+    plgpu.barrier_wait(shared.weighed.at[slot])
+    m = plgpu.load(shared.maxima.at[slot], layout=row_layout())
+    shrink = shrink_to(running.m, m)
+    acc = add_product(
+        running.acc * across(shrink, sizes.half),
+        lambda: (shared.slots.rope(slot, zero), shared.slots.values(slot, me, zero)),
+    )
+    shared.slots.release(slot, OTHER)
+    return Running(acc, m, running.l * shrink)
+
+
+def sees_causally(me: int, sizes: Sizes, shared: Shared, first_key, walk: Walk) -> jax.Array:
+    """Whether each row's query comes no earlier than each key of a block."""
+    row = plgpu.broadcasted_iota(jnp.int32, (ROWS, KEYS), 0, layout=plgpu.Layout.WGMMA)
+    column = plgpu.broadcasted_iota(jnp.int32, (ROWS, KEYS), 1, layout=plgpu.Layout.WGMMA)
+    token = jax.lax.div(row, jnp.full_like(row, sizes.num_heads))
+    return column <= walk.q_pos - first_key + token
+
+
+def shrink_to(old: jax.Array, new: jax.Array) -> jax.Array:
+    """What sums relative to an old maximum are multiplied by, to be relative to the new one."""
+    return jnp.exp2(old - new)
+
+
+def add_product(acc: jax.Array, factors: Callable[[], tuple[Any, Any]]) -> jax.Array:
+    """Adds weights @ values, which `factors` gives: weights in registers or in shared memory.
+
+    It is called where the product is: an index of a ref may be no constant from outside.
+    """
+    return pl.run_state(lambda ref: plgpu.wgmma(ref, *factors()))(plgpu.ACC.init(acc))
+
+
+def finish(me: int, shared: Shared, running: Running, kv_scale) -> tuple[jax.Array, jax.Array]:
+    """Output (one's half of the columns) and lse, natural; 0 and -inf for a row that saw nothing.
+
+    Both warpgroups have read the queries for the last time when it returns.
+    """
+    shared.sums[me] = running.l
+    plgpu.barrier_arrive(shared.done)
+    plgpu.barrier_wait(shared.done)
+    total = running.l + plgpu.load(shared.sums.at[1 - me], layout=row_layout())
+    is_empty = total == 0
+    total = jnp.where(is_empty, 1.0, total)
+    out = running.acc * across(kv_scale / total, running.acc.shape[1])
+    lse = jnp.where(is_empty, -jnp.inf, running.m / LOG2_E + jnp.log(total))
+    return out, lse
