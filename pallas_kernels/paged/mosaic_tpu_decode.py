@@ -12,63 +12,32 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.paged import mosaic_tpu_softmax as softmax
-from pallas_kernels.paged.mosaic_tpu_geometry import LANES, ROWS, Geometry, divided, remainder
+from pallas_kernels.paged.mosaic_tpu_geometry import LANES, Geometry
 from pallas_kernels.paged.mosaic_tpu_walk import Span
 
 
 def scratch_shapes(geometry: Geometry) -> list:
-    """The token's queries, m, l, acc, output; a row tile of q, of out and of lse; cells."""
+    """The token's queries, m, l, acc, by row."""
     rows = geometry.all_decode_rows
     return [
         pltpu.VMEM((rows, geometry.k_lanes), jnp.float32),
         pltpu.VMEM((rows, LANES), jnp.float32),
         pltpu.VMEM((rows, LANES), jnp.float32),
         pltpu.VMEM((rows, geometry.v_lanes), jnp.float32),
-        pltpu.VMEM((rows, geometry.out_lanes), jnp.float32),
-        # One register wide: only then may a load or store begin at any row.
-        pltpu.VMEM((geometry.num_q_heads * geometry.k_lanes // LANES, ROWS, LANES), jnp.float32),
-        pltpu.VMEM((geometry.num_q_heads * geometry.out_lanes // LANES, ROWS, LANES), jnp.float32),
-        pltpu.VMEM((geometry.lse_lanes // LANES, ROWS, LANES), jnp.float32),
-        pltpu.SMEM((2,), jnp.int32),
     ]
 
 
-# The row tile whose q is in scratch, and the rows of it, as bits, whose out and lse are.
-ROW_TILE, STAGED = range(2)
-
-
-def begin_tile(step) -> None:
-    """Forgets the last tile, and makes rows between groups numbers: they are multiplied, too."""
+def begin(step) -> None:
+    """Makes lanes that are no key's, and rows between groups, numbers: they are multiplied, too."""
     step.scratch[0][...] = jnp.zeros_like(step.scratch[0])
-    step.scratch[-1][ROW_TILE], step.scratch[-1][STAGED] = jnp.int32(-1), jnp.int32(0)
-
-
-def end_row_tile(step) -> None:
-    """Puts the rows that are staged into the tile."""
-    tile, lse, cells = step.scratch[6:]
-
-    @pl.when(cells[STAGED] != 0)
-    def _():
-        row_tile = cells[ROW_TILE]
-        row = lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 0)
-        mine = lax.shift_right_logical(jnp.broadcast_to(cells[STAGED], row.shape), row) & 1 != 0
-        for i in range(tile.shape[0]):
-            lanes = slice(i * LANES, (i + 1) * LANES)
-            old = step.out[row_tile, :, lanes].astype(jnp.float32)
-            step.out[row_tile, :, lanes] = jnp.where(mine, tile[i], old).astype(step.out.dtype)
-        for i in range(lse.shape[0]):
-            lanes = slice(i * LANES, (i + 1) * LANES)
-            step.lse[row_tile, :, lanes] = jnp.where(mine, lse[i], step.lse[row_tile, :, lanes])
-        cells[STAGED] = jnp.int32(0)
 
 
 def attend_span(step, span: Span) -> None:
-    """Attends with one token, and stages its output and lse."""
+    """Attends with one token."""
     walk, geometry = step.walk, step.walk.geometry
-    _, m, l, acc, *_ = step.scratch
+    _, m, l, acc = step.scratch
     token = span.begin - step.first_token
-    row_tile, row = divided(token, ROWS), remainder(token, ROWS)
-    _load_q(step, row_tile, row)
+    _load_q(step, token)
     m[...] = jnp.full_like(m, softmax.START)
     l[...] = jnp.zeros_like(l)
     acc[...] = jnp.zeros_like(acc)
@@ -91,7 +60,7 @@ def attend_span(step, span: Span) -> None:
             _attend_part(step, span, buffer, position)
 
     lax.fori_loop(first, last, attend_block, None)
-    _finish(step, row)
+    _finish(step, token)
 
 
 def _attend_part(step, span: Span, buffer, position) -> None:
@@ -111,40 +80,22 @@ def _attend_part(step, span: Span, buffer, position) -> None:
         below = jnp.int32(tokens)
 
 
-def _load_q(step, row_tile, row) -> None:
-    """Turns the token's heads, side by side along lanes, into rows."""
-    geometry, q, tile, cells = (
-        step.walk.geometry,
-        step.scratch[0],
-        step.scratch[5],
-        step.scratch[-1],
-    )
-    registers = list(_registers(geometry, geometry.k_lanes))
-
-    @pl.when(cells[ROW_TILE] != row_tile)
-    def _():
-        end_row_tile(step)
-        cells[ROW_TILE] = row_tile
-        for i, _, of_all, _ in registers:
-            tile[i] = step.q[row_tile, :, of_all].astype(jnp.float32)
-
-    for i, at, _, lanes in registers:
-        q[at : at + 1, lanes] = tile[i, pl.ds(row, 1)]
+def _load_q(step, token) -> None:
+    """Puts the token's heads into rows, each kv head's group where it belongs."""
+    geometry, q = step.walk.geometry, step.scratch[0]
+    rows = step.q[token].astype(jnp.float32)
+    for of_heads, of_rows in _groups(geometry):
+        q[of_rows, : geometry.head_dim] = rows[of_heads]
 
 
-def _registers(geometry: Geometry, width: int):
-    """For each register of a token's heads, `width` lanes each, side by side.
-
-    Its number, the row that its head has, its lanes among all heads', and among its head's.
-    """
-    for i in range(geometry.num_q_heads * width // LANES):
-        head, lane = divmod(i * LANES, width)
-        yield (
-            i,
-            geometry.decode_row(head),
-            slice(i * LANES, (i + 1) * LANES),
-            slice(lane, lane + LANES),
-        )
+def _groups(geometry: Geometry):
+    """(query heads, rows) that lie one after another in both, as slices."""
+    if geometry.decode_rows == geometry.group:
+        yield slice(0, geometry.num_q_heads), slice(0, geometry.num_q_heads)
+        return
+    for first in range(0, geometry.num_q_heads, geometry.group):
+        row = geometry.decode_row(first)
+        yield slice(first, first + geometry.group), slice(row, row + geometry.group)
 
 
 def _attend_block(step, span: Span, buffer, position, pages: int, *, masked: bool) -> None:
@@ -169,7 +120,8 @@ def _attend_block(step, span: Span, buffer, position, pages: int, *, masked: boo
     slope = step.rows[2][:, :1] if step.has_slope else None
     logits = softmax.join(logits, span.first_q, kv_pos, soft_cap=step.soft_cap, slope=slope)
     if masked:
-        logits = softmax.mask(logits, span.first_q, kv_pos, span.start, span.stop, step.walk.masks)
+        limits = step.walk.masks.limits(span.first_q, span.start, span.stop)
+        logits = softmax.mask(logits, kv_pos, limits)
     weights, shrink, m[...], l[...] = softmax.update(logits, m[...], l[...])
     values = _by_kv_head(geometry, weights.astype(step.q.dtype), values_of)
     acc[...] = acc[...] * softmax.widened(shrink, geometry.v_lanes) + values
@@ -218,19 +170,20 @@ def _by_kv_head(geometry: Geometry, x: jax.Array, f) -> jax.Array:
     return jnp.concatenate(parts, axis=0) if len(parts) > 1 else parts[0]
 
 
-def _finish(step, row) -> None:
-    """Stages output and lse."""
+def _finish(step, token) -> None:
+    """Puts output and lse into the tile."""
     geometry = step.walk.geometry
-    _, m, l, acc, rows, _, tile, lse_tile, cells = step.scratch
+    _, m, l, acc = step.scratch
     factor, lse = softmax.finish(m[...], l[...], step.rows[3], step.rows[1])
     values = acc[...] * softmax.widened(factor, geometry.v_lanes)
-    rows[:, : geometry.v_lanes] = jnp.where(factor[:, :1] != 0, values, 0.0)
-    for i, at, _, lanes in _registers(geometry, geometry.out_lanes):
-        tile[i, pl.ds(row, 1)] = rows[at : at + 1, lanes]
+    values = jnp.where(factor[:, :1] != 0, values, 0.0)
+    values = values[:, geometry.v_offset : geometry.v_offset + geometry.head_dim]
+    rows = [values[of_rows] for _, of_rows in _groups(geometry)]
+    rows = jnp.concatenate(rows, axis=0) if len(rows) > 1 else rows[0]
+    step.out[token] = rows.astype(step.out.dtype)
     line = _as_lanes(geometry, lse)
-    for i in range(lse_tile.shape[0]):
-        lse_tile[i, pl.ds(row, 1)] = line[:, i * LANES : (i + 1) * LANES]
-    cells[STAGED] |= lax.shift_left(jnp.int32(1), row)
+    for i in range(step.lse.shape[0]):
+        step.lse[i, pl.ds(token, 1)] = line[:, i * LANES : (i + 1) * LANES]
 
 
 def _as_lanes(geometry: Geometry, lse: jax.Array) -> jax.Array:

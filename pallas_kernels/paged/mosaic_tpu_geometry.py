@@ -55,6 +55,25 @@ class Masks(NamedTuple):
             stop = jnp.minimum(stop, (divided(first_q, chunk) + 1) * chunk)
         return start, stop
 
+    def limits(self, q_pos: jax.Array, start, stop):
+        """(first, last) of the keys in [start, stop) that each query sees; first None = all."""
+        left, right = window_bounds(self.sliding_window)
+        chunk = self.attention_chunk_size
+        last = jnp.broadcast_to(stop - 1, q_pos.shape)
+        if self.causal:
+            last = jnp.minimum(last, q_pos)
+        if right is not None and not self.causal:
+            last = jnp.minimum(last, q_pos + right - 1)
+        if left is None and chunk is None:
+            return None, last
+        first = jnp.broadcast_to(start, q_pos.shape)
+        if left is not None:
+            first = jnp.maximum(first, q_pos - left + 1)
+        if chunk is not None:
+            of_chunk = divided(q_pos, chunk) * chunk
+            first, last = jnp.maximum(first, of_chunk), jnp.minimum(last, of_chunk + chunk - 1)
+        return first, last
+
 
 class Geometry(NamedTuple):
     """Static sizes of one call.
@@ -112,11 +131,6 @@ class Geometry(NamedTuple):
     def v_offset(self) -> int:
         """Where the value begins among them."""
         return self.head_dim - self.v_start
-
-    @property
-    def out_lanes(self) -> int:
-        """Lanes of one head's output, whole registers."""
-        return round_up(self.v_lanes, LANES)
 
     @property
     def lse_lanes(self) -> int:

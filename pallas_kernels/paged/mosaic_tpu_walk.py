@@ -192,6 +192,10 @@ class Walk(NamedTuple):
     def next_block(self, span: Span, block: jax.Array) -> jax.Array:
         """Starts a copy ahead, waits for this block of the span, and returns its buffer."""
         self.start_next()
+        return self.wait(span, block)
+
+    def wait(self, span: Span, block: jax.Array) -> jax.Array:
+        """Waits for this block of the span, and returns its buffer."""
         geometry = self.geometry
         buffer = self._take(FILLED)
         first_page = block * geometry.block_pages
