@@ -62,7 +62,7 @@ def choices(work: Work, generation: str) -> list[dict[str, Any]]:
     return [{}]
 
 
-def named_arguments(work: Work) -> dict[str, Any]:
+def named_arguments(work: Work, cache_dtype: str = "bfloat16") -> dict[str, Any]:
     """The contract's arguments: what steers the kernel as numbers, the rest as shapes."""
     if work.op == "dense":
         q, kv = (
@@ -86,7 +86,7 @@ def named_arguments(work: Work) -> dict[str, Any]:
     if work.op == "paged":
         new = floats(tokens, work.num_kv_heads, work.head_size)
         q = floats(tokens, heads, work.head_size)
-        return {"q": q, "k": new, "v": new, "kv_pages": floats(*shape), **batch}
+        return {"q": q, "k": new, "v": new, "kv_pages": floats(*shape, dtype=cache_dtype), **batch}
     chosen = {"topk_indices": batches.topk_indices(work)} if work.topk else {}
     return {
         "ql_nope": floats(tokens, heads, LATENT),
@@ -100,17 +100,20 @@ def named_arguments(work: Work) -> dict[str, Any]:
     }
 
 
-def program(work: Work, *, tiles: dict[str, int] | None = None) -> Program:
+def program(
+    work: Work, *, tiles: dict[str, int] | None = None, cache_dtype: str = "bfloat16"
+) -> Program:
     """The call of the kernel that the backend declares.
 
     Args:
         work: what is computed.
         tiles: in place of those in the kernel's table; None = as the table has it.
+        cache_dtype: of a paged cache. Floors are a bfloat16 cache's: compare times only.
     """
     if tiles is not None:
-        tuning.table_of(work, tpu_chip.current().generation).use(tiles)
+        tuning.table_of(work, tpu_chip.current().generation, cache_dtype).use(tiles)
     kernel = backend_of(work).get_kernel(work.op)
-    given = named_arguments(work)
+    given = named_arguments(work, cache_dtype)
     arrays = {name: value for name, value in given.items() if hasattr(value, "shape")}
     fixed = {name: value for name, value in given.items() if name not in arrays}
     names = list(arrays)

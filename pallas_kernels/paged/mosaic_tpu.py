@@ -13,7 +13,7 @@ from pallas_kernels import tpu_chip
 from pallas_kernels.masks import Window, window_bounds
 from pallas_kernels.paged.mosaic_tpu_attend import PerHead, attend
 from pallas_kernels.paged.mosaic_tpu_geometry import LANES, ROWS, Geometry, Masks, round_up
-from pallas_kernels.paged.mosaic_tpu_tiles import Tiles, tiles_for_chip
+from pallas_kernels.paged.mosaic_tpu_tiles import Tiles, shape_class, tiles_for
 from pallas_kernels.paged.mosaic_tpu_write import news
 from pallas_kernels.shape_checks import (
     FLOAT32,
@@ -84,7 +84,8 @@ def paged_attention(
         ],
     )  # fmt: skip
     new = None if k is None else news(kv_pages, k, v, slot_mapping, k_scale, v_scale)
-    geometry = _geometry(q, kv_pages, page_table, tiles_for_chip())
+    of_class = shape_class(q.shape[0], page_table.shape[0], q.shape[-1])
+    geometry = _geometry(q, kv_pages, page_table, tiles_for(kv_pages.dtype, of_class))
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     per_head = _per_head(geometry, scale, soft_cap, k_scale, v_scale, alibi_slopes, sinks)
     tokens, heads, _ = q.shape
@@ -113,9 +114,19 @@ def _geometry(q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, tiles: T
     return Geometry(
         num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
         page_size=page_size, pages_per_seq=page_table.shape[1], num_tokens=num_tokens,
-        tile_tokens=min(tiles.tile_tokens, max(ROWS, 1 << (num_tokens - 1).bit_length())),
+        tile_tokens=_tile_tokens(q, tiles),
         block_pages=chunks * chunk_pages, chunk_pages=chunk_pages, num_buffers=tiles.num_buffers,
     )  # fmt: skip
+
+
+def _tile_tokens(q: jax.Array, tiles: Tiles) -> int:
+    """Queries of a grid step: no more than there are, and than two fifths of VMEM hold."""
+    num_tokens, num_q_heads, head_dim = q.shape
+    # Queries and outputs come and go in two buffers each; queries and sums are kept once more.
+    of_token = num_q_heads * round_up(head_dim, LANES) * (6 * q.dtype.itemsize + 8)
+    most = max(ROWS, tpu_chip.current().vmem_bytes * 2 // 5 // of_token)
+    most = min(tiles.tile_tokens, 1 << (most.bit_length() - 1))
+    return min(most, max(ROWS, 1 << (num_tokens - 1).bit_length()))
 
 
 def _per_head(geometry, scale, soft_cap, k_scale, v_scale, alibi_slopes, sinks) -> PerHead:

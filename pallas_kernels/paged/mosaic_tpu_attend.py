@@ -153,7 +153,7 @@ def attend(
                 pltpu.SMEM((CELLS,), jnp.int32),
                 pltpu.SMEM((2,), jnp.int32),
                 mosaic_tpu_heads.scratch_shapes(tokens, *q.shape[1:], q.dtype),
-                mosaic_tpu_decode.scratch_shapes(geometry),
+                mosaic_tpu_decode.scratch_shapes(geometry, kv_pages.dtype),
                 mosaic_tpu_prefill.scratch_shapes(geometry, q.dtype),
                 mosaic_tpu_prompt.scratch_shapes(geometry, q.dtype),
                 [] if new is None else mosaic_tpu_write.scratch_shapes(new, kv_pages),

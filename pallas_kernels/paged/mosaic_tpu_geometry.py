@@ -108,6 +108,15 @@ class Geometry(NamedTuple):
         return 1 << (self.group - 1).bit_length()
 
     @property
+    def heads_at_once(self) -> int:
+        """Kv heads that one product takes when decoding: two, where a head is half a register.
+
+        Where the matrix unit is 128 wide, turning lanes takes longer than what it saves.
+        """
+        halves = self.head_dim == LANES // 2 and self.num_kv_heads % 2 == 0
+        return 2 if halves and tpu_chip.current().mxu > LANES else 1
+
+    @property
     def all_decode_rows(self) -> int:
         """Rows of one token's query heads, whole registers."""
         return round_up(self.num_kv_heads * self.decode_rows, 8)
