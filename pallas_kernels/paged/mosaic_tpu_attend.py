@@ -225,7 +225,7 @@ def _kernel(static: _Static, page_table, kv_lens, cu_q_lens, num_seqs, *refs) ->
         pl.when(span.end - span.begin == 1)(lambda: mosaic_tpu_decode.attend_span(decode, span))
         several = span.end - span.begin > 1
 
-        @pl.when(several & (q_len <= ROWS))
+        @pl.when(several & ((q_len <= ROWS) | (geometry.tile_tokens == ROWS)))
         def _():
             row_tile = divided(span.begin - first_token, ROWS)
             mosaic_tpu_prefill.attend_span(prefill, span, row_tile, 1)

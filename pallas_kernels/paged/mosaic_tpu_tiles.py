@@ -28,7 +28,16 @@ class Tiles(NamedTuple):
 
 
 # Microseconds by the replayed schedule (jax 0.12.0.1, libtpu 0.0.52, November 2026; nothing of it
-# ran on a TPU), 32 query and 8 kv heads of 128 or 64 and 8 of 64, pages of 64; XXX
+# ran on a TPU) on v5e, v6e, 7x; pages of 64, bfloat16, the works of benchmarks/tpu_static:
+#   prefill, (tile, chunk): (128, 512) 1164, 599, 469; (256, 512) 1159, 583, 446; (128, 256) 1207, -,
+#     599; (256, 256) 1170, -, 458; chunks of 1024 1247, -, 477.
+#   prefill_64, (tile, chunk): (128, 512) 1938, 1059, 829; (128, 256) 1963, 1048, 821; (256, 256)
+#     1973, 1147, 821 (7x has no VMEM for 256 tokens of 64 heads).
+#   decode, by block: 512 758, 413, -; 1024 -, 413, 166; 2048 -, -, 166 (VMEM holds no more).
+#   decode_64, by block: 512 397, 240, 196; 1024 392, 214, 149; 2048 -, 214, 129.
+#   decode, 8-bit cache, by block: 512 444, 399, 211; 1024 439, 386, -; 2048 460, 396, -.
+# The other entries follow these: v5p as v5e, float32 with half of bfloat16's keys in a block; v4 has
+# 16 MiB of VMEM and is not declared.
 TILES = {
     ("v4", "bfloat16", "decode"): Tiles(64, 256, 256, 2),
     ("v4", "bfloat16", "decode_64"): Tiles(64, 256, 256, 2),
@@ -69,7 +78,7 @@ TILES = {
     ("v6e", "bfloat16", "decode"): Tiles(128, 512, 512, 3),
     ("v6e", "bfloat16", "decode_64"): Tiles(128, 1024, 512, 3),
     ("v6e", "bfloat16", "prefill"): Tiles(256, 512, 512, 3),
-    ("v6e", "bfloat16", "prefill_64"): Tiles(128, 512, 512, 3),
+    ("v6e", "bfloat16", "prefill_64"): Tiles(128, 512, 256, 3),
     ("v6e", "float32", "decode"): Tiles(128, 256, 512, 3),
     ("v6e", "float32", "decode_64"): Tiles(128, 512, 512, 3),
     ("v6e", "float32", "prefill"): Tiles(256, 512, 512, 3),
@@ -81,7 +90,7 @@ TILES = {
     ("7x", "bfloat16", "decode"): Tiles(128, 1024, 512, 3),
     ("7x", "bfloat16", "decode_64"): Tiles(128, 2048, 512, 3),
     ("7x", "bfloat16", "prefill"): Tiles(256, 512, 512, 3),
-    ("7x", "bfloat16", "prefill_64"): Tiles(128, 512, 512, 3),
+    ("7x", "bfloat16", "prefill_64"): Tiles(128, 512, 256, 3),
     ("7x", "float32", "decode"): Tiles(128, 512, 512, 3),
     ("7x", "float32", "decode_64"): Tiles(128, 1024, 512, 3),
     ("7x", "float32", "prefill"): Tiles(256, 512, 512, 3),
