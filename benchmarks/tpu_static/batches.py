@@ -30,9 +30,9 @@ class Program:
     writes_cache: bool = True
 
 
-def floats(*shape: int) -> jax.ShapeDtypeStruct:
-    """A bfloat16 array's shape."""
-    return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+def floats(*shape: int, dtype: str = "bfloat16") -> jax.ShapeDtypeStruct:
+    """An array's shape."""
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
 
 def page_table(work: Work) -> np.ndarray:

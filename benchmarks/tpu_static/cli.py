@@ -98,21 +98,23 @@ def tune(
     work: Annotated[list[str] | None, typer.Option(help="Work; may be repeated.")] = None,
     most: Annotated[int, typer.Option(help="Candidates to compile for each.")] = 16,
     write: Annotated[bool, typer.Option("--write", help="Put the best into the table.")] = False,
+    cache_dtype: Annotated[str, typer.Option(help="Of a paged cache.")] = tuning.DTYPE,
 ) -> None:
     """Ranks tile sizes of our kernels by their static schedule, then by the bytes they move."""
     with callers_mistakes():
         check_compiler()
         for chip in generation or CHIPS:
             for this in named(work or ()):
-                _tune(this, chip_named(chip).generation, most, write)
+                _tune(this, chip_named(chip).generation, most, write, cache_dtype)
 
 
-def _tune(work: Work, generation: str, most: int, write: bool) -> None:
-    table, out = tuning.table_of(work, generation), console()
+def _tune(work: Work, generation: str, most: int, write: bool, cache_dtype: str) -> None:
+    table, out = tuning.table_of(work, generation, cache_dtype), console()
+    other = {} if cache_dtype == tuning.DTYPE else {"cache_dtype": cache_dtype}
     tried = []
 
     def measured(sizes: tuning.Sizes) -> Measurement:
-        return measure(work, OURS, generation, {"tiles": sizes})
+        return measure(work, OURS, generation, {"tiles": sizes, **other})
 
     with progress_console().status("compiling") as status:
         for sizes, found in tuning.search(table.sizes, measured, most):

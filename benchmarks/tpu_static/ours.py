@@ -1,5 +1,6 @@
 """Our Pallas kernels for TPU, as the registry's backends declare them, in their cache's layout."""
 
+import dataclasses
 from typing import Any
 
 from attnsel_jax.platforms import CHIPS
@@ -42,13 +43,18 @@ def choices(work: Work, generation: str) -> list[dict[str, Any]]:
     return [{}]
 
 
-def program(work: Work, *, tiles: dict[str, int] | None = None) -> Program:
+def program(
+    work: Work, *, tiles: dict[str, int] | None = None, cache_dtype: str = "bfloat16"
+) -> Program:
     """The call of the kernel that the backend declares.
 
     Args:
         work: what is computed.
         tiles: in place of those in the kernel's table; None = as the table has it.
+        cache_dtype: of a paged cache. Floors are a bfloat16 cache's: compare times only.
     """
     if tiles is not None:
-        tuning.table_of(work, tpu_chip.current().generation).use(tiles)
+        tuning.table_of(work, tpu_chip.current().generation, cache_dtype).use(tiles)
+    if cache_dtype != work.cache_dtype:
+        work = dataclasses.replace(work, cache_dtype=cache_dtype)
     return kernel_program(work, backend_of(work))

@@ -1,10 +1,10 @@
 """Finds tile sizes for our kernels by their static schedules, and writes them into their tables.
 
 A kernel's table is `TILES` in `pallas_kernels/<op>/mosaic_tpu_tiles.py`: from a key (generation,
-dtype, shape class), or a generation alone, to a named tuple or dataclass of integers. The search
-goes one field at a time: twice and half of it (one more and one less of buffers), as long as that
-helps. A candidate that the compiler refuses, or whose replay is doubtful, is never chosen. Tiles
-change speed, never numbers: the kernels' own tests hold after tuning as before.
+dtype of the cache, shape class), or a generation alone, to a named tuple or dataclass of integers.
+The search goes one field at a time: twice and half of it (one more and one less of buffers), as
+long as that helps. A candidate that the compiler refuses, or whose replay is doubtful, is never
+chosen. Tiles change speed, never numbers: the kernels' own tests hold after tuning as before.
 """
 
 import ast
@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.tpu_static.measuring import MEASURED, Measurement
 from benchmarks.tpu_static.works import Work
 
-DTYPE = "bfloat16"  # of every work
+DTYPE = "bfloat16"  # of every work's cache, unless another is asked for
 Sizes = dict[str, int]
 
 
@@ -46,8 +46,8 @@ class Table:
         return path
 
 
-def table_of(work: Work, generation: str) -> Table:
-    """The table of our kernel for a work.
+def table_of(work: Work, generation: str, dtype: str = DTYPE) -> Table:
+    """The table of our kernel for a work, with a cache of that dtype.
 
     Raises:
         ValueError: the kernel has none, or no entry for the generation.
@@ -60,7 +60,9 @@ def table_of(work: Work, generation: str) -> Table:
     tiles = getattr(module, "TILES", None)
     if tiles is None:
         raise ValueError(f"{name} has no TILES, must have: there is nothing to tune for {work.op}")
-    for key in ((generation, DTYPE, work.shape_class), generation):
+    for_halves = [f"{work.shape_class}_64"] if work.head_size <= 64 else []
+    classes = [*for_halves, work.shape_class]
+    for key in (*((generation, dtype, of_class) for of_class in classes), generation):
         if key in tiles:
             return Table(module, key, _sizes(tiles[key]))
     keys = ", ".join(map(repr, tiles))
@@ -139,7 +141,8 @@ def rewritten(source: str, key: Hashable, sizes: Sizes) -> str:
         for found, entry in zip(value.keys, value.values, strict=True):
             if isinstance(entry, ast.Call) and ast.literal_eval(found) == key:
                 old = ast.get_source_segment(source, entry)
-                given = ", ".join(f"{field}={size}" for field, size in sizes.items())
+                form = "{size}" if entry.args else "{field}={size}"
+                given = ", ".join(form.format(field=f, size=size) for f, size in sizes.items())
                 lines = source.splitlines(keepends=True)
                 at = sum(map(len, lines[: entry.lineno - 1])) + entry.col_offset
                 new = f"{ast.unparse(entry.func)}({given})"

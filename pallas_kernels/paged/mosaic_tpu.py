@@ -2,8 +2,8 @@
 
 The contract (maths, arguments, edge cases) is `pallas_kernels/paged/__init__.py`. The cache is
 "side_by_side": [num_pages, num_kv_heads, tiles, page_size, lanes], a head's key and value beside
-each other in tiles of 128 lanes (`mosaic_tpu_geometry`). First a kernel writes this step's keys and
-values (`mosaic_tpu_write`), then one kernel attends (`mosaic_tpu_attend`).
+each other in tiles of 128 lanes (`mosaic_tpu_geometry`). One kernel writes this step's keys and
+values (`mosaic_tpu_write`), then attends (`mosaic_tpu_attend`).
 """
 
 import jax
@@ -13,8 +13,8 @@ from pallas_kernels import tpu_chip
 from pallas_kernels.masks import Window, window_bounds
 from pallas_kernels.paged.mosaic_tpu_attend import PerHead, attend
 from pallas_kernels.paged.mosaic_tpu_geometry import LANES, ROWS, Geometry, Masks, round_up
-from pallas_kernels.paged.mosaic_tpu_tiles import Tiles, tiles_for_chip
-from pallas_kernels.paged.mosaic_tpu_write import write_kv
+from pallas_kernels.paged.mosaic_tpu_tiles import Tiles, shape_class, tiles_for
+from pallas_kernels.paged.mosaic_tpu_write import news
 from pallas_kernels.shape_checks import (
     FLOAT32,
     INT32,
@@ -83,20 +83,20 @@ def paged_attention(
             *(("sliding_window", side) for side in window_bounds(sliding_window)),
         ],
     )  # fmt: skip
-    if k is not None:
-        kv_pages = write_kv(kv_pages, k, v, slot_mapping, k_scale=k_scale, v_scale=v_scale)
-    geometry = _geometry(q, kv_pages, page_table, tiles_for_chip())
+    new = None if k is None else news(kv_pages, k, v, slot_mapping, k_scale, v_scale)
+    of_class = shape_class(q.shape[0], page_table.shape[0], q.shape[-1])
+    geometry = _geometry(q, kv_pages, page_table, tiles_for(kv_pages.dtype, of_class))
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     per_head = _per_head(geometry, scale, soft_cap, k_scale, v_scale, alibi_slopes, sinks)
-    out, lse = attend(
-        _arranged(q, geometry), kv_pages, page_table, kv_lens, cu_q_lens, num_seqs, per_head,
+    tokens, heads, _ = q.shape
+    q = jnp.pad(q, ((0, max(0, geometry.tile_tokens - tokens)), (0, 0), (0, 0)))
+    out, lse, kv_pages = attend(
+        q, kv_pages, page_table, kv_lens, cu_q_lens, num_seqs, new, per_head,
         geometry=geometry, masks=Masks(causal, sliding_window, attention_chunk_size),
         soft_cap=None if soft_cap is None else float(soft_cap) * LOG2E,
     )  # fmt: skip
-    heads = out.reshape(-1, geometry.num_q_heads, geometry.out_lanes)
-    begin = geometry.v_offset
-    out = heads[: q.shape[0], :, begin : begin + geometry.head_dim]
-    return out, lse.reshape(-1, geometry.lse_lanes)[: q.shape[0], : q.shape[1]], kv_pages
+    lse = jnp.moveaxis(lse, 0, 1).reshape(-1, geometry.lse_lanes)
+    return out[:tokens], lse[:tokens, :heads], kv_pages
 
 
 def _geometry(q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, tiles: Tiles) -> Geometry:
@@ -114,19 +114,19 @@ def _geometry(q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, tiles: T
     return Geometry(
         num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
         page_size=page_size, pages_per_seq=page_table.shape[1], num_tokens=num_tokens,
-        tile_tokens=min(tiles.tile_tokens, max(ROWS, 1 << (num_tokens - 1).bit_length())),
+        tile_tokens=_tile_tokens(q, tiles),
         block_pages=chunks * chunk_pages, chunk_pages=chunk_pages, num_buffers=tiles.num_buffers,
     )  # fmt: skip
 
 
-def _arranged(q: jax.Array, geometry: Geometry) -> jax.Array:
-    """[row tiles, 16, num_q_heads * k_lanes]: each head in lanes of its own, 0 where q has none."""
-    multiple = ROWS if q.shape[0] > geometry.tile_tokens else geometry.tile_tokens
-    tokens = round_up(q.shape[0], multiple) - q.shape[0]
-    lanes = geometry.k_lanes - geometry.head_dim
-    if tokens or lanes:
-        q = jnp.pad(q, ((0, tokens), (0, 0), (0, lanes)))
-    return q.reshape(-1, ROWS, geometry.num_q_heads * geometry.k_lanes)
+def _tile_tokens(q: jax.Array, tiles: Tiles) -> int:
+    """Queries of a grid step: no more than there are, and than two fifths of VMEM hold."""
+    num_tokens, num_q_heads, head_dim = q.shape
+    # Queries and outputs come and go in two buffers each; queries and sums are kept once more.
+    of_token = num_q_heads * round_up(head_dim, LANES) * (6 * q.dtype.itemsize + 8)
+    most = max(ROWS, tpu_chip.current().vmem_bytes * 2 // 5 // of_token)
+    most = min(tiles.tile_tokens, 1 << (most.bit_length() - 1))
+    return min(most, max(ROWS, 1 << (num_tokens - 1).bit_length()))
 
 
 def _per_head(geometry, scale, soft_cap, k_scale, v_scale, alibi_slopes, sinks) -> PerHead:
@@ -146,6 +146,7 @@ def _per_head(geometry, scale, soft_cap, k_scale, v_scale, alibi_slopes, sinks) 
         slope=jnp.zeros(heads, jnp.float32) if alibi_slopes is None else alibi_slopes * LOG2E,
         sink=jnp.full(heads, -jnp.inf, jnp.float32) if sinks is None else sinks * LOG2E,
         has_slope=alibi_slopes is not None,
+        is_signed=k_scale is not None or scale <= 0,
     )
 
 

@@ -1,4 +1,4 @@
-"""The TPU kernel of `paged` that attends: one grid step for each tile of tokens."""
+"""The TPU kernel of `paged`: one grid step for each tile of tokens."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -10,9 +10,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_chip
-from pallas_kernels.paged import mosaic_tpu_decode, mosaic_tpu_prefill, mosaic_tpu_prompt
+from pallas_kernels.paged import (
+    mosaic_tpu_decode,
+    mosaic_tpu_heads,
+    mosaic_tpu_prefill,
+    mosaic_tpu_prompt,
+    mosaic_tpu_write,
+)
 from pallas_kernels.paged.mosaic_tpu_geometry import LANES, ROWS, Geometry, Masks, divided
 from pallas_kernels.paged.mosaic_tpu_walk import CELLS, Batch, Walk
+from pallas_kernels.paged.mosaic_tpu_write import News
 
 
 class PerHead(NamedTuple):
@@ -25,6 +32,7 @@ class PerHead(NamedTuple):
         slope: ALiBi's.
         sink: -inf = none.
         has_slope: whether slopes count; static.
+        is_signed: whether factors may be 0 or below; static.
     """
 
     factor: jax.Array
@@ -32,17 +40,20 @@ class PerHead(NamedTuple):
     slope: jax.Array
     sink: jax.Array
     has_slope: bool
+    is_signed: bool
 
 
 class Step(NamedTuple):
     """What the computation of a span reads and writes: references of one grid step.
 
     Attributes:
-        q, out, lse: this step's tile, [row tiles, 16, lanes].
+        q, out: this step's tile, [tokens, num_q_heads, head_dim].
+        lse: [registers, tokens, 128]: query heads along lanes.
         scalars: SMEM [4, num_q_heads]; rows: VMEM [4, decode rows, 128], one number along lanes.
         first_token: the tile's.
-        soft_cap: in base 2, or None; has_slope: whether there is ALiBi.
+        soft_cap: in base 2, or None; has_slope, is_signed: as in `PerHead`.
         walk: the walk over the pages.
+        words: scratch of `mosaic_tpu_heads`.
         scratch: of the computation.
     """
 
@@ -54,7 +65,9 @@ class Step(NamedTuple):
     first_token: jax.Array
     soft_cap: float | None
     has_slope: bool
+    is_signed: bool
     walk: Walk
+    words: Any
     scratch: Any
 
 
@@ -69,23 +82,25 @@ def attend(
     kv_lens: jax.Array,
     cu_q_lens: jax.Array,
     num_seqs: jax.Array,
+    new: News | None,
     per_head: PerHead,
     *,
     geometry: Geometry,
     masks: Masks,
     soft_cap: float | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Attention to a cache that holds this step's keys already.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Writes this step's keys and values, and attends.
 
     Args:
-        q: [row tiles, 16, num_q_heads * k_lanes].
+        q: [num_tokens, num_q_heads, head_dim]; at least a tile of tokens.
         kv_pages, page_table, kv_lens, cu_q_lens, num_seqs: the contract's.
+        new: what is written; None = nothing.
         per_head: of each query head.
         geometry, masks: static.
         soft_cap: in base 2.
 
     Returns:
-        out [row tiles, 16, num_q_heads * out_lanes] in q's dtype, lse [row tiles, 16, lse_lanes].
+        out like q, lse [registers, num_tokens, 128], kv_pages as given, or written.
     """
     numbers = jnp.stack(per_head[:4])
     rows = [geometry.decode_row(h) for h in range(geometry.num_q_heads)]
@@ -93,91 +108,124 @@ def attend(
         jnp.zeros((4, geometry.all_decode_rows), jnp.float32).at[:, jnp.array(rows)].set(numbers)
     )
     by_row = jnp.broadcast_to(by_row[..., None], (*by_row.shape, LANES))
-    row_tiles = q.shape[0]
-
-    def tile(lanes: int) -> pl.BlockSpec:
-        return pl.BlockSpec((geometry.tile_tokens // ROWS, ROWS, lanes), lambda j, *_: (j, 0, 0))
-
-    def kernel(*refs):
-        _kernel(
-            *refs, geometry=geometry, masks=masks, soft_cap=soft_cap, has_slope=per_head.has_slope
-        )
-
-    out_width = geometry.num_q_heads * geometry.out_lanes
-    buffers = (geometry.num_buffers, geometry.block_pages, *kv_pages.shape[1:])
-    return pl.pallas_call(
-        kernel,
+    tokens = geometry.tile_tokens
+    heads = pl.BlockSpec((tokens, *q.shape[1:]), lambda j, *_: (j, 0, 0))
+    registers = geometry.lse_lanes // LANES
+    in_hbm = pl.BlockSpec(memory_space=pl.ANY)
+    scalars = [page_table.reshape(-1), kv_lens, cu_q_lens, num_seqs.reshape(1)]
+    arrays = [q, numbers, by_row]
+    if new is not None:
+        scalars += [new.slots, new.run_lengths]
+        arrays += new.parts
+    static = _Static(
+        geometry, masks, soft_cap, per_head.has_slope, per_head.is_signed,
+        None if new is None else new.window, 0 if new is None else len(new.parts),
+    )  # fmt: skip
+    written = [] if new is None else [jax.ShapeDtypeStruct(kv_pages.shape, kv_pages.dtype)]
+    found = pl.pallas_call(
+        lambda *refs: _kernel(static, *refs),
         out_shape=[
-            jax.ShapeDtypeStruct((row_tiles, ROWS, out_width), q.dtype),
-            jax.ShapeDtypeStruct((row_tiles, ROWS, geometry.lse_lanes), jnp.float32),
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((registers, q.shape[0], LANES), jnp.float32),
+            *written,
         ],
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
-            grid=(pl.cdiv(row_tiles * ROWS, geometry.tile_tokens),),
+            num_scalar_prefetch=len(scalars),
+            grid=(pl.cdiv(q.shape[0], tokens),),
             in_specs=[
-                tile(q.shape[-1]),
+                heads,
                 pl.BlockSpec(memory_space=pltpu.SMEM),
                 pl.BlockSpec(by_row.shape, lambda j, *_: (0, 0, 0)),
-                pl.BlockSpec(memory_space=pl.ANY),
+                *(in_hbm for _ in range(static.parts)),
+                in_hbm,
             ],
-            out_specs=[tile(out_width), tile(geometry.lse_lanes)],
+            out_specs=[
+                heads,
+                pl.BlockSpec((registers, tokens, LANES), lambda j, *_: (0, j, 0)),
+                *(in_hbm for _ in written),
+            ],
             scratch_shapes=[
-                pltpu.VMEM(buffers, kv_pages.dtype),
+                pltpu.VMEM(
+                    (geometry.num_buffers, geometry.block_pages, *kv_pages.shape[1:]),
+                    kv_pages.dtype,
+                ),
                 pltpu.SemaphoreType.DMA((geometry.num_buffers,)),
                 pltpu.SMEM((CELLS,), jnp.int32),
                 pltpu.SMEM((2,), jnp.int32),
-                *mosaic_tpu_decode.scratch_shapes(geometry),
-                *mosaic_tpu_prefill.scratch_shapes(geometry, q.dtype),
-                *mosaic_tpu_prompt.scratch_shapes(geometry, q.dtype),
+                mosaic_tpu_heads.scratch_shapes(tokens, *q.shape[1:], q.dtype),
+                mosaic_tpu_decode.scratch_shapes(geometry, kv_pages.dtype),
+                mosaic_tpu_prefill.scratch_shapes(geometry, q.dtype),
+                mosaic_tpu_prompt.scratch_shapes(geometry, q.dtype),
+                [] if new is None else mosaic_tpu_write.scratch_shapes(new, kv_pages),
             ],
         ),
-        # Checking a copy's ends takes longer than starting it; page tables are the caller's word.
+        input_output_aliases={} if new is None else {len(scalars) + len(arrays): 2},
+        # Checking a copy's ends takes longer than starting it; page tables are the caller's word,
+        # and slots were checked.
         compiler_params=dataclasses.replace(
             tpu_chip.compiler_params(["arbitrary"]), disable_bounds_checks=True
         ),
         name="paged_attention",
-    )(
-        page_table.reshape(-1), kv_lens, cu_q_lens, num_seqs.reshape(1), q, numbers, by_row,
-        kv_pages,
-    )  # fmt: skip
+    )(*scalars, *arrays, kv_pages)
+    return found[0], found[1], kv_pages if new is None else found[2]
 
 
-def _kernel(
-    page_table, kv_lens, cu_q_lens, num_seqs, q, scalars, rows, kv_pages, out, lse, buffers,
-    arrived, cells, now, *scratch, geometry: Geometry, masks: Masks, soft_cap, has_slope,
-):  # fmt: skip
-    """One tile: every span in it, one after another."""
+class _Static(NamedTuple):
+    """What the kernel is made for; window and parts are those of `News`, None and 0 = none."""
+
+    geometry: Geometry
+    masks: Masks
+    soft_cap: float | None
+    has_slope: bool
+    is_signed: bool
+    window: int | None
+    parts: int
+
+
+def _kernel(static: _Static, page_table, kv_lens, cu_q_lens, num_seqs, *refs) -> None:
+    """One tile: every span in it, one after another; before the first, the cache is written."""
+    geometry = static.geometry
+    writes = static.window is not None
+    slots, refs = refs[: 2 * writes], refs[2 * writes :]
+    (q, scalars, rows), refs = refs[:3], refs[3:]
+    parts, kv_pages, refs = refs[: static.parts], refs[static.parts], refs[static.parts + 1 :]
+    (out, lse), refs = refs[:2], refs[2:]
+    kv_pages, refs = (refs[0], refs[1:]) if writes else (kv_pages, refs)
+    buffers, arrived, cells, now, words, of_decode, of_prefill, of_prompt, of_write = refs
     batch = Batch(page_table, kv_lens, cu_q_lens, num_seqs)
-    walk = Walk(geometry, masks, batch, kv_pages, buffers, arrived, cells)
+    walk = Walk(geometry, static.masks, batch, kv_pages, buffers, arrived, cells)
     first_token = pl.program_id(0) * geometry.tile_tokens
-    of_decode = len(mosaic_tpu_decode.scratch_shapes(geometry))
-    step = Step(q, out, lse, scalars, rows, first_token, soft_cap, has_slope, walk, None)
-    decode = step._replace(scratch=scratch[:of_decode])
-    of_prefill = of_decode + 4
-    prefill = step._replace(scratch=scratch[of_decode:of_prefill])
-    prompt = step._replace(scratch=scratch[of_prefill:])
-    out[...] = jnp.zeros_like(out)
-    lse[...] = jnp.full_like(lse, -jnp.inf)
-
-    mosaic_tpu_decode.begin_tile(decode)
+    decode = Step(
+        q, out, lse, scalars, rows, first_token, static.soft_cap, static.has_slope,
+        static.is_signed, walk, words, of_decode,
+    )  # fmt: skip
+    prefill, prompt = decode._replace(scratch=of_prefill), decode._replace(scratch=of_prompt)
 
     @pl.when(pl.program_id(0) == 0)
     def _():
+        if writes:
+            mosaic_tpu_write.write_all(*slots, parts, kv_pages, of_write, static.window)
+        mosaic_tpu_decode.begin(decode)
+        mosaic_tpu_prefill.begin(prefill)
+        mosaic_tpu_prompt.begin(prompt)
         now[SEQ] = walk.begin()
 
-    last = jnp.minimum(first_token + geometry.tile_tokens, cu_q_lens[num_seqs[0]])
+    end = cu_q_lens[num_seqs[0]]
+
+    @pl.when(first_token + geometry.tile_tokens > end)
+    def _():
+        out[...] = jnp.zeros_like(out)
+        lse[...] = jnp.full_like(lse, -jnp.inf)
+
+    last = jnp.minimum(first_token + geometry.tile_tokens, end)
 
     def visit(_):
         span = walk.span(now[SEQ], now[TOKEN])
         q_len = cu_q_lens[span.seq + 1] - cu_q_lens[span.seq]
-
-        @pl.when(span.end - span.begin == 1)
-        def _():
-            mosaic_tpu_decode.attend_span(decode, span)
-
+        pl.when(span.end - span.begin == 1)(lambda: mosaic_tpu_decode.attend_span(decode, span))
         several = span.end - span.begin > 1
 
-        @pl.when(several & (q_len <= ROWS))
+        @pl.when(several & ((q_len <= ROWS) | (geometry.tile_tokens == ROWS)))
         def _():
             row_tile = divided(span.begin - first_token, ROWS)
             mosaic_tpu_prefill.attend_span(prefill, span, row_tile, 1)
@@ -196,4 +244,3 @@ def _kernel(
 
     now[TOKEN] = first_token
     lax.while_loop(lambda more: more, visit, first_token < last)
-    mosaic_tpu_decode.end_row_tile(decode)

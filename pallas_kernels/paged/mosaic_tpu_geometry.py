@@ -55,6 +55,25 @@ class Masks(NamedTuple):
             stop = jnp.minimum(stop, (divided(first_q, chunk) + 1) * chunk)
         return start, stop
 
+    def limits(self, q_pos: jax.Array, start, stop):
+        """(first, last) of the keys in [start, stop) that each query sees; first None = all."""
+        left, right = window_bounds(self.sliding_window)
+        chunk = self.attention_chunk_size
+        last = jnp.broadcast_to(stop - 1, q_pos.shape)
+        if self.causal:
+            last = jnp.minimum(last, q_pos)
+        if right is not None and not self.causal:
+            last = jnp.minimum(last, q_pos + right - 1)
+        if left is None and chunk is None:
+            return None, last
+        first = jnp.broadcast_to(start, q_pos.shape)
+        if left is not None:
+            first = jnp.maximum(first, q_pos - left + 1)
+        if chunk is not None:
+            of_chunk = divided(q_pos, chunk) * chunk
+            first, last = jnp.maximum(first, of_chunk), jnp.minimum(last, of_chunk + chunk - 1)
+        return first, last
+
 
 class Geometry(NamedTuple):
     """Static sizes of one call.
@@ -89,6 +108,15 @@ class Geometry(NamedTuple):
         return 1 << (self.group - 1).bit_length()
 
     @property
+    def heads_at_once(self) -> int:
+        """Kv heads that one product takes when decoding: two, where a head is half a register.
+
+        Where the matrix unit is 128 wide, turning lanes takes longer than what it saves.
+        """
+        halves = self.head_dim == LANES // 2 and self.num_kv_heads % 2 == 0
+        return 2 if halves and tpu_chip.current().mxu > LANES else 1
+
+    @property
     def all_decode_rows(self) -> int:
         """Rows of one token's query heads, whole registers."""
         return round_up(self.num_kv_heads * self.decode_rows, 8)
@@ -112,11 +140,6 @@ class Geometry(NamedTuple):
     def v_offset(self) -> int:
         """Where the value begins among them."""
         return self.head_dim - self.v_start
-
-    @property
-    def out_lanes(self) -> int:
-        """Lanes of one head's output, whole registers."""
-        return round_up(self.v_lanes, LANES)
 
     @property
     def lse_lanes(self) -> int:

@@ -4,11 +4,13 @@ The rows of one kv head are its group's query heads, each with the tokens of the
 spans). Rows of the tile that are not the span's are computed with the others, and dropped.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.paged import mosaic_tpu_heads as heads
 from pallas_kernels.paged import mosaic_tpu_prompt
 from pallas_kernels.paged import mosaic_tpu_softmax as softmax
 from pallas_kernels.paged.mosaic_tpu_decode import product, rows_kept
@@ -24,8 +26,14 @@ def scratch_shapes(geometry: Geometry, dtype) -> list:
         pltpu.VMEM((*shape, geometry.k_lanes), dtype),
         pltpu.VMEM((*shape, LANES), jnp.float32),
         pltpu.VMEM((*shape, LANES), jnp.float32),
-        pltpu.VMEM((*shape, geometry.out_lanes), jnp.float32),
+        pltpu.VMEM((*shape, geometry.v_lanes), jnp.float32),
     ]
+
+
+def begin(step) -> None:
+    """Makes lanes that are no key's numbers: they are multiplied, too."""
+    if step.walk.geometry.k_lanes > step.walk.geometry.head_dim:
+        step.scratch[0][...] = jnp.zeros_like(step.scratch[0])
 
 
 def attend_span(step, span: Span, row_tile, row_tiles: int) -> None:
@@ -56,15 +64,15 @@ def _load_q(step, row_tile, row_tiles: int) -> None:
     q, m, l, acc = step.scratch
 
     def load(i, _):
-        for head in range(geometry.num_q_heads):
-            lanes = slice(head * geometry.k_lanes, (head + 1) * geometry.k_lanes)
-            q[head, i] = step.q[row_tile + i, :, lanes]
+        first = (row_tile + i) * ROWS
+        for head, rows in heads.read(step.q, step.words, first, ROWS, turned=False):
+            q[head, i, :, : geometry.head_dim] = rows.astype(q.dtype)
 
     lax.fori_loop(0, row_tiles, load, None)
     shape = (geometry.num_q_heads, row_tiles, ROWS)
     m[:, :row_tiles] = jnp.full((*shape, LANES), softmax.START, jnp.float32)
     l[:, :row_tiles] = jnp.zeros((*shape, LANES), jnp.float32)
-    acc[:, :row_tiles] = jnp.zeros((*shape, geometry.out_lanes), jnp.float32)
+    acc[:, :row_tiles] = jnp.zeros((*shape, geometry.v_lanes), jnp.float32)
 
 
 def _attend_chunk(step, span: Span, row_tile, row_tiles: int, buffer, chunk, position) -> None:
@@ -96,8 +104,8 @@ def _attend_head(
     geometry, group = step.walk.geometry, step.walk.geometry.group
     keys, tokens = geometry.chunk_tokens, row_tiles * ROWS
     rows = group * tokens
-    heads = pl.ds(head * group, group)
-    q, m, l, acc = (ref.at[heads, pl.ds(0, row_tiles)] for ref in step.scratch)
+    of_head = pl.ds(head * group, group)
+    q, m, l, acc = (ref.at[of_head, pl.ds(0, row_tiles)] for ref in step.scratch)
     pages = pl.ds(chunk * geometry.chunk_pages, geometry.chunk_pages)
 
     def load_kv():
@@ -113,12 +121,13 @@ def _attend_head(
         logits = logits.reshape(group, tokens, keys)
         q_pos = first_q + lax.broadcasted_iota(jnp.int32, (tokens, 1), 0)
         kv_pos = position + lax.broadcasted_iota(jnp.int32, (1, keys), 1)
+        limits = step.walk.masks.limits(q_pos, span.start, span.stop)
         parts = []
         for g in range(group):
             slope = step.scalars[2, head * group + g] if step.has_slope else None
             part = softmax.join(logits[g], q_pos, kv_pos, soft_cap=step.soft_cap, slope=slope)
             if masked:
-                part = softmax.mask(part, q_pos, kv_pos, span.start, span.stop, step.walk.masks)
+                part = softmax.mask(part, kv_pos, limits)
             parts.append(part)
         return jnp.concatenate(parts, axis=0)
 
@@ -129,9 +138,8 @@ def _attend_head(
     )
     m[...], l[...] = m_next.reshape(m.shape), l_next.reshape(l.shape)
     values = product(weights.astype(q.dtype), v, 0)
-    old = acc[...].reshape(rows, -1)[:, : geometry.v_lanes]
-    new = old * softmax.widened(shrink, geometry.v_lanes) + values
-    acc[:, :, :, : geometry.v_lanes] = new.reshape(*m.shape[:3], -1)
+    new = acc[...].reshape(rows, -1) * softmax.widened(shrink, geometry.v_lanes) + values
+    acc[...] = new.reshape(*m.shape[:3], -1)
 
 
 def _finish(step, span: Span, row_tile, row_tiles: int) -> None:
@@ -139,24 +147,27 @@ def _finish(step, span: Span, row_tile, row_tiles: int) -> None:
     geometry = step.walk.geometry
     _, m, l, acc = step.scratch
 
+    lane = lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 1)
+
     def finish(i, _):
-        token = step.first_token + (row_tile + i) * ROWS
-        token = token + lax.broadcasted_iota(jnp.int32, (ROWS, 1), 0)
+        first = (row_tile + i) * ROWS
+        token = step.first_token + first + lax.broadcasted_iota(jnp.int32, (ROWS, 1), 0)
         mine = (token >= span.begin) & (token < span.end)
-        lane = lax.broadcasted_iota(jnp.int32, (ROWS, geometry.lse_lanes), 1)
-        lse = step.lse[row_tile + i]
-        for head in range(geometry.num_q_heads):
+        rows = pl.ds(first, ROWS)
+        lse = [step.lse[j, rows] for j in range(step.lse.shape[0])]
+
+        def output(head: int) -> jax.Array:
             factor, of_head = softmax.finish(
                 m[head, i], l[head, i], step.scalars[3, head], step.scalars[1, head]
             )
-            values = acc[head, i] * softmax.widened(factor, geometry.out_lanes)
-            lanes = slice(head * geometry.out_lanes, (head + 1) * geometry.out_lanes)
-            old = step.out[row_tile + i, :, lanes].astype(jnp.float32)
+            register, at = divmod(head, LANES)
+            lse[register] = jnp.where(mine & (lane == at), of_head, lse[register])
+            values = acc[head, i] * softmax.widened(factor, geometry.v_lanes)
             values = jnp.where(factor[:, :1] != 0, values, 0.0)
-            values = jnp.where(mine, values, old)
-            step.out[row_tile + i, :, lanes] = values.astype(step.out.dtype)
-            of_head = softmax.widened(of_head, geometry.lse_lanes)
-            lse = jnp.where(mine & (lane == head), of_head, lse)
-        step.lse[row_tile + i] = lse
+            return values[:, geometry.v_offset : geometry.v_offset + geometry.head_dim]
+
+        heads.write(step.out, step.words, first, ROWS, output, mine, turned=False)
+        for j, line in enumerate(lse):
+            step.lse[j, rows] = line
 
     lax.fori_loop(0, row_tiles, finish, None)

@@ -4,9 +4,21 @@ Logits are [keys, columns]: a column is one query head with one token, a kv head
 next. So the softmax runs down registers, its maximum and sum lie along lanes, and nothing is
 repeated. Queries, outputs and lse are turned once for each tile.
 
-The kv heads follow one another in pairs: while the weights of one are made, the matrix unit makes
-the logits of the next.
+The kv heads of a chunk follow one another, and chunks follow chunks over the borders of blocks,
+without a pause: while the weights of one head are made, the matrix unit makes the next one's logits
+into the other of two slots::
+
+    head 0 of a chunk   products │ softmax, values
+    head 1                         products        │ softmax, values
+     ...                                                    ...
+    head 0 of the next                                          products │ ...
+
+The compiler schedules a block close to the order in which it is written, so the two alternate in
+steps of keys. A chunk that some query sees only in part is computed as far as it is seen, in
+quarters, with masks.
 """
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +26,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.paged import mosaic_tpu_heads as heads
 from pallas_kernels.paged import mosaic_tpu_softmax as softmax
 from pallas_kernels.paged.mosaic_tpu_decode import rows_kept
-from pallas_kernels.paged.mosaic_tpu_geometry import LANES, ROWS, Geometry, divided
+from pallas_kernels.paged.mosaic_tpu_geometry import LANES, Geometry, divided
 from pallas_kernels.paged.mosaic_tpu_walk import Span
+
+STEP = 256  # keys of a step
 
 
 def serves(geometry: Geometry) -> bool:
@@ -26,42 +41,99 @@ def serves(geometry: Geometry) -> bool:
 
 
 def scratch_shapes(geometry: Geometry, dtype) -> list:
-    """By kv head: q, m, l, acc; the logits of two of them; lse by query head."""
+    """By kv head: q, m, l, acc; the logits of two of them, their maxima; lse by query head."""
     if not serves(geometry):
         return []
-    heads, columns = geometry.num_kv_heads, geometry.group * geometry.tile_tokens
+    kv_heads, columns = geometry.num_kv_heads, geometry.group * geometry.tile_tokens
     logits = pltpu.VMEM((geometry.chunk_tokens, columns), jnp.float32)
+    largest = pltpu.VMEM((8, columns), jnp.float32)
     return [
-        pltpu.VMEM((heads, geometry.k_lanes, columns), dtype),
-        pltpu.VMEM((heads, 8, columns), jnp.float32),
-        pltpu.VMEM((heads, 8, columns), jnp.float32),
-        pltpu.VMEM((heads, geometry.v_lanes, columns), jnp.float32),
+        pltpu.VMEM((kv_heads, geometry.k_lanes, columns), dtype),
+        pltpu.VMEM((kv_heads, 8, columns), jnp.float32),
+        pltpu.VMEM((kv_heads, 8, columns), jnp.float32),
+        pltpu.VMEM((kv_heads, geometry.head_dim, columns), jnp.float32),
         logits,
         logits,
+        largest,
+        largest,
         pltpu.VMEM((geometry.lse_lanes, geometry.tile_tokens), jnp.float32),
     ]
+
+
+class _Keys(NamedTuple):
+    """The keys of one chunk that are computed.
+
+    Attributes:
+        buffer, first_page: where they lie.
+        pages: how many; static.
+        position: of the first key; None = not known.
+        masked: whether some query does not see some of them; static.
+    """
+
+    buffer: Any
+    first_page: Any
+    pages: int
+    position: Any = None
+    masked: bool = False
+
+    def at(self, step, pages: tuple[int, int], head) -> Any:
+        """Reference to one kv head of pages [first, last) of these."""
+        there = pl.ds(self.first_page + pages[0], pages[1] - pages[0])
+        return step.walk.buffers.at[self.buffer, there, head]
+
+
+def begin(step) -> None:
+    """Makes rows that are no key's numbers: they are multiplied, too."""
+    size = step.walk.geometry.head_dim
+    if serves(step.walk.geometry) and step.walk.geometry.k_lanes > size:
+        rows = step.scratch[0].at[:, size:]
+        rows[...] = jnp.zeros(rows.shape, rows.dtype)
 
 
 def attend_span(step, span: Span) -> None:
     """Attends with all tokens of the tile, and keeps what is the span's."""
     walk, geometry = step.walk, step.walk.geometry
-    _load_q(step)
     first, last = walk.blocks(span)
-    size = geometry.chunk_tokens
+    size, chunks = geometry.chunk_tokens, geometry.block_pages // geometry.chunk_pages
 
-    def attend_block(block, _):
-        buffer = walk.next_block(span, block)
+    def keys_of(buffer, chunk) -> _Keys:
+        return _Keys(buffer, chunk * geometry.chunk_pages, geometry.chunk_pages)
+
+    def attend_block(block, buffer):
+        walk.start_next()
         position = block * geometry.block_tokens
         begin = divided(jnp.maximum(span.start - position, 0), size)
         end = divided(jnp.minimum(span.stop - position, geometry.block_tokens) + size - 1, size)
+        goes_on = block + 1 < last
+        following = lax.cond(goes_on, lambda: walk.wait(span, block + 1), lambda: buffer)
 
         def attend_chunk(chunk, _):
-            _attend_chunk(step, span, buffer, chunk, position + chunk * size)
+            inside = chunk + 1 < end
+            after = keys_of(
+                jnp.where(inside, buffer, following),
+                jnp.where(inside, chunk + 1, jnp.where(goes_on, 0, chunk)),
+            )
+            keys = keys_of(buffer, chunk)._replace(position=position + chunk * size)
+            _attend_chunk(step, span, keys, after, inside | goes_on)
 
-        lax.fori_loop(begin, end, attend_chunk, None)
+        if chunks == 1:
+            attend_chunk(0, None)
+        else:
+            lax.fori_loop(begin, end, attend_chunk, None)
+        return following
 
-    lax.fori_loop(first, last, attend_block, None)
-    _finish(step, span)
+    pl.when(last <= first)(lambda: _load_q(step))
+
+    @pl.when(last > first)
+    def _():
+        buffer = walk.wait(span, first)
+        begin = divided(jnp.maximum(span.start - first * geometry.block_tokens, 0), size)
+        _load_q(step, lambda: _products(step, keys_of(buffer, begin), 0, 0))
+        lax.fori_loop(first, last, attend_block, buffer)
+
+    whole = span.end - span.begin == geometry.tile_tokens
+    pl.when(whole)(lambda: _finish(step, span, whole=True))
+    pl.when(jnp.logical_not(whole))(lambda: _finish(step, span, whole=False))
 
 
 def _columns(geometry: Geometry, head: int) -> tuple[int, slice]:
@@ -70,48 +142,108 @@ def _columns(geometry: Geometry, head: int) -> tuple[int, slice]:
     return kv_head, slice(g * geometry.tile_tokens, (g + 1) * geometry.tile_tokens)
 
 
-def _load_q(step) -> None:
-    """Turns each head's queries into columns; starts the softmax."""
+def _load_q(step, first_products=None) -> None:
+    """Turns each head's queries into columns; starts the softmax, beside the first products."""
     geometry = step.walk.geometry
     q, m, l, acc, *_ = step.scratch
-    for head in range(geometry.num_q_heads):
+    for head, turned in heads.read(step.q, step.words, 0, geometry.tile_tokens, turned=True):
         kv_head, columns = _columns(geometry, head)
-        lanes = slice(head * geometry.k_lanes, (head + 1) * geometry.k_lanes)
-        q[kv_head, :, columns] = step.q[:, :, lanes].reshape(geometry.tile_tokens, -1).T
+        if step.is_signed:
+            factor = step.scalars[0, head]
+            turned = turned * jnp.where(factor < 0, -1.0, jnp.where(factor == 0, 0.0, 1.0))
+        q[kv_head, : geometry.head_dim, columns] = turned.astype(q.dtype)
+        if head == geometry.group - 1 and first_products is not None:
+            first_products()
     m[...] = jnp.full_like(m, softmax.START)
     l[...] = jnp.zeros_like(l)
     acc[...] = jnp.zeros_like(acc)
 
 
-def _attend_chunk(step, span: Span, buffer, chunk, position) -> None:
-    """One chunk of keys, for one kv head after another."""
+def _is_joined(step) -> bool:
+    """Whether soft cap or ALiBi make base-2 logits before the softmax."""
+    return step.has_slope or step.soft_cap is not None
+
+
+def _unit(step, head):
+    """What makes a kept logit of this query head a base-2 one; positive."""
+    if _is_joined(step):
+        return jnp.float32(1)
+    factor = step.scalars[0, head]
+    if not step.is_signed:
+        return factor
+    return jnp.where(factor == 0, 1.0, jnp.maximum(factor, -factor))
+
+
+def _attend_chunk(step, span: Span, keys: _Keys, after: _Keys, goes_on) -> None:
+    """One chunk, whose first head's products are made, for all kv heads; then the next one's.
+
+    Args:
+        step, span: what is computed.
+        keys: the chunk.
+        after: the next one, or any.
+        goes_on: whether there is a next one.
+    """
     walk, geometry = step.walk, step.walk.geometry
     start, stop = walk.masks.bounds_of_all(span.first_q, span.last_q, span.start, span.stop)
-    inside = (position >= start) & (position + geometry.chunk_tokens <= stop)
-    heads = geometry.num_kv_heads
-    pages = pl.ds(chunk * geometry.chunk_pages, geometry.chunk_pages)
-    kv = step.walk.buffers.at[buffer, pages]
-    even_logits, odd_logits = step.scratch[4:6]
+    inside = (keys.position >= start) & (keys.position + geometry.chunk_tokens <= stop)
+    pl.when(inside)(lambda: _attend_heads(step, span, keys, after))
+    seen = span.stop - keys.position
+    below = jnp.int32(-(1 << 30))
+    for pages in _parts(geometry):
+        fits = (seen > below) & ((seen <= pages * geometry.page_size) | (
+            pages == geometry.chunk_pages))  # fmt: skip
+        part = keys._replace(pages=pages, masked=True)
+        pl.when(fits & jnp.logical_not(inside))(
+            lambda part=part: _attend_heads(step, span, part, None)
+        )
+        below = jnp.int32(pages * geometry.page_size)
 
-    def attend(masked: bool):
-        def one(head, logits):
-            _attend_head(step, span, kv, head, logits, position, masked)
+    @pl.when(goes_on & jnp.logical_not(inside))
+    def _():
+        _products(step, after, 0, 0)
 
-        def two(i, _):
-            _product(step, kv, 2 * i + 1, odd_logits)
-            one(2 * i, even_logits)
-            _product(step, kv, 2 * i + 2, even_logits)
-            one(2 * i + 1, odd_logits)
 
-        _product(step, kv, 0, even_logits)
-        lax.fori_loop(0, (heads - 1) // 2, two, None)
-        if heads % 2 == 0:
-            _product(step, kv, heads - 1, odd_logits)
-            one(heads - 2, even_logits)
-        one(heads - 1, odd_logits if heads % 2 == 0 else even_logits)
+def _parts(geometry: Geometry) -> list[int]:
+    """Pages of a chunk that are computed where it is seen in part: quarters of it, or pages."""
+    quarter = max(1, geometry.chunk_pages // 4, LANES // geometry.page_size)
+    return [*range(quarter, geometry.chunk_pages, quarter), geometry.chunk_pages]
 
-    pl.when(inside)(lambda: attend(False))
-    pl.when(jnp.logical_not(inside))(lambda: attend(True))
+
+def _attend_heads(step, span: Span, keys: _Keys, after: _Keys | None) -> None:
+    """Every kv head of a chunk, each one's products made beside the softmax of the one before."""
+    kv_heads = step.walk.geometry.num_kv_heads
+
+    def two(i, _):
+        _step_head(step, span, keys, 2 * i, 0, keys, 2 * i + 1)
+        then, then_head = keys, 2 * i + 2
+        if after is not None and kv_heads % 2 == 0:
+            wraps = then_head == kv_heads
+            then = _Keys(
+                jnp.where(wraps, after.buffer, keys.buffer),
+                jnp.where(wraps, after.first_page, keys.first_page),
+                keys.pages,
+            )
+            then_head = jnp.where(wraps, 0, then_head)
+        _step_head(step, span, keys, 2 * i + 1, 1, then, then_head)
+
+    if after is not None and kv_heads % 2 == 0:
+        lax.fori_loop(0, kv_heads // 2, two, None)
+        return
+    lax.fori_loop(0, (kv_heads - 1) // 2, two, None)
+    if kv_heads % 2 == 0:
+        _step_head(step, span, keys, kv_heads - 2, 0, keys, kv_heads - 1)
+        _step_head(step, span, keys, kv_heads - 1, 1, None, 0)
+        return
+    # The slot of the last head is the one that the next chunk's first head takes.
+    _step_head(step, span, keys, kv_heads - 1, 0, None, 0)
+    if after is not None:
+        _products(step, after, 0, 0)
+
+
+def _steps(geometry: Geometry, pages: int):
+    """[first, last) page of each step."""
+    size = max(1, STEP // geometry.page_size)
+    return [(i, min(i + size, pages)) for i in range(0, pages, size)]
 
 
 def _dot(x, y, contracted: tuple[int, int]):
@@ -123,70 +255,120 @@ def _dot(x, y, contracted: tuple[int, int]):
     )  # fmt: skip
 
 
-def _product(step, kv, head, logits) -> None:
-    """Keys times queries of one kv head."""
+def _over_registers(x: jax.Array, combine) -> jax.Array:
+    """[8 n, columns] as [8, columns]."""
+    return combine(x.reshape(-1, 8, x.shape[-1]), axis=0)
+
+
+def _products(step, keys: _Keys, head, slot: int) -> None:
+    """Keys times queries of one kv head, all steps."""
+    for i, pages in enumerate(_steps(step.walk.geometry, keys.pages)):
+        _product(step, keys, pages, head, slot, is_first=i == 0)
+
+
+def _product(step, keys: _Keys, pages, head, slot: int, *, is_first: bool) -> None:
+    """Keys of a step times queries, and the largest logits so far, spread over sublanes."""
     geometry, q = step.walk.geometry, step.scratch[0]
-    k = geometry.read(kv.at[:, head], 0, geometry.k_lanes).astype(q.dtype)
-    logits[...] = _dot(k, q[head], (1, 0))
+    logits, largest = step.scratch[4 + slot], step.scratch[6 + slot]
+    k = geometry.read(keys.at(step, pages, head), 0, geometry.k_lanes).astype(q.dtype)
+    found = _dot(k, q[head], (1, 0))
+    logits[pages[0] * geometry.page_size : pages[1] * geometry.page_size] = found
+    high = _over_registers(found, jnp.max)
+    largest[...] = high if is_first else jnp.maximum(largest[...], high)
 
 
-def _attend_head(step, span: Span, kv, head, product, position, masked: bool) -> None:
-    """The softmax of one kv head's columns, and the values that it weighs."""
-    geometry, keys = step.walk.geometry, step.walk.geometry.chunk_tokens
-    q, m, l, acc, *_ = step.scratch
-    columns = product.shape[1]
-    logits = product[...] * step.scalars[0, head * geometry.group]
-    if masked or step.has_slope or step.soft_cap is not None:
-        logits = _joined(step, span, head, logits, position, masked)
-    logits = logits.reshape(keys // 8, 8, columns)
-    largest = jnp.max(jnp.max(logits, axis=0), axis=0, keepdims=True)
-    m_next = jnp.maximum(m[head], largest)
-    weights = jnp.exp2(logits - m_next[None])
-    shrink = jnp.exp2(m[head] - m_next)
-    m[head] = m_next
-    l[head] = l[head] * shrink + jnp.sum(weights, axis=0)
-    kept = (span.start - position, span.stop - position) if masked else None
-    v = rows_kept(geometry.read(kv.at[:, head], geometry.v_start, 2 * geometry.head_dim), kept)
-    values = _dot(v.astype(q.dtype), weights.reshape(keys, columns).astype(q.dtype), (0, 0))
-    old = acc[head].reshape(-1, 8, columns) * shrink[None]
-    acc[head] = old.reshape(-1, columns) + values
+def _step_head(
+    step, span: Span, keys: _Keys, head, slot: int, then: _Keys | None, then_head
+) -> None:
+    """The softmax and the values of one head, from its slot, beside another's products.
+
+    Args:
+        step, span: what is computed.
+        keys, head, slot: whose softmax.
+        then, then_head: whose products, into the other slot; None = nobody's.
+    """
+    geometry = step.walk.geometry
+    q, m, l, acc = step.scratch[:4]
+    logits, largest = step.scratch[4 + slot], step.scratch[6 + slot]
+    if keys.masked or _is_joined(step):
+        _join(step, span, keys, head, slot)
+    m_next = jnp.maximum(m[head], jnp.max(largest[...], axis=0, keepdims=True))
+    unit = _unit(step, head * geometry.group)
+    shrink = jnp.exp2((m[head] - m_next) * unit)
+    total, values = l[head] * shrink, None
+    kept = (span.start - keys.position, span.stop - keys.position) if keys.masked else None
+    mine = _steps(geometry, keys.pages)
+    others = [] if then is None else _steps(geometry, then.pages)
+    for i in range(max(len(mine), len(others))):
+        if i < len(others):
+            _product(step, then, others[i], then_head, 1 - slot, is_first=i == 0)
+        if i >= len(mine):
+            continue
+        begin, end = (page * geometry.page_size for page in mine[i])
+        x = logits[begin:end].reshape(-1, 8, logits.shape[1]) - m_next[None]
+        weights = jnp.exp2(x if _is_joined(step) else x * unit)
+        total = total + jnp.sum(weights, axis=0)
+        v = geometry.read(keys.at(step, mine[i], head), geometry.v_start, 2 * geometry.head_dim)
+        if kept is not None:
+            v = rows_kept(v, (kept[0] - begin, kept[1] - begin))
+        v = v.astype(q.dtype).T[geometry.v_offset :]
+        part = _dot(v, weights.reshape(end - begin, -1).astype(q.dtype), (1, 0))
+        values = part if values is None else values + part
+    m[head], l[head] = m_next, total
+    old = acc[head].reshape(-1, 8, acc.shape[2]) * shrink[None]
+    acc[head] = old.reshape(acc.shape[1:]) + values
 
 
-def _joined(step, span: Span, head, logits, position, masked: bool) -> jax.Array:
-    """Soft cap, ALiBi and masks."""
+def _join(step, span: Span, keys: _Keys, head, slot: int) -> None:
+    """Soft cap, ALiBi and masks, in the slot; and the largest of what comes out."""
     geometry, tokens = step.walk.geometry, step.walk.geometry.tile_tokens
-    keys = logits.shape[0]
+    logits, largest = step.scratch[4 + slot], step.scratch[6 + slot]
     first_q = span.first_q - (span.begin - step.first_token)
     q_pos = first_q + lax.broadcasted_iota(jnp.int32, (1, tokens), 1)
-    kv_pos = position + lax.broadcasted_iota(jnp.int32, (keys, 1), 0)
-    parts = []
-    for g in range(geometry.group):
-        slope = step.scalars[2, head * geometry.group + g] if step.has_slope else None
-        part = logits[:, g * tokens : (g + 1) * tokens]
-        part = softmax.join(part, q_pos, kv_pos, soft_cap=step.soft_cap, slope=slope)
-        if masked:
-            part = softmax.mask(part, q_pos, kv_pos, span.start, span.stop, step.walk.masks)
-        parts.append(part)
-    return jnp.concatenate(parts, axis=1)
+    first, last = step.walk.masks.limits(q_pos, span.start, span.stop)
+    for i, pages in enumerate(_steps(geometry, keys.pages)):
+        begin, end = (page * geometry.page_size for page in pages)
+        index = begin + lax.broadcasted_iota(jnp.int32, (end - begin, 1), 0)
+        mask = None
+        if keys.masked:
+            mask = index <= last - keys.position
+            mask = mask if first is None else mask & (index >= first - keys.position)
+        for g in range(geometry.group):
+            columns = slice(g * tokens, (g + 1) * tokens)
+            part = logits[begin:end, columns]
+            if _is_joined(step):
+                at = head * geometry.group + g
+                slope = step.scalars[2, at] if step.has_slope else None
+                factor = step.scalars[0, at]
+                part = part * jnp.maximum(factor, -factor)
+                part = softmax.join(
+                    part, q_pos, keys.position + index, soft_cap=step.soft_cap, slope=slope
+                )
+            if mask is not None:
+                part = jnp.where(mask, part, softmax.UNSEEN)
+            logits[begin:end, columns] = part
+            high = _over_registers(part, jnp.max)
+            largest[:, columns] = high if i == 0 else jnp.maximum(largest[:, columns], high)
 
 
-def _finish(step, span: Span) -> None:
+def _finish(step, span: Span, *, whole: bool) -> None:
     """Turns outputs and lse into rows, and puts those of the span's tokens into the tile."""
     geometry, tokens = step.walk.geometry, step.walk.geometry.tile_tokens
-    _, m, l, acc, _, _, lse_rows = step.scratch
+    _, m, l, acc, *_, lse_rows = step.scratch
     token = step.first_token + lax.broadcasted_iota(jnp.int32, (tokens, 1), 0)
-    mine = (token >= span.begin) & (token < span.end)
-    for head in range(geometry.num_q_heads):
+    mine = None if whole else (token >= span.begin) & (token < span.end)
+
+    def output(head: int) -> jax.Array:
         kv_head, columns = _columns(geometry, head)
         total = jnp.sum(l[kv_head, :, columns], axis=0, keepdims=True)
-        factor, lse = softmax.finish(
-            m[kv_head, :1, columns], total, step.scalars[3, head], step.scalars[1, head]
+        high = m[kv_head, :1, columns] * _unit(step, head)
+        factor, lse_rows[head : head + 1, :] = softmax.finish(
+            high, total, step.scalars[3, head], step.scalars[1, head]
         )
-        lse_rows[head : head + 1, :] = lse
-        values = jnp.where(factor != 0, acc[kv_head, :, columns] * factor, 0.0).T
-        lanes = slice(head * geometry.out_lanes, (head + 1) * geometry.out_lanes)
-        old = step.out[:, :, lanes].astype(jnp.float32).reshape(tokens, -1)
-        values = jnp.where(mine, values, old).astype(step.out.dtype)
-        step.out[:, :, lanes] = values.reshape(-1, ROWS, geometry.out_lanes)
-    old = step.lse[...].reshape(tokens, -1)
-    step.lse[...] = jnp.where(mine, lse_rows[...].T, old).reshape(step.lse.shape)
+        values = acc[kv_head, :, columns] * factor
+        return values if whole else jnp.where(factor != 0, values, 0.0)
+
+    heads.write(step.out, step.words, 0, tokens, output, mine, turned=True)
+    for i in range(step.lse.shape[0]):
+        new = lse_rows[i * LANES : (i + 1) * LANES, :].T
+        step.lse[i] = new if whole else jnp.where(mine, new, step.lse[i])

@@ -7,9 +7,6 @@ that its weight is 0 whatever the row has seen so far.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.masks import seen
-from pallas_kernels.paged.mosaic_tpu_geometry import Masks
-
 START, UNSEEN = -1e30, -1e38
 LN2 = 0.6931471805599453
 
@@ -23,11 +20,11 @@ def join(logits, q_pos, kv_pos, *, soft_cap: float | None, slope=None):
     return logits
 
 
-def mask(logits, q_pos, kv_pos, start, stop, masks: Masks):
-    """UNSEEN for keys outside [start, stop) and for those that the query does not see."""
-    may = (kv_pos >= start) & (kv_pos < stop)
-    more = seen(q_pos, kv_pos, **masks._asdict())
-    return jnp.where(may if more is None else may & more, logits, UNSEEN)
+def mask(logits, kv_pos, limits):
+    """UNSEEN for keys outside the query's limits, (first or None, last)."""
+    first, last = limits
+    may = kv_pos <= last
+    return jnp.where(may if first is None else may & (kv_pos >= first), logits, UNSEEN)
 
 
 def update(logits: jax.Array, m: jax.Array, l: jax.Array):

@@ -1,12 +1,18 @@
-"""How much the TPU kernels of `paged` compute at once, and how deep they prefetch."""
+"""How much the TPU kernels of `paged` compute at once, and how deep they prefetch.
+
+One table, by generation, dtype of the cache and shape class, made by `python -m
+benchmarks.tpu_static tune`. Sizes change speed, never numbers beyond the order of sums.
+"""
 
 from typing import NamedTuple
+
+import jax.numpy as jnp
 
 from pallas_kernels import tpu_chip
 
 
 class Tiles(NamedTuple):
-    """Sizes that change speed, never numbers.
+    """Sizes that change speed.
 
     Attributes:
         tile_tokens: queries of a grid step.
@@ -21,15 +27,92 @@ class Tiles(NamedTuple):
     num_buffers: int
 
 
+# Microseconds by the replayed schedule (jax 0.12.0.1, libtpu 0.0.52, November 2026; nothing of it
+# ran on a TPU) on v5e, v6e, 7x; pages of 64, bfloat16, the works of benchmarks/tpu_static:
+#   prefill, (tile, chunk): (128, 512) 1164, 599, 469; (256, 512) 1159, 583, 446; (128, 256) 1207,
+#     -, 599; (256, 256) 1170, -, 458; chunks of 1024 1247, -, 477.
+#   prefill_64, (tile, chunk): (128, 512) 1938, 1059, 829; (128, 256) 1963, 1048, 821; (256, 256)
+#     1973, 1147, 821 (7x has no VMEM for 256 tokens of 64 heads).
+#   decode, by block: 512 758, 413, -; 1024 -, 413, 166; 2048 -, -, 166 (VMEM holds no more).
+#   decode_64, by block: 512 397, 240, 196; 1024 392, 214, 149; 2048 -, 214, 129.
+#   decode, 8-bit cache, by block: 512 444, 399, 211; 1024 439, 386, 166; 2048 460, 396, 152.
+# The other entries follow these: v5p as v5e, float32 with half of bfloat16's keys in a block; v4
+# has 16 MiB of VMEM, too few for large pages of wide heads, and is not declared.
 TILES = {
-    "v4": Tiles(tile_tokens=64, block_tokens=256, chunk_tokens=256, num_buffers=2),
-    "v5e": Tiles(tile_tokens=128, block_tokens=512, chunk_tokens=512, num_buffers=3),
-    "v5p": Tiles(tile_tokens=128, block_tokens=512, chunk_tokens=512, num_buffers=3),
-    "v6e": Tiles(tile_tokens=128, block_tokens=512, chunk_tokens=512, num_buffers=3),
-    "7x": Tiles(tile_tokens=128, block_tokens=1024, chunk_tokens=512, num_buffers=3),
+    ("v4", "bfloat16", "decode"): Tiles(64, 256, 256, 2),
+    ("v4", "bfloat16", "decode_64"): Tiles(64, 256, 256, 2),
+    ("v4", "bfloat16", "prefill"): Tiles(64, 256, 256, 2),
+    ("v4", "bfloat16", "prefill_64"): Tiles(64, 256, 256, 2),
+    ("v4", "float32", "decode"): Tiles(64, 256, 256, 2),
+    ("v4", "float32", "decode_64"): Tiles(64, 256, 256, 2),
+    ("v4", "float32", "prefill"): Tiles(64, 256, 256, 2),
+    ("v4", "float32", "prefill_64"): Tiles(64, 256, 256, 2),
+    ("v4", "float8_e4m3fn", "decode"): Tiles(64, 256, 256, 2),
+    ("v4", "float8_e4m3fn", "decode_64"): Tiles(64, 256, 256, 2),
+    ("v4", "float8_e4m3fn", "prefill"): Tiles(64, 256, 256, 2),
+    ("v4", "float8_e4m3fn", "prefill_64"): Tiles(64, 256, 256, 2),
+    ("v5e", "bfloat16", "decode"): Tiles(128, 512, 512, 3),
+    ("v5e", "bfloat16", "decode_64"): Tiles(128, 1024, 512, 3),
+    ("v5e", "bfloat16", "prefill"): Tiles(256, 512, 512, 3),
+    ("v5e", "bfloat16", "prefill_64"): Tiles(128, 512, 512, 3),
+    ("v5e", "float32", "decode"): Tiles(128, 256, 512, 3),
+    ("v5e", "float32", "decode_64"): Tiles(128, 512, 512, 3),
+    ("v5e", "float32", "prefill"): Tiles(256, 512, 512, 3),
+    ("v5e", "float32", "prefill_64"): Tiles(128, 512, 512, 3),
+    ("v5e", "float8_e4m3fn", "decode"): Tiles(128, 1024, 512, 3),
+    ("v5e", "float8_e4m3fn", "decode_64"): Tiles(128, 2048, 512, 3),
+    ("v5e", "float8_e4m3fn", "prefill"): Tiles(256, 512, 512, 3),
+    ("v5e", "float8_e4m3fn", "prefill_64"): Tiles(128, 512, 512, 3),
+    ("v5p", "bfloat16", "decode"): Tiles(128, 512, 512, 3),
+    ("v5p", "bfloat16", "decode_64"): Tiles(128, 1024, 512, 3),
+    ("v5p", "bfloat16", "prefill"): Tiles(256, 512, 512, 3),
+    ("v5p", "bfloat16", "prefill_64"): Tiles(128, 512, 512, 3),
+    ("v5p", "float32", "decode"): Tiles(128, 256, 512, 3),
+    ("v5p", "float32", "decode_64"): Tiles(128, 512, 512, 3),
+    ("v5p", "float32", "prefill"): Tiles(256, 512, 512, 3),
+    ("v5p", "float32", "prefill_64"): Tiles(128, 512, 512, 3),
+    ("v5p", "float8_e4m3fn", "decode"): Tiles(128, 1024, 512, 3),
+    ("v5p", "float8_e4m3fn", "decode_64"): Tiles(128, 2048, 512, 3),
+    ("v5p", "float8_e4m3fn", "prefill"): Tiles(256, 512, 512, 3),
+    ("v5p", "float8_e4m3fn", "prefill_64"): Tiles(128, 512, 512, 3),
+    ("v6e", "bfloat16", "decode"): Tiles(128, 512, 512, 3),
+    ("v6e", "bfloat16", "decode_64"): Tiles(128, 1024, 512, 3),
+    ("v6e", "bfloat16", "prefill"): Tiles(256, 512, 512, 3),
+    ("v6e", "bfloat16", "prefill_64"): Tiles(128, 512, 256, 3),
+    ("v6e", "float32", "decode"): Tiles(128, 256, 512, 3),
+    ("v6e", "float32", "decode_64"): Tiles(128, 512, 512, 3),
+    ("v6e", "float32", "prefill"): Tiles(256, 512, 512, 3),
+    ("v6e", "float32", "prefill_64"): Tiles(128, 512, 512, 3),
+    ("v6e", "float8_e4m3fn", "decode"): Tiles(128, 1024, 512, 3),
+    ("v6e", "float8_e4m3fn", "decode_64"): Tiles(128, 2048, 512, 3),
+    ("v6e", "float8_e4m3fn", "prefill"): Tiles(256, 512, 512, 3),
+    ("v6e", "float8_e4m3fn", "prefill_64"): Tiles(128, 512, 512, 3),
+    ("7x", "bfloat16", "decode"): Tiles(128, 1024, 512, 3),
+    ("7x", "bfloat16", "decode_64"): Tiles(128, 2048, 512, 3),
+    ("7x", "bfloat16", "prefill"): Tiles(256, 512, 512, 3),
+    ("7x", "bfloat16", "prefill_64"): Tiles(128, 512, 256, 3),
+    ("7x", "float32", "decode"): Tiles(128, 512, 512, 3),
+    ("7x", "float32", "decode_64"): Tiles(128, 1024, 512, 3),
+    ("7x", "float32", "prefill"): Tiles(256, 512, 512, 3),
+    ("7x", "float32", "prefill_64"): Tiles(128, 512, 512, 3),
+    ("7x", "float8_e4m3fn", "decode"): Tiles(128, 2048, 512, 3),
+    ("7x", "float8_e4m3fn", "decode_64"): Tiles(128, 2048, 512, 3),
+    ("7x", "float8_e4m3fn", "prefill"): Tiles(256, 512, 512, 3),
+    ("7x", "float8_e4m3fn", "prefill_64"): Tiles(128, 512, 512, 3),
 }
 
 
-def tiles_for_chip() -> Tiles:
-    """The sizes for the chip that is traced for."""
-    return TILES[tpu_chip.current().generation]
+def shape_class(num_tokens: int, max_num_seqs: int, head_dim: int) -> str:
+    """What the table is keyed by: decode or prefill, and whether heads fill a register's lanes.
+
+    "decode" where no more tokens come than sequences; other batches may hold decodes, too.
+    """
+    kind = "decode" if num_tokens <= max_num_seqs else "prefill"
+    return kind if head_dim > tpu_chip.LANES // 2 else f"{kind}_64"
+
+
+def tiles_for(cache_dtype: jnp.dtype, of_class: str) -> Tiles:
+    """The sizes for the chip that is traced for: those of the cache's dtype, or its width."""
+    names = {1: "float8_e4m3fn", 2: "bfloat16", 4: "float32"}
+    name = names[jnp.dtype(cache_dtype).itemsize]
+    return TILES[tpu_chip.current().generation, name, of_class]

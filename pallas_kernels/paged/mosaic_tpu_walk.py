@@ -6,6 +6,7 @@ blocks ahead of the computation along the same walk, over the borders of spans, 
 and starts the copies.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -128,12 +129,11 @@ class Walk(NamedTuple):
         self.cells[cell] = jnp.where(following == self.geometry.num_buffers, 0, following)
         return buffer
 
-    def _start_pages(self, buffer, place, column, count: int) -> None:
-        """Starts the copies of `count` pages, from this column of the cursor's sequence on.
+    def _start_pages(self, buffer, place, at, count: int) -> None:
+        """Starts the copies of `count` pages, from this entry of the page table on.
 
         All are looked up before the first is started: the scalar unit need not wait for each.
         """
-        at = self.cells[SEQ] * self.geometry.pages_per_seq + column
         sources = [self.kv_pages.at[self.batch.page_table[at + i]] for i in range(count)]
         for i, source in enumerate(sources):
             there = self.buffers.at[buffer, place + i]
@@ -159,13 +159,12 @@ class Walk(NamedTuple):
             first = cells[BLOCK] * pages
             begin = jnp.maximum(cells[PAGE_BEGIN], first)
             end = jnp.minimum(cells[PAGE_END], first + pages)
-            fours = lax.shift_right_arithmetic(end - begin, 2)
+            row = cells[SEQ] * self.geometry.pages_per_seq
 
             def start(column, count):
-                self._start_pages(buffer, column - first, column, count)
+                self._start_pages(buffer, column - first, row + column, count)
 
-            lax.fori_loop(0, fours, lambda i, _: start(begin + 4 * i, 4), None)
-            lax.fori_loop(begin + 4 * fours, end, lambda column, _: start(column, 1), None)
+            _some_at_once(begin, end, start)
             self._move_on()
 
     def whole_block_ahead(self) -> jax.Array:
@@ -175,23 +174,34 @@ class Walk(NamedTuple):
         some = cells[BLOCK] < cells[BLOCK_END]
         return some & (cells[PAGE_BEGIN] <= first) & (first + pages <= cells[PAGE_END])
 
-    def next_whole_block(self) -> jax.Array:
-        """As `next_block`, where both the block and the one ahead are whole.
+    def next_whole_block(self) -> tuple[jax.Array, Callable[[int, int], None]]:
+        """As `next_block`, where both the block and the one ahead are whole; starts no copies.
 
-        The copies are started one by one, without a loop: the compiler puts them beside the
-        computation that follows.
+        Returns:
+            the buffer; a function that starts part i of n of the copies ahead: where it is called
+            beside a computation, without a loop, the compiler puts it there.
         """
         pages = self.geometry.block_pages
         buffer = self._take(FILLED)
         there = self.buffers.at[buffer]
         pltpu.make_async_copy(there, there, self.arrived.at[buffer]).wait()
-        self._start_pages(self._take(TO_FILL), 0, self.cells[BLOCK] * pages, pages)
+        ahead = self._take(TO_FILL)
+        at = self.cells[SEQ] * self.geometry.pages_per_seq + self.cells[BLOCK] * pages
         self._move_on()
-        return buffer
+
+        def start(i: int, n: int) -> None:
+            first, last = i * pages // n, (i + 1) * pages // n
+            self._start_pages(ahead, first, at + first, last - first)
+
+        return buffer, start
 
     def next_block(self, span: Span, block: jax.Array) -> jax.Array:
         """Starts a copy ahead, waits for this block of the span, and returns its buffer."""
         self.start_next()
+        return self.wait(span, block)
+
+    def wait(self, span: Span, block: jax.Array) -> jax.Array:
+        """Waits for this block of the span, and returns its buffer."""
         geometry = self.geometry
         buffer = self._take(FILLED)
         first_page = block * geometry.block_pages
@@ -207,10 +217,20 @@ class Walk(NamedTuple):
 
         @pl.when(jnp.logical_not(whole))
         def _():
-            def wait(page, _):
-                there = self.buffers.at[buffer, page - first_page]
+            def wait(page, count):
+                there = self.buffers.at[buffer, pl.ds(page - first_page, count)]
                 pltpu.make_async_copy(there, there, self.arrived.at[buffer]).wait()
 
-            lax.fori_loop(begin, end, wait, None)
+            _some_at_once(begin, end, wait)
 
         return buffer
+
+
+AT_ONCE = 8  # pages in one round of a loop
+
+
+def _some_at_once(begin, end, f: Callable[[jax.Array, int], None]) -> None:
+    """f(first, count) for [begin, end), some at once and the rest one by one."""
+    rounds = divided(end - begin, AT_ONCE)
+    lax.fori_loop(0, rounds, lambda i, _: f(begin + AT_ONCE * i, AT_ONCE), None)
+    lax.fori_loop(begin + AT_ONCE * rounds, end, lambda i, _: f(i, 1), None)

@@ -1,13 +1,13 @@
-"""The TPU kernel of `paged` that writes this step's keys and values into the cache.
+"""How the TPU kernel of `paged` writes this step's keys and values into the cache, before it reads.
 
 Rows of a cache are packed in tiles of 8 and more, so a row is written by reading the window of rows
 that it lies in, and writing it back. Tokens that are neighbours in a window are written together (a
 run); a window that a run fills is not read. Windows are read ahead of being merged, and written
 behind, through a ring of buffers; a run whose window is still in the ring waits for it to be gone,
-so any slot mapping is honoured.
+so any slot mapping is honoured. All is written before the first page is read: a page may belong to
+several sequences.
 """
 
-import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -18,83 +18,71 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_chip
-from pallas_kernels.paged.mosaic_tpu_geometry import LANES, ROWS, divided, remainder, round_up
+from pallas_kernels.paged.mosaic_tpu_geometry import LANES, divided, remainder, round_up
 
 RING, AHEAD = 16, 8  # windows in the ring, and read ahead of the one that is merged
-TILE = 64  # tokens of a grid step
+TILE = 64  # tokens that are brought at once
 # Rows of a window: a decode step writes a row or two of each, a prompt fills them.
 FEW, MANY = 8, 32
+HALF = 64  # lanes: what keys and values are cut into
 
 
-def write_kv(
+class News(NamedTuple):
+    """This step's keys and values, and where they go.
+
+    Attributes:
+        slots: int32 [num_tokens]: page * page_size + offset; -1 = nowhere.
+        run_lengths: int32 [num_tokens]: tokens from each one on that belong to its run.
+        parts: arrays [num_tokens, num_kv_heads, lanes], what a row of the cache is joined of.
+        window: rows of a window; static.
+    """
+
+    slots: jax.Array
+    run_lengths: jax.Array
+    parts: tuple[jax.Array, ...]
+    window: int
+
+    @property
+    def tile(self) -> int:
+        """Tokens that are brought at once."""
+        return min(TILE, self.slots.shape[0])
+
+
+def news(
     kv_pages: jax.Array,
     k: jax.Array,
     v: jax.Array,
     slot_mapping: jax.Array,
-    *,
-    k_scale: jax.Array | None = None,
-    v_scale: jax.Array | None = None,
-) -> jax.Array:
-    """Writes this step's keys and values into a side-by-side cache.
+    k_scale: jax.Array | None,
+    v_scale: jax.Array | None,
+) -> News:
+    """What is to be written into a side-by-side cache.
 
     Args:
         kv_pages: [num_pages, num_kv_heads, tiles, page_size, lanes].
         k, v: [num_tokens, num_kv_heads, head_dim], true values.
-        slot_mapping: int32 [num_tokens]: page * page_size + offset; outside the cache (-1) =
-            written nowhere.
+        slot_mapping: int32 [num_tokens]; outside the cache (-1) = written nowhere.
         k_scale, v_scale: float32 [] or [num_kv_heads]: true value = stored value * scale; None = 1.
-
-    Returns:
-        kv_pages with the rows written; in place where the argument is donated.
     """
-    num_tokens, (num_pages, num_heads, tiles, page_size, _) = k.shape[0], kv_pages.shape
-    width = 2 * k.shape[-1]
-    few = num_tokens <= 1024
-    window = math.gcd(FEW if few else MANY, page_size)
-    lanes = round_up(width, LANES)
-    rows = jnp.concatenate(
-        [_quantised(k, k_scale, kv_pages.dtype), _quantised(v, v_scale, kv_pages.dtype)], axis=-1
+    num_pages, page_size = kv_pages.shape[0], kv_pages.shape[3]
+    slots = jnp.where(
+        (slot_mapping >= 0) & (slot_mapping < num_pages * page_size), slot_mapping, -1
     )
-    tile = min(TILE, round_up(num_tokens, ROWS))
-    padding = ((0, round_up(num_tokens, tile) - num_tokens), (0, 0), (0, lanes - width))
-    rows = jnp.pad(rows, padding).reshape(-1, num_heads * lanes)
-    slots = jnp.pad(slot_mapping, padding[0], constant_values=-1)
-    slots = jnp.where((slots >= 0) & (slots < num_pages * page_size), slots, -1)
-
-    def kernel(*refs):
-        _kernel(*refs, window=window, lanes=lanes)
-
-    return pl.pallas_call(
-        kernel,
-        out_shape=jax.ShapeDtypeStruct(kv_pages.shape, kv_pages.dtype),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(rows.shape[0] // tile,),
-            in_specs=[
-                pl.BlockSpec((tile, rows.shape[1]), lambda j, *_: (j, 0)),
-                pl.BlockSpec(memory_space=pl.ANY),
-            ],
-            out_specs=pl.BlockSpec(memory_space=pl.ANY),
-            scratch_shapes=[
-                pltpu.VMEM((rows.shape[1] // LANES, window + tile + window, LANES), jnp.float32),
-                pltpu.VMEM((RING, num_heads, tiles, window, width // tiles), kv_pages.dtype),
-                pltpu.SemaphoreType.DMA((RING,)),
-                pltpu.SemaphoreType.DMA((RING,)),
-                pltpu.SMEM((RING,), jnp.int32),
-                pltpu.SMEM((_CELLS,), jnp.int32),
-            ],
-        ),
-        input_output_aliases={3: 0},
-        # Checking a copy's ends takes longer than starting it; the slots were checked above.
-        compiler_params=dataclasses.replace(
-            tpu_chip.compiler_params(["arbitrary"]), disable_bounds_checks=True
-        ),
-        name="paged_write",
-    )(slots, _run_lengths(slots, window, tile), rows, kv_pages)
+    window = math.gcd(FEW if k.shape[0] <= 1024 else MANY, page_size)
+    parts = (_stored(k, k_scale, kv_pages.dtype), _stored(v, v_scale, kv_pages.dtype))
+    if k.shape[-1] % HALF:
+        parts = (jnp.concatenate(parts, axis=-1),)
+    tile = min(TILE, k.shape[0])
+    return News(slots, _run_lengths(slots, window, tile), parts, window)
 
 
-def _quantised(values: jax.Array, scale: jax.Array | None, dtype) -> jax.Array:
-    """Values / scale, saturated into dtype; int8 rounds to nearest even, and has no NaN."""
+def _stored(values: jax.Array, scale: jax.Array | None, dtype) -> jax.Array:
+    """Values / scale, saturated into dtype; int8 rounds to nearest even, and has no NaN.
+
+    What needs neither is left to the kernel, which saturates infinities.
+    """
+    if scale is None and values.dtype == dtype:
+        return values
     stored = values.astype(jnp.float32)
     if scale is not None:
         scale = scale[:, None] if scale.ndim else scale
@@ -120,8 +108,31 @@ def _run_lengths(slots: jax.Array, window: int, tile: int) -> jax.Array:
     return following.astype(jnp.int32) - index
 
 
-# Tokens at which the next run to read and to merge begins; runs read, merged, and gone.
-_READ_AT, _MERGE_AT, _READ, _MERGED, _GONE, _CELLS = range(6)
+def scratch_shapes(new: News, kv_pages: jax.Array) -> list:
+    """What `write_all` works with: tiles as they come, in 32 bits, the ring, semaphores, cells."""
+    heads, tiles, lanes = kv_pages.shape[1], kv_pages.shape[2], kv_pages.shape[4]
+    registers = round_up(tiles * lanes, LANES) // LANES
+    # Room for windows that reach over either end.
+    rows = new.window + new.tile + new.window
+    return [
+        *(pltpu.VMEM((2, new.tile, *part.shape[1:]), part.dtype) for part in new.parts),
+        pltpu.VMEM((registers, rows * _stride(heads), LANES), jnp.float32),
+        pltpu.VMEM((RING, heads, tiles, new.window, lanes), kv_pages.dtype),
+        pltpu.SemaphoreType.DMA((2,)),
+        pltpu.SemaphoreType.DMA((RING,)),
+        pltpu.SemaphoreType.DMA((RING,)),
+        pltpu.SMEM((RING,), jnp.int32),
+        pltpu.SMEM((_CELLS,), jnp.int32),
+    ]
+
+
+def _stride(heads: int) -> int:
+    """Rows from one token's to the next in the tile in 32 bits: whole registers."""
+    return round_up(heads, tpu_chip.SUBLANES)
+
+
+# Tokens at which the next run to read begins; runs read, merged, and gone.
+_READ_AT, _READ, _MERGED, _GONE, _CELLS = range(5)
 
 
 class _Ring(NamedTuple):
@@ -164,6 +175,13 @@ class _Ring(NamedTuple):
         count = self.cells[_MERGED] - self.cells[_GONE]
         lax.fori_loop(0, count, lambda i, _: self.free_one(), None)
 
+    def begin(self) -> None:
+        """Nothing is in the ring."""
+        for cell in range(_CELLS):
+            self.cells[cell] = jnp.int32(0)
+        for i in range(RING):
+            self.windows[i] = jnp.int32(-1)
+
     def read_ahead(self) -> None:
         """Starts reading the next runs' windows, as far as may be."""
         cells, num_tokens = self.cells, self.slots.shape[0]
@@ -200,57 +218,100 @@ class _Ring(NamedTuple):
         self.cells[_READ_AT] = token
 
 
-def _kernel(
-    slots, run_lengths, rows, _, kv_pages, wide, buffers, read, written, windows, cells, *, window,
-    lanes,
-):  # fmt: skip
-    """One tile of tokens: every run in it, one after another."""
+def write_all(slots, run_lengths, parts, kv_pages, scratch, window: int) -> None:
+    """Writes every token's row, and waits until all are in the cache."""
+    staged, scratch = scratch[: len(parts)], scratch[len(parts) :]
+    wide, buffers, brought, read, written, windows, cells = scratch
     ring = _Ring(slots, run_lengths, kv_pages, buffers, read, written, windows, cells, window)
-    tile = rows.shape[0]
-    first_token = pl.program_id(0) * tile
+    num_tokens, tile = slots.shape[0], staged[0].shape[1]
+    tiles = pl.cdiv(num_tokens, tile)
 
-    @pl.when(pl.program_id(0) == 0)
-    def _():
-        for cell in range(_CELLS):
-            cells[cell] = jnp.int32(0)
-        for i in range(RING):
-            windows[i] = jnp.int32(-1)
+    def first_of(i):
+        # The last tile ends with the tokens, and begins among those of the tile before.
+        return jnp.minimum(i * tile, num_tokens - tile)
 
-    # In 32 bits, where a row is a row, with room for windows that reach over either end.
-    # One register wide: only then may a load begin at any row.
-    for i in range(wide.shape[0]):
-        columns = slice(i * LANES, (i + 1) * LANES)
-        wide[i, pl.ds(window, tile)] = rows[:, columns].astype(jnp.float32)
+    def copies(i):
+        at = remainder(i, 2)
+        for part, there in zip(parts, staged, strict=True):
+            source = part.at[pl.ds(first_of(i), tile)]
+            yield pltpu.make_async_copy(source, there.at[at], brought.at[at])
 
-    def merge_run(token):
-        slot, length = slots[token], run_lengths[token]
+    def bring(i):
+        for copy in copies(i):
+            copy.start()
 
-        @pl.when(slot >= 0)
-        def _():
-            ring.read_ahead()
-            at = remainder(cells[_MERGED], RING)
-            pl.when(length < window)(lambda: ring.reading(at, divided(slot, window)).wait())
-            _merge(ring, wide, at, token - first_token, remainder(slot, window), length, lanes)
-            ring.writing(at, divided(slot, window)).start()
-            cells[_MERGED] += 1
+    def write_tile(i, _):
+        pl.when(i + 1 < tiles)(lambda: bring(i + 1))
+        for copy in copies(i):
+            copy.wait()
+        _widen([there.at[remainder(i, 2)] for there in staged], wide, window, buffers.dtype)
+        stop = jnp.minimum((i + 1) * tile, num_tokens)
 
-        return token + length
+        def merge_run(token):
+            slot, length = slots[token], run_lengths[token]
 
-    lax.while_loop(lambda token: token < first_token + tile, merge_run, first_token)
-    pl.when(pl.program_id(0) == pl.num_programs(0) - 1)(ring.free_all)
+            @pl.when(slot >= 0)
+            def _():
+                ring.read_ahead()
+                at = remainder(cells[_MERGED], RING)
+                whole, row = length == window, remainder(slot, window)
+                begin = token - first_of(i) + window - row
+                pl.when(whole)(lambda: _merge(ring, wide, at, begin, None))
+
+                @pl.when(jnp.logical_not(whole))
+                def _():
+                    ring.reading(at, divided(slot, window)).wait()
+                    index = lax.broadcasted_iota(jnp.int32, (window, 1), 0)
+                    _merge(ring, wide, at, begin, (index >= row) & (index < row + length))
+
+                ring.writing(at, divided(slot, window)).start()
+                cells[_MERGED] += 1
+
+            return token + length
+
+        lax.while_loop(lambda token: token < stop, merge_run, i * tile)
+
+    ring.begin()
+    bring(0)
+    lax.fori_loop(0, tiles, write_tile, None)
+    ring.free_all()
 
 
-def _merge(ring: _Ring, wide, at, token, row, length, lanes: int) -> None:
-    """Puts the run's rows into the window in its buffer."""
-    window = ring.window
-    index = lax.broadcasted_iota(jnp.int32, (window, 1), 0)
-    mine = (index >= row) & (index < row + length)
-    num_heads, tiles, _, width = ring.buffers.shape[1:]
+def _widen(staged: list, wide, window: int, dtype) -> None:
+    """A tile in 32 bits, where a row is a row, keys and values beside each other in registers."""
+    largest = None if dtype == jnp.int8 else float(jnp.finfo(dtype).max)
+    lane = 0
+    for part in staged:
+        tokens, heads, size = part.shape
+        stride = _stride(heads)
+        values = part[...].astype(jnp.float32)
+        if largest is not None:
+            values = jnp.clip(values, -largest, largest)
+        if stride > heads:
+            rest = jnp.zeros((tokens, stride - heads, size), jnp.float32)
+            values = jnp.concatenate([values, rest], axis=1)
+        values = values.reshape(tokens * stride, size)
+        step = LANES if lane % LANES == 0 and size % LANES == 0 else HALF
+        step = size if lane == 0 and size < LANES else step
+        there = pl.ds(window * stride, tokens * stride)
+        for begin in range(0, size, step):
+            register, at = divmod(lane + begin, LANES)
+            end = min(size, begin + min(step, LANES - at))
+            wide[register, there, at : at + end - begin] = values[:, begin:end]
+        lane += size
+
+
+def _merge(ring: _Ring, wide, at, begin, mine) -> None:
+    """Puts a run's rows into the window in its buffer: those that are `mine`, None = all."""
+    window, (num_heads, _, _, width) = ring.window, ring.buffers.shape[1:]
+    stride = _stride(num_heads)
     for head in range(num_heads):
-        for lane in range(0, tiles * width, LANES):
-            tile, lane_in_tile = divmod(lane, width)
-            columns = slice(lane_in_tile, min(lane_in_tile + LANES, width))
-            new = wide[(head * lanes + lane) // LANES, pl.ds(window + token - row, window)]
-            old = ring.buffers[at, head, tile, :, columns].astype(jnp.float32)
-            merged = jnp.where(mine, new[:, : old.shape[1]], old)
-            ring.buffers[at, head, tile, :, columns] = merged.astype(ring.buffers.dtype)
+        for register in range(wide.shape[0]):
+            tile, lane = divmod(register * LANES, width)
+            columns = slice(lane, min(lane + LANES, width))
+            new = wide[register, pl.ds(begin * stride + head, window, stride=stride), :]
+            new = new[:, : columns.stop - columns.start]
+            if mine is not None:
+                old = ring.buffers[at, head, tile, :, columns].astype(jnp.float32)
+                new = jnp.where(mine, new, old)
+            ring.buffers[at, head, tile, :, columns] = new.astype(ring.buffers.dtype)

@@ -1,7 +1,9 @@
 """Paged attention's TPU kernels in the TPU interpreter, against the float64 oracle."""
 
+import itertools
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from attnsel_jax.kv_cache import KVCache
 from attnsel_jax.platforms import Device
 from attnsel_jax.problems import QUICK
 from attnsel_jax.problems.paged_inputs import paged_inputs
+from pallas_kernels import tpu_chip
 from pallas_kernels.paged import mosaic_tpu, mosaic_tpu_tiles
 
 KERNEL = MosaicTpuBackend.get_kernel("paged")
@@ -38,7 +41,7 @@ def check(arguments, generation="v5e"):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setitem(mosaic_tpu_tiles.TILES, "v5e", SMALL)
+    monkeypatch.setattr(mosaic_tpu, "tiles_for", lambda *_: SMALL)
 
 
 def batch(q_lens, kv_lens, *, seed=0, **options):
@@ -86,8 +89,61 @@ def test_spans_tiles_and_blocks(options):
 def test_prompts(monkeypatch, heads, options):
     """Tiles of 128 tokens: keys first."""
     tiles = SMALL._replace(tile_tokens=128, block_tokens=64, chunk_tokens=32)
-    monkeypatch.setitem(mosaic_tpu_tiles.TILES, "v5e", tiles)
+    monkeypatch.setattr(mosaic_tpu, "tiles_for", lambda *_: tiles)
     check(batch((1, 140, 3), (30, 170, 9), heads=heads, **options))
+
+
+@pytest.mark.parametrize("generation", ["v5e", "v6e"])
+@pytest.mark.parametrize(
+    ("heads", "options"),
+    [
+        # Kv heads in twos where the matrix unit is 256 wide, q and out by words.
+        ((16, 2), {"sliding_window": 70, "sinks": True}),
+        ((8, 4), {"head_size": 128, "dtype": "float32"}),
+        ((16, 8), {"cache_dtype": "int8", "scales": "head"}),
+    ],
+    ids=["64", "float32", "int8"],
+)
+def test_many_heads(monkeypatch, generation, heads, options):
+    tiles = SMALL._replace(tile_tokens=128, block_tokens=64, chunk_tokens=32)
+    monkeypatch.setattr(mosaic_tpu, "tiles_for", lambda *_: tiles)
+    check(batch((1, 70, 3), (75, 90, 9), heads=heads, **options), generation)
+
+
+def test_tiles_change_no_numbers(monkeypatch):
+    """Every field of the table, from one block a page to all in one; the cache bit for bit."""
+    arguments = batch((1, 70, 3), (75, 90, 9), scales="head", cache_dtype="float8_e4m3fn")
+    caches = []
+    for tiles in ((128, 8, 8, 2), (16, 64, 16, 4), (128, 128, 128, 3)):
+        chosen = mosaic_tpu_tiles.Tiles(*tiles)
+        monkeypatch.setattr(mosaic_tpu, "tiles_for", lambda *_, chosen=chosen: chosen)
+        jax.clear_caches()
+        caches.append(check(arguments)["kv_pages"])
+    for cache in caches[1:]:
+        assert np.array_equal(cache.view(np.uint8), caches[0].view(np.uint8))
+
+
+def test_the_table_has_every_key():
+    """A chip's entry for each width of cache and each class of shapes, and nothing else."""
+    classes = {
+        mosaic_tpu_tiles.shape_class(tokens, 4, size) for tokens in (4, 5) for size in (64, 80)
+    }
+    dtypes = {"bfloat16", "float32", "float8_e4m3fn"}
+    assert set(mosaic_tpu_tiles.TILES) == set(itertools.product(tpu_chip.CHIPS, dtypes, classes))
+
+
+def test_one_kernel_writes_and_attends():
+    """A single custom call, and the cache that it is given is the cache that it returns."""
+    arguments = batch((1, 70, 3), (75, 90, 9))
+    arguments["kv_pages"] = LAYOUTS["side_by_side"].join(*jnp.asarray(arguments["kv_pages"]))
+    arrays = {name: jnp.asarray(x) for name, x in arguments.items() if hasattr(x, "shape")}
+    fixed = {name: x for name, x in arguments.items() if name not in arrays}
+    with tpu_chip.for_generation("v5e"):
+        traced = jax.jit(lambda given: mosaic_tpu.paged_attention(**given, **fixed)).trace(arrays)
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    calls = [line for line in text.splitlines() if "@tpu_custom_call" in line]
+    assert len(calls) == 1
+    assert "output_tuple_indices = [2]" in calls[0]
 
 
 @pytest.mark.usefixtures("small_tiles")
