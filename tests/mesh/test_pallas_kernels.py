@@ -1,0 +1,75 @@
+"""Pallas kernels over a mesh of TPUs that are not here: they compile, and send what they should.
+
+To XLA such a kernel is opaque, so every byte sent is the mesh's: none where batch and heads are
+cut; keys going round, or partial results merged, where positions or pages are.
+"""
+
+import pytest
+
+from attnsel_jax.aot import MeshCall, compile_for, target_for
+from attnsel_jax.aot.arguments import dense_arguments, paged_arguments
+from attnsel_jax.cache_layouts import layout_named
+
+BACKEND = "attnsel_jax.backends.mosaic_tpu:MosaicTpuBackend"
+DENSE = "pallas_kernels.dense.mosaic_tpu:dense_attention"
+PAGED = "pallas_kernels.paged.mosaic_tpu:paged_attention"
+SHAPE = {"num_heads": 8, "num_kv_heads": 4, "head_size": 128, "dtype": "bfloat16"}
+
+
+def over_v5e(kernel, arguments, over, gradients=False):
+    missing = target_for("v5e").missing()
+    if missing:
+        pytest.skip(f"no compiler for v5e here: {missing}")
+    report = compile_for("v5e", kernel, arguments, over=over, gradients=gradients)
+    assert report.compiled, report.refusal
+    return report.sent
+
+
+def dense(length, batch):
+    return dense_arguments(batch=batch, q_len=length, kv_len=length, causal=True, **SHAPE)
+
+
+def paged(batch):
+    cache = layout_named("side_by_side").shape(512, 16, 4, 128)
+    return paged_arguments(batch=batch, q_len=1, kv_len=1024, cache_dtype="bfloat16",
+                           cache_shape=cache, page_size=16, scale=0.1, **SHAPE)  # fmt: skip
+
+
+def test_dense_heads_and_batch_send_nothing_with_gradients():
+    over = MeshCall(BACKEND, "dense", {"data": 2, "model": 4}, ("data",), ("model",))
+    assert over_v5e(DENSE, dense(256, 2), over, gradients=True) == {}
+
+
+LOCAL_Q, LOCAL_KV = 128 * 8 * 128 * 2, 2 * 128 * 4 * 128 * 2  # bytes of a device's q, of k and v
+
+
+def test_a_ring_sends_keys_on_and_halves_for_zigzag_order():
+    over = MeshCall(BACKEND, "dense", {"seq": 4}, context="seq", form="ring")
+    sent = over_v5e(DENSE, dense(512, 1), over)
+    lse = 128 * 8 * 4
+    assert sent == {"collective-permute": pytest.approx(4 * LOCAL_KV + 2 * LOCAL_Q + lse, rel=0.01)}
+
+
+def test_all_to_all_sends_heads_for_positions():
+    over = MeshCall(BACKEND, "dense", {"seq": 4}, context="seq", form="all_to_all")
+    sent = over_v5e(DENSE, dense(512, 1), over)
+    lse = 128 * 8 * 4
+    assert sent == {"all-to-all": pytest.approx((LOCAL_KV + 2 * LOCAL_Q + lse) * 3 / 4, rel=0.01)}
+
+
+def test_all_gather_sends_keys_to_all():
+    over = MeshCall(BACKEND, "dense", {"seq": 4}, context="seq", form="all_gather")
+    sent = over_v5e(DENSE, dense(512, 1), over)
+    assert sent == {"all-gather": pytest.approx(3 * LOCAL_KV, rel=0.01)}
+
+
+def test_paged_heads_and_groups_send_nothing():
+    over = MeshCall(BACKEND, "paged", {"data": 2, "model": 4}, ("data",), ("model",))
+    assert over_v5e(PAGED, paged(8), over) == {}
+
+
+def test_spread_pages_send_partial_results_only():
+    over = MeshCall(BACKEND, "paged", {"seq": 4}, context="seq")
+    sent = over_v5e(PAGED, paged(8), over)
+    merged = 2 * 3 / 4 * 8 * 8 * (128 + 2) * 4  # all-reduced: out, weight and maximum, float32
+    assert sent == {"all-reduce": pytest.approx(merged, rel=0.05)}
