@@ -56,9 +56,9 @@ def dense_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Attention over contiguous q, k, v, as `pallas_kernels.dense` defines it, for TPU.
 
-    Differentiable in reverse mode in q, k, v, bias and sinks, through out and lse; alibi_slopes are
-    constants here. A bias' gradient is made in full, [batch, num_q_heads, q_len, kv_len] in
-    float32, and then summed where the bias is broadcast.
+    Differentiable in reverse mode in q, k, v, bias, alibi_slopes and sinks, through out and lse. A
+    bias' gradient is made in full, [batch, num_q_heads, q_len, kv_len] in float32, and then summed
+    where the bias is broadcast.
 
     Args:
         q, k, v, scale, causal, q_offset, sliding_window, attention_chunk_size, soft_cap, bias,
@@ -83,8 +83,6 @@ def dense_attention(
         Dao, "FlashAttention-2", 2023; Rabe and Staats, "Self-attention does not need O(n^2)
         memory", 2021.
     """
-    if alibi_slopes is not None:
-        alibi_slopes = jax.lax.stop_gradient(alibi_slopes)
     x = Floats(q, k, v, bias, alibi_slopes, sinks)
     if mask is not None:
         raise ValueError("mask is given, must be None: give a bias of 0 and -inf, or use XLA")
@@ -239,11 +237,13 @@ def _gradients(
         work_list(static, who),
     )
     q_len, kv_len = static.q_len, static.kv_len
-    dbias = dsinks = None
+    dbias = dslopes = dsinks = None
     if x.bias is not None:
         full = jnp.swapaxes(part.logits[:, :, :kv_len, :q_len], 2, 3)
         axes = tuple(axis for axis in range(4) if x.bias.shape[axis] < full.shape[axis])
         dbias = jnp.sum(full, axis=axes, keepdims=True).astype(x.bias.dtype)
+    if x.alibi_slopes is not None:
+        dslopes = -jnp.sum(part.slopes, axis=(0, 2, 3))
     if x.sinks is not None:
         weight = jnp.where(exists, jnp.exp(x.sinks - jnp.where(exists, lse, 0.0)), 0.0)
         dsinks = -jnp.sum(weight * delta, axis=(0, 1))
@@ -252,7 +252,7 @@ def _gradients(
         k=jnp.swapaxes(part.k[:, :, :kv_len], 1, 2),
         v=jnp.swapaxes(part.v[:, :, :kv_len], 1, 2),
         bias=dbias,
-        alibi_slopes=None if x.alibi_slopes is None else jnp.zeros_like(x.alibi_slopes),
+        alibi_slopes=dslopes,
         sinks=dsinks,
     )
 

@@ -86,8 +86,7 @@ def finished(
         share = jnp.tanh(logits * (1 / static.soft_cap))
         logits, slope = static.soft_cap * share, 1 - share * share
     if extras.slope is not None:
-        q_pos, kv_pos = positions(at)
-        logits -= extras.slope * jnp.abs(q_pos - kv_pos).astype(jnp.float32)
+        logits -= extras.slope * distance(at)
     if extras.bias is not None:
         logits += _bias(extras, at)
     return logits, slope
@@ -112,6 +111,12 @@ def positions(at: Where) -> tuple[jax.Array, jax.Array]:
     """Positions of the tile's queries and keys, each of the tile's shape."""
     q_pos = lax.broadcasted_iota(jnp.int32, at.shape, 1) + (at.q_index + at.facts[Q_OFFSET])
     return q_pos, lax.broadcasted_iota(jnp.int32, at.shape, 0) + at.kv_index
+
+
+def distance(at: Where) -> jax.Array:
+    """float32 [keys, queries]: how far each key is from each query."""
+    q_pos, kv_pos = positions(at)
+    return jnp.abs(q_pos - kv_pos).astype(jnp.float32)
 
 
 def seen(static: Static, extras: Extras, at: Where) -> jax.Array:
