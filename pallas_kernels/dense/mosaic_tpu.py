@@ -249,8 +249,8 @@ def _gradients(
         dsinks = -jnp.sum(weight * delta, axis=(0, 1))
     return Floats(
         q=jnp.transpose(part.q[..., :q_len], (0, 3, 1, 2)),
-        k=jnp.swapaxes(part.k[:, :, :kv_len], 1, 2),
-        v=jnp.swapaxes(part.v[:, :, :kv_len], 1, 2),
+        k=jnp.transpose(part.k[..., :kv_len], (0, 3, 1, 2)),
+        v=jnp.transpose(part.v[..., :kv_len], (0, 3, 1, 2)),
         bias=dbias,
         alibi_slopes=dslopes,
         sinks=dsinks,
@@ -258,9 +258,10 @@ def _gradients(
 
 
 def _queries(static: Static, x: jax.Array, exists: jax.Array) -> jax.Array:
-    """[batch, num_q_heads, q_len in whole tiles, n]; rows that do not count are 0."""
+    """[batch, num_q_heads, n, q_len in whole tiles]; rows that do not count are 0."""
     x = jnp.where(exists[..., None], x, jnp.zeros_like(x))
-    return jnp.swapaxes(jnp.pad(x, ((0, 0), (0, _missing(static)), (0, 0), (0, 0))), 1, 2)
+    x = jnp.pad(x, ((0, 0), (0, _missing(static)), (0, 0), (0, 0)))
+    return jnp.transpose(x, (0, 2, 3, 1))
 
 
 def _per_query(static: Static, x: jax.Array, fill: float) -> jax.Array:

@@ -2,12 +2,14 @@
 
 With p = exp(logit - lse), keys first, and delta = sum over features of dout * out, minus dlse::
 
-    dv = p dout        ds = p (v dout' - delta)        dk = scale ds q        dq' = scale k' ds
+    dv' = dout' p'       ds = p (v dout' - delta)       dk' = scale q' ds'       dq' = scale k' ds
 
-Five products of a tile, each with its operands as they lie. One grid step walks a major block of
-queries against the call's major block of keys; dk and dv stay in VMEM for all heads of a group and
-all queries, dq for all of these keys. Keys beyond one major block are further calls; their
-dq are summed in float32, so memory stays linear in the length.
+Five products of a tile: k q' and v dout' for p and ds, whose sums are over features, and these
+three, whose results are [head_dim, keys] or [head_dim, queries]: a matrix unit of 256 columns is
+then full, whatever the head size (with [keys, head_dim] it would be half empty at 128). One grid
+step walks a major block of queries against the call's major block of keys; dk and dv stay in VMEM
+for all heads of a group and all queries, dq for all of these keys. Keys beyond one major block are
+further calls; their dq are summed in float32, so memory stays linear in the length.
 """
 
 from typing import NamedTuple
@@ -35,11 +37,11 @@ class Operands(NamedTuple):
     their lse is inf: their weights are 0.
 
     Attributes:
-        q: [batch, num_q_heads, q_len, head_dim].
+        q: [batch, num_q_heads, head_dim, q_len].
         k: [batch, num_kv_heads, kv_len, head_dim].
         k_across: [batch, num_kv_heads, head_dim, kv_len], the same.
         v: [batch, num_kv_heads, kv_len, head_dim_v].
-        dout: [batch, num_q_heads, q_len, head_dim_v].
+        dout: [batch, num_q_heads, head_dim_v, q_len].
         lse, delta: float32 [batch, num_q_heads, 1, q_len]; lse in base 2.
         bias, slopes, q_segments, kv_segments: as in the forward kernel.
     """
@@ -62,8 +64,8 @@ class Gradients(NamedTuple):
 
     Attributes:
         q: [batch, num_q_heads, head_dim, q_len].
-        k: [batch, num_kv_heads, kv_len, head_dim].
-        v: [batch, num_kv_heads, kv_len, head_dim_v].
+        k: [batch, num_kv_heads, head_dim, kv_len].
+        v: [batch, num_kv_heads, head_dim_v, kv_len].
         logits: float32 [batch, num_q_heads, kv_len, q_len], before they are summed where the bias
             is broadcast; None without a bias.
         slopes: float32 [batch, num_q_heads, 8, q_len]: parts of minus the slopes' gradient; None
@@ -86,20 +88,21 @@ def backward(static: Static, x: Operands, bias_of: str, work: Work) -> Gradients
         part = _of_major(static, x, bias_of, work, kv_major, jnp.float32)
         return dq + part.q, part._replace(q=None)
 
-    batch, num_q_heads, q_len, head_dim = x.q.shape
+    batch, num_q_heads, head_dim, q_len = x.q.shape
     dq = jnp.zeros((batch, num_q_heads, head_dim, q_len), jnp.float32)
     dq, parts = lax.scan(step, dq, jnp.arange(static.kv_majors, dtype=jnp.int32))
 
-    def joined(part: jax.Array | None) -> jax.Array | None:
-        """[kv_majors, batch, heads, major_kv, n] -> [batch, heads, kv_len, n]."""
-        if part is None:
-            return None
-        part = jnp.moveaxis(part, 0, 2)
-        return part.reshape(*part.shape[:2], -1, part.shape[-1])
+    def joined(part: jax.Array | None, axis: int) -> jax.Array | None:
+        """[kv_majors, ...] with each block's keys along the axis -> [...] with all of them."""
+        return None if part is None else jnp.concatenate([*part], axis=axis)
 
-    slopes = None if parts.slopes is None else jnp.sum(parts.slopes, axis=0)
-    joined_up = joined(parts.k), joined(parts.v), joined(parts.logits)
-    return Gradients(dq.astype(x.q.dtype), *joined_up, slopes)
+    return Gradients(
+        q=dq.astype(x.q.dtype),
+        k=joined(parts.k, 3),
+        v=joined(parts.v, 3),
+        logits=joined(parts.logits, 2),
+        slopes=None if parts.slopes is None else jnp.sum(parts.slopes, axis=0),
+    )
 
 
 def _of_major(
@@ -130,8 +133,8 @@ def _of_major(
             out_specs=[getattr(results, name)[0] for name in made],
             scratch_shapes=[
                 pltpu.VMEM((head_dim, tiles.major_q), f32),
-                pltpu.VMEM((tiles.major_kv, head_dim), f32),
-                pltpu.VMEM((tiles.major_kv, head_dim_v), f32),
+                pltpu.VMEM((head_dim, tiles.major_kv), f32),
+                pltpu.VMEM((head_dim_v, tiles.major_kv), f32),
                 [logit_tile] * 2,
                 [logit_tile] * 2,
                 [logit_tile] * 2 if static.soft_cap is not None else [],
@@ -150,12 +153,12 @@ def _of_major(
 def _results(static: Static, x: Operands, dq_dtype) -> Gradients:
     """(block, shape) of each result of one call; None where it is not wanted."""
     tiles, group = static.tiles, static.group
-    batch, num_q_heads, q_len, head_dim = x.q.shape
+    batch, num_q_heads, head_dim, q_len = x.q.shape
 
     def of_keys(like: jax.Array) -> tuple[pl.BlockSpec, jax.ShapeDtypeStruct]:
         size = like.shape[3]
-        block = (None, None, tiles.major_kv, size)
-        shape = (batch, like.shape[1], tiles.major_kv, size)
+        block = (None, None, size, tiles.major_kv)
+        shape = (batch, like.shape[1], size, tiles.major_kv)
         return (
             pl.BlockSpec(block, lambda b, h, g, i, *_: (b, h, 0, 0)),
             jax.ShapeDtypeStruct(shape, like.dtype),
@@ -184,9 +187,9 @@ def _input_specs(static: Static, x: Operands, bias_of: str) -> dict:
 
     def of_queries(size: int) -> pl.BlockSpec:
         def index(b, h, g, i, *_):
-            return b, h * group + g, i, 0
+            return b, h * group + g, 0, i
 
-        return pl.BlockSpec((None, None, tiles.major_q, size), index)
+        return pl.BlockSpec((None, None, size, tiles.major_q), index)
 
     def of_keys(size: int) -> pl.BlockSpec:
         def index(b, h, g, i, rows, majors, facts, kv):
@@ -209,7 +212,7 @@ def _input_specs(static: Static, x: Operands, bias_of: str) -> dict:
         (None, None, 1, tiles.major_q), lambda b, h, g, i, *_: (b, h * group + g, 0, i)
     )
     return {
-        "q": of_queries(x.q.shape[3]),
+        "q": of_queries(x.q.shape[2]),
         "k": of_keys(x.k.shape[3]),
         "k_across": pl.BlockSpec(
             (None, None, x.k.shape[3], tiles.major_kv),
@@ -283,9 +286,9 @@ class _GridStep(NamedTuple):
         at = self.walk.where(t, step)
         keys, queries = pl.ds(at.kv, at.shape[0]), pl.ds(at.q, at.shape[1])
         here = self.keys_in_tile(step)
-        dots = logits.matmul(self.x["k"][keys, :], self.x["q"][queries, :], (1, 1))
+        dots = logits.matmul(self.x["k"][keys, :], self.x["q"][:, queries])
         s, slope = logits.finished(static, self.extras, dots, at)
-        dp = logits.matmul(self.x["v"][keys, :], self.x["dout"][queries, :], (1, 1))
+        dp = logits.matmul(self.x["v"][keys, :], self.x["dout"][:, queries])
         k = self.x["k_across"][:, keys]
         if masked:
             # A query that does not exist would bring a NaN key into the sums over queries.
@@ -330,8 +333,8 @@ class _GridStep(NamedTuple):
             if refs.slope:
                 ds *= refs.slope[slot][here, :]
             p, ds = p.astype(dtype), ds.astype(dtype)
-            refs.dv_sum[keys, :] += logits.matmul(p, self.x["dout"][queries, :])
-            refs.dk_sum[keys, :] += logits.matmul(ds, self.x["q"][queries, :])
+            refs.dv_sum[:, keys] += logits.matmul(self.x["dout"][:, queries], p, (1, 1))
+            refs.dk_sum[:, keys] += logits.matmul(self.x["q"][:, queries], ds, (1, 1))
             part = logits.matmul(refs.keys[slot][:, here], ds)
             dq = part if dq is None else dq + part
         refs.dq_sum[:, queries] += dq
