@@ -17,7 +17,7 @@ from pallas_kernels.dense import mosaic_tpu_backward, mosaic_tpu_forward
 from pallas_kernels.dense.mosaic_tpu_forward import Operands
 from pallas_kernels.dense.mosaic_tpu_logits import LOG2E
 from pallas_kernels.dense.mosaic_tpu_schedule import Masks, Static, work_list
-from pallas_kernels.dense.mosaic_tpu_tiles import backward_tiles, forward_tiles
+from pallas_kernels.dense.mosaic_tpu_tiles import backward_tiles, fitted, forward_tiles
 
 DTYPES = ("float32", "bfloat16")
 HEAD_DIM_MAX = 256
@@ -104,7 +104,8 @@ def dense_attention(
         batch=dims["batch"],
         q_len=q_len,
         kv_len=kv_len,
-        tiles=forward_tiles(*_size_class(x)),
+        has_kv_lens=kv_lens is not None,
+        tiles=fitted(forward_tiles(*_size_class(x)), q_len, kv_len),
     )
     offset = _offsets(q_offset, dims["batch"])
     who = Masks(q_segment_ids, kv_segment_ids, offset, q_lens, kv_lens)
@@ -157,10 +158,10 @@ def _offsets(q_offset: int | jax.Array | None, batch: int) -> jax.Array:
     return jnp.atleast_1d(offset.astype(jnp.int32))
 
 
-def _size_class(x: Floats) -> tuple[tpu_chip.TpuChip, int, int, int, int, bool]:
+def _size_class(x: Floats) -> tuple[tpu_chip.TpuChip, str, int, bool]:
     """What the table of tiles asks."""
-    q_len, kv_len, head_dim = x.q.shape[1], x.k.shape[1], max(x.q.shape[3], x.v.shape[3])
-    return tpu_chip.current(), x.q.dtype.itemsize, head_dim, q_len, kv_len, x.bias is not None
+    head_dim = max(x.q.shape[3], x.v.shape[3])
+    return tpu_chip.current(), x.q.dtype.name, head_dim, x.bias is not None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -211,7 +212,8 @@ def _gradients(
     static: Static, x: Floats, who: Masks, out: jax.Array, lse: jax.Array, dout, dlse
 ) -> Floats:
     """Gradients of everything in x, in the contract's layout."""
-    static = dataclasses.replace(static, tiles=backward_tiles(*_size_class(x)))
+    tiles = fitted(backward_tiles(*_size_class(x)), static.q_len, static.kv_len)
+    static = dataclasses.replace(static, tiles=tiles)
     delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - dlse
     exists = lse > -jnp.inf  # also: the row exists
     delta = jnp.where(exists, delta, 0.0)

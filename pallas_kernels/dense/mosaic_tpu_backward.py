@@ -286,18 +286,17 @@ class _GridStep(NamedTuple):
         at = self.walk.where(t, step)
         keys, queries = pl.ds(at.kv, at.shape[0]), pl.ds(at.q, at.shape[1])
         here = self.keys_in_tile(step)
-        dots = logits.matmul(self.x["k"][keys, :], self.x["q"][:, queries])
-        s, slope = logits.finished(static, self.extras, dots, at)
-        dp = logits.matmul(self.x["v"][keys, :], self.x["dout"][:, queries])
-        k = self.x["k_across"][:, keys]
+        k, k_across, v = self.x["k"][keys, :], self.x["k_across"][:, keys], self.x["v"][keys, :]
+        mask = logits.seen(static, self.extras, at) if masked else None
         if masked:
-            # A query that does not exist would bring a NaN key into the sums over queries.
-            mask = logits.seen(static, self.extras, at) & logits.exists(at)
-            s, dp = jnp.where(mask, s, -jnp.inf), jnp.where(mask, dp, 0.0)
-            k = jnp.where(logits.used(static, self.extras, at, mask), k, jnp.zeros_like(k))
-            slope = None if slope is None else jnp.where(mask, slope, 0.0)
-        refs.tile[slot][here, :], refs.dp[slot][here, :] = s, dp
-        refs.keys[slot][:, here] = k
+            # Queries that do not exist weigh no key, as their lse is inf; but 0 * NaN is NaN.
+            used = logits.used(static, self.extras, at, mask)
+            k, k_across, v = used.down(k), used.across(k_across), used.down(v)
+        dots = logits.matmul(k, self.x["q"][:, queries])
+        s, slope = logits.finished(static, self.extras, dots, at)
+        refs.tile[slot][here, :] = logits.hidden(mask, s)
+        refs.dp[slot][here, :] = logits.matmul(v, self.x["dout"][:, queries])
+        refs.keys[slot][:, here] = k_across
         if slope is not None:
             refs.slope[slot][here, :] = slope
 

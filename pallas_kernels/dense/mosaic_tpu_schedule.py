@@ -34,6 +34,7 @@ class Static:
         soft_cap: as in the contract.
         group: query heads for each kv head.
         batch, q_len, kv_len: of the call.
+        has_kv_lens: whether some keys of the call may not exist.
         tiles: of the kernel.
     """
 
@@ -46,6 +47,7 @@ class Static:
     batch: int
     q_len: int
     kv_len: int
+    has_kv_lens: bool
     tiles: Tiles
 
     @property
@@ -67,6 +69,11 @@ class Static:
     def kv_majors(self) -> int:
         """Major blocks of keys."""
         return -(-self.kv_len // self.tiles.major_kv)
+
+    @property
+    def keys_fill_tiles(self) -> bool:
+        """Whether every key of every tile exists."""
+        return not self.has_kv_lens and self.kv_len % self.tiles.block_kv == 0
 
     @property
     def positions(self) -> dict:

@@ -29,11 +29,8 @@ SHAPE = {"heads": (2, 1), "head_size": 64, "q_len": 260, "dtype": "float32"}
 
 @pytest.fixture(autouse=True)
 def _cut_tiles(monkeypatch):
-    def cut(chip, itemsize, head_dim, q_len, kv_len, *_):
-        return mosaic_tpu_tiles.fitted(CUT, q_len, kv_len)
-
-    monkeypatch.setattr(mosaic_tpu, "forward_tiles", cut)
-    monkeypatch.setattr(mosaic_tpu, "backward_tiles", cut)
+    for key in mosaic_tpu_tiles.TILES:
+        monkeypatch.setitem(mosaic_tpu_tiles.TILES, key, CUT)
 
 
 def problem(name, **options):
