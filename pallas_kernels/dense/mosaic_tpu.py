@@ -91,6 +91,7 @@ def dense_attention(
         shape_checks.check_positive(name, value)
     for side in masks.window_bounds(sliding_window):
         shape_checks.check_positive("sliding_window", side)
+    first, offsets = _offsets(q_offset, dims["batch"])
     scale = float(dims["head_dim"] ** -0.5 if scale is None else scale)
     group = shape_checks.check_groups(dims["num_q_heads"], dims["num_kv_heads"])
     q_len, kv_len = dims["q_len"], dims["kv_len"]
@@ -104,11 +105,11 @@ def dense_attention(
         batch=dims["batch"],
         q_len=q_len,
         kv_len=kv_len,
+        q_offset=first,
         has_kv_lens=kv_lens is not None,
         tiles=fitted(forward_tiles(*_size_class(x)), q_len, kv_len),
     )
-    offset = _offsets(q_offset, dims["batch"])
-    who = Masks(q_segment_ids, kv_segment_ids, offset, q_lens, kv_lens)
+    who = Masks(q_segment_ids, kv_segment_ids, offsets, q_lens, kv_lens)
     # The kernels' scale is above 0: a sign, or nothing at all, is q's.
     return _attend(
         static, x._replace(q=q if scale > 0 else q * jnp.sign(scale).astype(q.dtype)), who
@@ -147,15 +148,17 @@ def _check(x: Floats, q_segment_ids, kv_segment_ids, q_lens, kv_lens) -> dict[st
     return dims
 
 
-def _offsets(q_offset: int | jax.Array | None, batch: int) -> jax.Array:
-    """int32 [1] where it is the same for all rows of the batch, else [batch]."""
-    offset = jnp.asarray(0 if q_offset is None else q_offset)
+def _offsets(q_offset: int | jax.Array | None, batch: int) -> tuple[int, jax.Array | None]:
+    """A number that is known by now; else an int32 [1] for all rows of the batch, or [batch]."""
+    if q_offset is None or type(q_offset) is int:
+        return q_offset or 0, None
+    offset = jnp.asarray(q_offset)
     if not jnp.issubdtype(offset.dtype, jnp.integer) or offset.shape not in ((), (1,), (batch,)):
         raise ValueError(
             f"q_offset is {offset.dtype.name}{list(offset.shape)}, must be an integer, or int32 [] "
             f"or [{batch}] (batch): the position of query 0"
         )
-    return jnp.atleast_1d(offset.astype(jnp.int32))
+    return 0, jnp.atleast_1d(offset.astype(jnp.int32))
 
 
 def _size_class(x: Floats) -> tuple[tpu_chip.TpuChip, str, int, bool]:
