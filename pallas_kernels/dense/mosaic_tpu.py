@@ -218,8 +218,9 @@ def _gradients(
     tiles = fitted(backward_tiles(*_size_class(x)), static.q_len, static.kv_len)
     static = dataclasses.replace(static, tiles=tiles)
     delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - dlse
-    exists = lse > -jnp.inf  # also: the row exists
-    delta = jnp.where(exists, delta, 0.0)
+    # Whether a row counts: it exists, and its lse is finite.
+    exists = None if _every_row_sees(static, x, who) else lse > -jnp.inf
+    delta = _counted(exists, delta, 0.0)
     bias, bias_of = _bias_operand(x.bias, static)
     if bias_of in ("both", "queries"):
         bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (0, _missing(static))))
@@ -231,7 +232,7 @@ def _gradients(
             k_across=jnp.transpose(x.k, (0, 2, 3, 1)),
             v=jnp.swapaxes(x.v, 1, 2),
             dout=_queries(static, dout.astype(x.q.dtype), exists),
-            lse=_per_query(static, jnp.where(exists, lse * LOG2E, jnp.inf), jnp.inf),
+            lse=_per_query(static, _counted(exists, lse * LOG2E, jnp.inf), jnp.inf),
             delta=_per_query(static, delta, 0.0),
             bias=bias,
             slopes=x.alibi_slopes,
@@ -250,7 +251,7 @@ def _gradients(
     if x.alibi_slopes is not None:
         dslopes = -jnp.sum(part.slopes, axis=(0, 2, 3))
     if x.sinks is not None:
-        weight = jnp.where(exists, jnp.exp(x.sinks - jnp.where(exists, lse, 0.0)), 0.0)
+        weight = _counted(exists, jnp.exp(x.sinks - _counted(exists, lse, 0.0)), 0.0)
         dsinks = -jnp.sum(weight * delta, axis=(0, 1))
     return Floats(
         q=jnp.transpose(part.q[..., :q_len], (0, 3, 1, 2)),
@@ -262,9 +263,26 @@ def _gradients(
     )
 
 
-def _queries(static: Static, x: jax.Array, exists: jax.Array) -> jax.Array:
+def _every_row_sees(static: Static, x: Floats, who: Masks) -> bool:
+    """Whether it is known by now that each row sees a key, so that its lse is finite."""
+    last = static.q_offset + static.q_len
+    bounded = static.sliding_window != (None, None) or static.attention_chunk_size is not None
+    inside = static.q_offset >= 0 and (last <= static.kv_len or not bounded)
+    return all(given is None for given in who) and x.bias is None and inside
+
+
+def _counted(exists: jax.Array | None, x: jax.Array, otherwise: float) -> jax.Array:
+    """[batch, q_len, num_q_heads, ...] with another number in rows that do not count."""
+    if exists is None:
+        return x
+    return jnp.where(
+        exists.reshape(*exists.shape, *[1] * (x.ndim - 3)), x, jnp.asarray(otherwise, x.dtype)
+    )
+
+
+def _queries(static: Static, x: jax.Array, exists: jax.Array | None) -> jax.Array:
     """[batch, num_q_heads, n, q_len in whole tiles]; rows that do not count are 0."""
-    x = jnp.where(exists[..., None], x, jnp.zeros_like(x))
+    x = _counted(exists, x, 0.0)
     x = jnp.pad(x, ((0, 0), (0, _missing(static)), (0, 0), (0, 0)))
     return jnp.transpose(x, (0, 2, 3, 1))
 
