@@ -49,7 +49,7 @@ TILES = {
     ("v4", "bfloat16", "backward_bias"): Tiles(256, 256, 256, 256, 256),
     ("v4", "bfloat16", "backward_wide_bias"): Tiles(256, 256, 256, 256, 256),
     ("v4", "float32", "forward"): Tiles(512, 512, 256, 1024, 1024),
-    ("v4", "float32", "forward_wide"): Tiles(512, 512, 256, 1024, 1024),
+    ("v4", "float32", "forward_wide"): Tiles(512, 512, 256, 512, 512),
     ("v4", "float32", "forward_bias"): Tiles(512, 512, 256, 512, 512),
     ("v4", "float32", "forward_wide_bias"): Tiles(512, 512, 256, 512, 512),
     ("v4", "float32", "backward"): Tiles(256, 256, 256, 512, 512),

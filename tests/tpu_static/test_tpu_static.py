@@ -223,7 +223,7 @@ def test_every_contender_serves_some_work_and_refuses_with_a_reason(name):
 def test_what_is_not_installed_is_said(monkeypatch):
     monkeypatch.setattr(running, "is_installed", lambda name: False)
     found = list(running.rows([WORKS["dense_causal"]], ["tokamax splash"], "v5e"))
-    row = found[0][2]
+    row = found[0]
     assert row["verdict"] == "not installed"
     assert row["reason"] == "tokamax is not installed: `pip install --no-deps tokamax`"
     assert page.cells(row)[2] == "not installed"
@@ -306,6 +306,50 @@ def test_results_are_kept_by_work_and_contender(tmp_path):
     data = json.loads(path.read_text())
     assert data["rows"] == [new, other]
     assert data["command"] == "second"
+
+
+def test_a_run_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    made_of = {"versions": results.versions(), "sources": results.sources("jax flash")}
+    row = {"work": "dense_causal", "contender": "jax flash", "reason": "no"} | made_of
+    old = row | {"work": "dense_causal_grad", "sources": "of another tree"}
+    other = row | {"work": "mla_decode", "versions": {"jax": "0.0"}}
+    late = row | {"work": "mla_prefill", "reason": "stopped after 300 s"}
+    results.written("v5e", [row, old, other, late], "first", tmp_path)
+    known = results.current("v5e", tmp_path)
+    assert known == {("dense_causal", "jax flash"): row}
+    monkeypatch.setattr(running, "is_installed", lambda name: False)
+    works = [WORKS["dense_causal"], WORKS["dense_causal_grad"]]
+    found = list(running.rows(works, ["jax flash"], "v5e", known))
+    assert found[0] is known["dense_causal", "jax flash"]
+    assert found[1]["verdict"] == "not installed"
+
+
+def test_ours_depends_on_the_kernels_and_nothing_on_how_it_is_shown(monkeypatch, tmp_path):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    for name in ("benchmarks/arguments.py", "pallas_kernels/masks.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1")
+
+    def of_both():
+        results.sources.cache_clear()
+        return [results.sources(name) for name in ("ours", "jax flash")]
+
+    before = of_both()
+    (tmp_path / "pallas_kernels/masks.py").write_text("2")
+    after = of_both()
+    results.sources.cache_clear()
+    assert before[0] != after[0]
+    assert before[1] == after[1]
+
+
+def test_a_call_that_is_traced_and_never_runs_has_no_grid_of_its_own():
+    """As the first trace of a differentiated call."""
+    with traced_as([], 1 << 20) as calls:
+        jax.make_jaxpr(lambda *given: scaled(*given))(
+            jnp.ones((32, 128)), np.array([3, 5, 0], np.int32)
+        )
+    assert calls[0].grid == (1,)
+    assert not calls[0].is_known
 
 
 TABLE = """
