@@ -170,7 +170,7 @@ def _meetings(
     lo = xp.arange(static.kv_majors * static.columns, dtype=xp.int32) * block_kv
     hi = lo + block_kv - 1
     some = (lo < stop[..., None]) & (hi >= start[..., None]) & (start < stop)[..., None]
-    some &= (last >= first)[..., None]
+    some = some & (last >= first)[..., None]
     every = hi < kv_len[:, None, None]
     # What the first and the last query see of the tile's first and last key bounds all the rest.
     for q_pos in (first, last):
@@ -183,8 +183,8 @@ def _meetings(
     kv_ids = _id_range(who.kv_segment_ids, kv_len, block_kv, lo.size)
     q_low, q_high = (x[:, :, None] for x in q_ids)
     kv_low, kv_high = (x[:, None, :] for x in kv_ids)
-    some &= (q_low <= kv_high) & (kv_low <= q_high)
-    every &= (q_low == kv_high) & (kv_low == q_high)
+    some = some & (q_low <= kv_high) & (kv_low <= q_high)
+    every = every & (q_low == kv_high) & (kv_low == q_high)
     return some, every
 
 

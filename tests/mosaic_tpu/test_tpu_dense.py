@@ -10,32 +10,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dense_kernels import CUT, compared, problem, use
 from tpu_interpreter import tpu_interpreter
 
 from attnsel_jax.aot import compile_for, target_for
 from attnsel_jax.aot.arguments import dense_arguments
 from attnsel_jax.backends.mosaic_tpu import MosaicTpuBackend
-from attnsel_jax.compare import compare
 from attnsel_jax.compare.comparison import PASS
 from attnsel_jax.platforms import CHIPS, Device
-from attnsel_jax.problems import QUICK, Problem
-from attnsel_jax.problems.dense_inputs import dense_inputs
-from pallas_kernels.dense import mosaic_tpu, mosaic_tpu_tiles
+from attnsel_jax.problems import QUICK
+from pallas_kernels.dense import mosaic_tpu, mosaic_tpu_schedule
+from pallas_kernels.dense.mosaic_tpu_schedule import Masks, Static, work_list
+from pallas_kernels.dense.mosaic_tpu_tiles import Tiles
 
 KERNEL = MosaicTpuBackend.kernels["dense"]
-CUT = mosaic_tpu_tiles.Tiles(128, 128, 128, 256, 256)
-SHAPE = {"heads": (2, 1), "head_size": 64, "q_len": 260, "dtype": "float32"}
 
 
 @pytest.fixture(autouse=True)
 def _cut_tiles(monkeypatch):
-    for key in mosaic_tpu_tiles.TILES:
-        monkeypatch.setitem(mosaic_tpu_tiles.TILES, key, CUT)
-
-
-def problem(name, **options):
-    gradients = options.pop("gradients", False)
-    return Problem(name, "dense", name, dense_inputs, SHAPE | options, gradients)
+    use(CUT, monkeypatch)
 
 
 # Each reaches several tiles, and what a tile alone cannot show.
@@ -72,8 +65,7 @@ LONGER = (
 
 
 def check(case, generation="v5e", *, detect_races=False):
-    with tpu_interpreter(generation, detect_races=detect_races):
-        (row,) = compare([case], {"MOSAIC_TPU": mosaic_tpu.dense_attention}).rows
+    row = compared(case, generation, detect_races=detect_races)
     assert row.verdict == PASS, str(row)
 
 
@@ -110,6 +102,78 @@ def test_longer_problems_and_every_gradient_agree_with_the_oracle(case):
     check(case, detect_races=True)
 
 
+def test_tiles_change_no_numbers(monkeypatch):
+    """The same tiles give the same bits; others differ in the order of float32 sums."""
+    shape = (1, 300, 1, 64)
+    q, k, v, dout = (jax.random.normal(jax.random.key(i), shape) for i in range(4))
+
+    def results():
+        def attend(q, k, v):
+            return mosaic_tpu.dense_attention(q, k, v, causal=True, sliding_window=200)
+
+        def both(q, k, v):
+            (out, lse), pull_back = jax.vjp(attend, q, k, v)
+            return out, lse, *pull_back((dout, jnp.ones_like(lse)))
+
+        with tpu_interpreter(detect_races=False):
+            return [np.asarray(x) for x in jax.jit(both)(q, k, v)]
+
+    first, second = results(), results()
+    use(Tiles(128, 256, 128, 384, 256), monkeypatch)
+    names = ["out", "lse", "dq", "dk", "dv"]
+    for name, cut, again, other in zip(names, first, second, results(), strict=True):
+        np.testing.assert_array_equal(cut, again, err_msg=name)
+        np.testing.assert_allclose(other, cut, rtol=2e-5, atol=2e-5, err_msg=name)
+
+
+def static(**options):
+    sizes = {"q_len": 1000, "kv_len": 1000, "sliding_window": (None, None), "causal": True}
+    return Static(
+        **{"scale": 1.0, "attention_chunk_size": None, "soft_cap": None, "group": 1, "batch": 1,
+           "q_offset": 0, "has_kv_lens": False, "tiles": CUT} | sizes | options
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"sliding_window": (300, None)}, {"q_offset": -200}, {"q_offset": 77, "q_len": 130},
+     {"attention_chunk_size": 256}, {"causal": False, "sliding_window": (60, 200)}],
+    ids=str,
+)  # fmt: skip
+def test_a_work_list_is_the_same_constant_or_computed(options):
+    call = static(**options)
+    constant = work_list(call, Masks(*[None] * 5))
+    offset = jnp.full(1, call.q_offset, jnp.int32)
+    computed = work_list(call, Masks(None, None, offset, None, None))
+    assert isinstance(constant.rows, np.ndarray)
+    for a, b in zip(constant, computed, strict=True):
+        assert a.dtype == np.int32
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("options", "tiles"),
+    [({"causal": False}, 64), ({}, 36), ({"sliding_window": (1, None)}, 8),
+     ({"sliding_window": (129, None)}, 15), ({"attention_chunk_size": 256}, 12)],
+    ids=str,
+)  # fmt: skip
+def test_no_tile_is_computed_that_nobody_sees(options, tiles):
+    """8 x 8 tiles of 128; a window of 129 reaches one tile back."""
+    work = work_list(static(**options), Masks(*[None] * 5))
+    assert work.majors[mosaic_tpu_schedule.COUNT].sum() == tiles
+
+
+def test_major_blocks_that_nobody_sees_are_not_loaded():
+    """A grid step without work keeps the index of a block that is there already."""
+    work = work_list(static(sliding_window=(100, None)), Masks(*[None] * 5))
+    first, last = (
+        work.majors[row].reshape(4, 4)
+        for row in (mosaic_tpu_schedule.FIRST_MAJOR, mosaic_tpu_schedule.LAST_MAJOR)
+    )
+    np.testing.assert_array_equal(first, np.maximum(np.arange(4) - 1, 0)[:, None] + np.zeros(4))
+    np.testing.assert_array_equal(last, np.arange(4)[:, None] + np.zeros(4))
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "text"),
     [
@@ -131,6 +195,7 @@ def test_what_it_does_not_take_is_refused(name, arguments, text):
 
 
 def compiles(chip, **options):
+    """In a process of its own, which has the table as it is."""
     missing = target_for(chip).missing()
     if missing:
         pytest.skip(f"no compiler for {chip} here: {missing}")
@@ -158,6 +223,35 @@ def test_it_compiles_for_a_tpu(chip):
 @pytest.mark.parametrize("head_size", [8, 64, 72, 80, 96, 112, 128, 192, 256])
 def test_every_declared_size_compiles_for_every_tpu(chip, dtype, head_size):
     compiles(chip, dtype=dtype, head_size=head_size, gradients=True)
+
+
+def everything(dtype, head_size, length=1100, *, bias):
+    """Arguments of a call with every feature at once, as shapes."""
+
+    def shape(*sizes, of="float32"):
+        return jax.ShapeDtypeStruct(sizes, of)
+
+    more = {"bias": shape(1, 4, length, length, of=dtype)} if bias else {}
+    ids = shape(1, length, of="int32")
+    one = shape(1, of="int32")
+    sizes = {"q_len": length, "kv_len": length, "head_size": head_size, "dtype": dtype}
+    return sizes | more | {
+        "alibi_slopes": shape(4), "sinks": shape(4), "soft_cap": 20.0, "sliding_window": 700,
+        "q_segment_ids": ids, "kv_segment_ids": ids, "q_lens": one, "kv_lens": one,
+    }  # fmt: skip
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("chip", TPUS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("head_size", [128, 256])
+@pytest.mark.parametrize("bias", [False, True])
+def test_everything_at_once_compiles_for_every_tpu(chip, dtype, head_size, bias):
+    compiles(chip, **everything(dtype, head_size, bias=bias), gradients=True)
+
+
+def test_everything_at_once_compiles_for_the_smallest_vmem():
+    compiles("v4", **everything("bfloat16", 256, bias=True), gradients=True)
 
 
 @pytest.mark.sweep
