@@ -117,8 +117,12 @@ def measure(
         cores_busy = chip.cores if any(call["parallel"] for call in calls) else 1
         kernels = read_kernels(folder, said["kernels"])
         unknown = [name for name in kernels if not calls[number_of(name)]["is_known"]]
-        if unknown:
-            reason = f"{unknown[0]}: its grid depends on what was not recorded"
+        if unknown or said["in_loops"]:
+            reason = (
+                f"{unknown[0]}: its grid depends on what was not recorded"
+                if unknown
+                else f"{said['in_loops'][0]}: a loop of the program runs it, more often than once"
+            )
             return Measurement(work.name, contender, options, NOT_REPLAYED, reason)
         try:
             found = [

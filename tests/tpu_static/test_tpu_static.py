@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from attnsel_jax.envs import environment_for_compiling
 from attnsel_jax.platforms import CHIPS as DATASHEETS
-from benchmarks.tpu_static import page, results, running, tuning
+from benchmarks.tpu_static import child, page, results, running, tuning
 from benchmarks.tpu_static.chips import CHIPS, chip_named
 from benchmarks.tpu_static.contenders import CONTENDERS, contender
 from benchmarks.tpu_static.dump import KernelDump, read_bundles, read_kernels
@@ -350,6 +350,21 @@ def test_a_call_that_is_traced_and_never_runs_has_no_grid_of_its_own():
         )
     assert calls[0].grid == (1,)
     assert not calls[0].is_known
+
+
+def test_kernels_in_loops_are_told():
+    kernel = 'custom-call(), custom_call_target="tpu_custom_call"'
+    text = f"""
+%body.1 (x: f32[8]) -> f32[8] {{
+  %call1_a.4 = f32[8] {kernel}
+}}
+ENTRY %main.8 (x: f32[8]) -> f32[8] {{
+  %call0_b.1 = f32[8] {kernel}
+  %while.1 = f32[8] while(%x), condition=%cond.2, body=%body.1, metadata={{}}
+}}
+"""
+    assert child.in_loops(text) == ["call1_a.4"]
+    assert child.instructions(text)[0] == ["call1_a.4", "call0_b.1"]
 
 
 TABLE = """
