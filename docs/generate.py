@@ -75,8 +75,7 @@ def measurements() -> str:
 
 def results() -> list[pathlib.Path]:
     """The committed results of `attnsel bench`, a folder for each device."""
-    found = sorted((ROOT / "benchmarks" / "results").rglob("*.json"))
-    return [path for path in found if path.parent.name != "tpu_static"]
+    return sorted((ROOT / "benchmarks" / "results").rglob("bench.json"))
 
 
 def measured(path: pathlib.Path) -> str:
@@ -109,11 +108,11 @@ def measured(path: pathlib.Path) -> str:
     return "\n\n".join(lines)
 
 
-def tpu_static(part: str) -> str:
-    """A part of the page on TPU schedules: `benchmarks.tpu_static.page` prints it."""
+def of_page(module: str, part: str) -> str:
+    """A part of a page that a module of `benchmarks` prints."""
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))  # benchmarks is no installed package
-    return getattr(importlib.import_module("benchmarks.tpu_static.page"), part)()
+    return getattr(importlib.import_module(f"benchmarks.{module}.page"), part)()
 
 
 def meshes() -> str:
@@ -164,9 +163,11 @@ PARTS: dict[str, Callable[[], str]] = {
     "meshes": meshes,
     "question": lambda: docstring("attnsel_jax.config:AttentionSelectorConfig"),
     "environment": lambda: docstring("attnsel_jax.envs"),
-    "tpu works": lambda: tpu_static("works"),
-    "tpu chips": lambda: tpu_static("chips"),
-    "tpu schedules": lambda: tpu_static("sections"),
+    "tpu works": lambda: of_page("tpu_static", "works"),
+    "tpu chips": lambda: of_page("tpu_static", "chips"),
+    "tpu schedules": lambda: of_page("tpu_static", "sections"),
+    "gpu static": lambda: of_page("gpu", "static_sections"),
+    "gpu measured": lambda: of_page("gpu", "measured_sections"),
     "budgets": lambda: docstring("attnsel_jax.compare.budgets"),
 }
 

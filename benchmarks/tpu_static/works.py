@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-BYTES = 2  # of a bfloat16: inputs, outputs, caches
+BYTES = 2  # of a bfloat16: inputs, outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Work:
         page_size: tokens in a page; None = dense.
         backward: the gradients of q, k and v too (dense).
         topk: positions of each token (sparse MLA).
+        causal: no query sees a later key; else every query sees every key.
+        cache_dtype: of a paged cache, where it is not bfloat16.
         shape_class: what tile tables are keyed by: "prefill" or "decode".
     """
 
@@ -42,6 +44,8 @@ class Work:
     page_size: int | None = None
     backward: bool = False
     topk: int | None = None
+    causal: bool = True
+    cache_dtype: str = "bfloat16"
 
     @property
     def shape_class(self) -> str:
@@ -60,7 +64,9 @@ class Work:
 
     @property
     def logits(self) -> int:
-        """Logits of one head that the mask lets through (causal, bottom-right)."""
+        """Logits of one head that the mask lets through (causal: bottom-right)."""
+        if not self.causal:
+            return sum(q * n for q, n in zip(self.q_lens, self.kv_lens, strict=True))
         return sum(
             min(n - q + t + 1, self.topk or n)
             for q, n in zip(self.q_lens, self.kv_lens, strict=True)
@@ -92,8 +98,15 @@ class Work:
             return BYTES * (queries + keys + read + written) + 2 * lse
         row = self.num_kv_heads * self.head_size * (1 if self.latent else 2)
         cached = self._cached_rows(writes_cache)
-        new = 2 * self.tokens if writes_cache else 0  # read from this step's, written to the cache
-        return BYTES * (queries + row * (cached + new))
+        of_cache = self.cache_itemsize
+        # This step's rows are read as they come, and written as the cache stores them.
+        new = self.tokens * (BYTES + of_cache) if writes_cache else 0
+        return BYTES * queries + row * (cached * of_cache + new)
+
+    @property
+    def cache_itemsize(self) -> float:
+        """Bytes of a cached value; rows of fp8_ds_mla are 656 bytes for 576 values."""
+        return {"fp8_ds_mla": 656 / 576, "bfloat16": 2.0}.get(self.cache_dtype, 1.0)
 
     @property
     def latent(self) -> bool:

@@ -1,0 +1,119 @@
+"""`python -m benchmarks.gpu run | list`: one command, with a GPU or without."""
+
+import pathlib
+import random
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import jax
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from attnsel_jax.cli.terminal import CHECK_FAILED, callers_mistakes, console, progress_console
+from benchmarks.gpu import measured, page, results
+from benchmarks.gpu.contenders import CONTENDERS, contender, reason_against
+from benchmarks.gpu.static.measuring import check_compiler, compile_and_read
+from benchmarks.gpu.works import WORKS, Work, named
+from pallas_kernels import gpu_chip
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="GPU kernels, measured or read.")
+Works = Annotated[
+    list[str] | None, typer.Option(help="Work, or how its name begins; may be repeated.")
+]
+Only = Annotated[list[str] | None, typer.Option(help="Contender; may be repeated.")]
+
+
+@app.command(name="list")
+def list_() -> None:
+    """Prints works and contenders."""
+    table = Table("work", "what")
+    for work in WORKS.values():
+        table.add_row(work.name, work.description)
+    console().print(table)
+    console().print(f"contenders: {', '.join(CONTENDERS)}; PyTorch where it is installed")
+
+
+@app.command()
+def run(
+    work: Works = None,
+    only: Only = None,
+    output: Annotated[pathlib.Path | None, typer.Option(help="Folder for the JSON file.")] = None,
+    chip: Annotated[
+        list[str] | None, typer.Option(help="Without a GPU: chips to compile for.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="On a GPU: that the run may take.")] = 560.0,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the checks; None = another each run.")
+    ] = None,
+    static: Annotated[bool, typer.Option("--static", help="As without a GPU.")] = False,
+) -> None:
+    """On a GPU: checks ours, then times everybody. Without one: what the compiler makes of all."""
+    with callers_mistakes():
+        works, names = named(work or ()), list(only or CONTENDERS)
+        for name in names:
+            contender(name)
+        if static or jax.default_backend() != "gpu":
+            check_compiler()
+            ok = _static(works, names, chip or [gpu_chip.DEFAULT], output)
+        else:
+            ok = _measure(works, names, output, seconds, seed)
+    if not ok:
+        raise typer.Exit(CHECK_FAILED)
+
+
+def _measure(works, names, output, seconds: float, seed: int | None) -> bool:
+    folder = output or pathlib.Path("gpu_results")
+    chosen = random.SystemRandom().randrange(1 << 31) if seed is None else seed
+    with progress_console().status("starting") as status:
+        data = measured.run(works, names, folder, seconds, chosen, status.update)
+    _print("checks", page.CHECK_COLUMNS, page.check_rows(data))
+    for row in data["checks"]:
+        if row["verdict"] in ("fail", "error"):
+            console().print(escape(str(row)))
+    _print(f"{data['device']['kind']}", page.TIMED_COLUMNS, page.timed_rows(data))
+    console().print(
+        f"calibration {data['calibration']}; PyTorch {data['torch'].get('calibration')}"
+    )
+    return not measured.failed(data)
+
+
+def _static(
+    works: Sequence[Work], names: Sequence[str], chips: Sequence[str],
+    output: pathlib.Path | None,
+) -> bool:  # fmt: skip
+    """Compiles everything; keeps and prints it. Whether ours compiled without a fault."""
+    ok = True
+    for chip in chips:
+        rows: list[dict[str, Any]] = []
+        data = results.head(chip=chip, rows=rows)
+        with progress_console().status("compiling") as status:
+            for work in works:
+                for name in names:
+                    status.update(f"{chip}: {work.name}, {name}")
+                    found = _compiled(work, name, chip)
+                    rows += [each.to_json() for each in found]
+                    if name == "ours":
+                        ok = ok and all(f.verdict == "compiled" and not f.faults for f in found)
+                if output is not None:
+                    results.written(output, chip, data)
+        _print(chip, page.STATIC_COLUMNS, page.static_rows(rows))
+    return ok
+
+
+def _compiled(work: Work, name: str, chip: str) -> list[Any]:
+    """Every choice of a contender; nothing where it does not serve the work."""
+    if reason_against(name, work) is not None:
+        return []
+    triton = name == "jax paged (triton)"
+    return [
+        compile_and_read(work, name, chip, options, xla_kernels=triton)
+        for options in contender(name).choices(work)
+    ]
+
+
+def _print(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console().print(table)

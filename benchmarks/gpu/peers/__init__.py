@@ -1,0 +1,1 @@
+"""Other libraries' attention kernels for GPUs, one a file."""
