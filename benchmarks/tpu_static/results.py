@@ -45,11 +45,15 @@ def row(measurements: Sequence[Measurement]) -> dict[str, Any]:
 @functools.cache
 def sources(contender: str) -> str:
     """A hash of the files that a contender's figures depend on: the instrument, and our kernels."""
-    folders = ["benchmarks", "pallas_kernels"] if contender == OURS else ["benchmarks"]
+    paths = [*(ROOT / "benchmarks").glob("*.py")]
+    instrument = (ROOT / "benchmarks" / "tpu_static").rglob("*.py")
+    paths += [path for path in instrument if path.name not in PRESENTATION]
+    if contender == OURS:
+        kernels = (ROOT / "pallas_kernels").rglob("*.py")
+        paths += [path for path in kernels if "gpu" not in path.stem]
     found = hashlib.sha256()
-    for path in sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py")):
-        if path.parent != pathlib.Path(__file__).parent or path.name not in PRESENTATION:
-            found.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    for path in sorted(paths):
+        found.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return found.hexdigest()[:16]
 
 
