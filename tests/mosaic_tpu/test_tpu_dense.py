@@ -5,6 +5,7 @@ rows of tiles with nothing, something and everything to see, and odd and even nu
 """
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from attnsel_jax.backends.mosaic_tpu import MosaicTpuBackend
 from attnsel_jax.compare.comparison import PASS
 from attnsel_jax.platforms import CHIPS, Device
 from attnsel_jax.problems import QUICK
-from pallas_kernels.dense import mosaic_tpu, mosaic_tpu_schedule
+from pallas_kernels.dense import mosaic_tpu, mosaic_tpu_schedule, mosaic_tpu_tiles
 from pallas_kernels.dense.mosaic_tpu_schedule import Masks, Static, work_list
 from pallas_kernels.dense.mosaic_tpu_tiles import Tiles
 
@@ -142,6 +143,22 @@ def test_tiles_change_no_numbers(monkeypatch):
     for name, cut, again, other in zip(names, first, second, *results(1), strict=True):
         np.testing.assert_array_equal(cut, again, err_msg=name)
         np.testing.assert_allclose(other, cut, rtol=2e-5, atol=2e-5, err_msg=name)
+
+
+def test_the_table_s_tiles_are_whole(monkeypatch):
+    monkeypatch.undo()
+    for key, tiles in mosaic_tpu_tiles.TILES.items():
+        assert all(size % 128 == 0 for size in dataclasses.astuple(tiles)), key
+        assert tiles.block_kv % tiles.step_kv == 0, key
+        assert (tiles.major_q % tiles.block_q, tiles.major_kv % tiles.block_kv) == (0, 0), key
+
+
+def test_the_table_has_every_call_that_is_declared():
+    shapes = [mosaic_tpu_tiles.shape_class(of, size, bias) for of in ("forward", "backward")
+              for size in (128, 136) for bias in (False, True)]  # fmt: skip
+    dtypes = MosaicTpuBackend.capabilities["dense"].dtype.values
+    generations = MosaicTpuBackend.capabilities["dense"].generation.values
+    assert set(mosaic_tpu_tiles.TILES) == set(itertools.product(generations, dtypes, shapes))
 
 
 def static(**options):

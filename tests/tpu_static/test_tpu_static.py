@@ -29,6 +29,7 @@ from benchmarks.tpu_static.scalar_code import Operation, ScalarCode, arguments, 
 from benchmarks.tpu_static.schedule import figures
 from benchmarks.tpu_static.stand_ins import number_of, recorded, traced_as
 from benchmarks.tpu_static.works import WORKS, Work, named
+from pallas_kernels.dense import mosaic_tpu_tiles as dense_tiles
 
 SCHEDULE = pathlib.Path(__file__).parent / "schedule"
 BLOCK = 16 * 256 * 4
@@ -388,6 +389,19 @@ def test_the_tuner_rewrites_one_entry():
     assert '"v5e": Tiles(rows=1, num_buffers=2),' in new
     with pytest.raises(ValueError, match="key is 'v4', must be one of TILES"):
         tuning.rewritten(TABLE, "v4", {})
+
+
+def test_the_tuner_writes_the_dense_table():
+    path = pathlib.Path(dense_tiles.__file__)
+    table = tuning.table_of(WORKS["dense_causal_grad"], "v6e")
+    assert table.key == ("v6e", "bfloat16", "backward")
+    assert tuning.table_of(WORKS["dense_causal"], "7x").key == ("7x", "bfloat16", "forward")
+    new = tuning.rewritten(path.read_text(), table.key, table.sizes | {"major_q": 2048})
+    entries: dict = {}
+    exec(new, entries)
+    assert entries["TILES"][table.key].major_q == 2048
+    same = tuning.rewritten(path.read_text(), table.key, table.sizes)
+    assert same == path.read_text()
 
 
 def test_the_tuner_goes_downhill_and_never_takes_what_is_refused():
