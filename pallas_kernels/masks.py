@@ -5,7 +5,7 @@ at all (`seen_bounds`) and skip the rest.
 """
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 Window = int | tuple[int | None, int | None] | None
 
@@ -71,8 +71,11 @@ def seen_bounds(
         causal, sliding_window, attention_chunk_size: as in `seen`.
 
     Returns:
-        start, stop: int32, 0 <= start, stop <= kv_len; empty when start >= stop.
+        start, stop: int32, 0 <= start, stop <= kv_len; empty when start >= stop. Of NumPy arrays
+        where all arguments are: known at trace time, and constants of the program.
     """
+    known = all(isinstance(x, np.ndarray) for x in (first_q_pos, last_q_pos, kv_len))
+    jnp = np if known else jax.numpy
     left, right = window_bounds(sliding_window)
     start, stop = jnp.int32(0), jnp.asarray(kv_len, jnp.int32)
     if causal:

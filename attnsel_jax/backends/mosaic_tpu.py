@@ -7,7 +7,7 @@ from attnsel_jax.constraints import EITHER, MultipleOf, OneOf
 
 DENSE = Capabilities(
     platform=OneOf("tpu"),
-    generation=OneOf("v5e", "v5p", "v6e", "7x"),
+    generation=OneOf("v4", "v5e", "v5p", "v6e", "7x"),
     dtype=OneOf("float32", "bfloat16"),
     head_size=MultipleOf(8, at_most=256),
     head_size_v=MultipleOf(8, at_most=256),

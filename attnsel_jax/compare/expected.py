@@ -16,6 +16,7 @@ GRADIENT_AXES = {
     "k": ("batch", "key", "kv head", "feature"),
     "v": ("batch", "key", "kv head", "feature"),
     "bias": ("batch", "head", "query", "key"),
+    "alibi_slopes": ("head",),
     "sinks": ("head",),
 }
 PAGE_AXES = ("side", "page", "offset", "kv head", "feature")

@@ -20,6 +20,7 @@ from benchmarks.tpu_static.works import Work
 from pallas_kernels import tpu_chip
 
 _INSTRUCTION = re.compile(r"%(\S+) = .*?\b([a-z\-]+)\(")
+_BODY = re.compile(r" while\(.*body=%?([\w.\-]+)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _UNKNOWN = 1 << 40  # cycles from which XLA means "not known"
 
@@ -56,10 +57,12 @@ def compiled(task: dict[str, Any]) -> dict[str, Any]:
         with traced_as(given, here.vmem_bytes - tpu_chip.VMEM_RESERVED) as calls:
             traced = jax.jit(program.function, donate_argnums=program.donated).trace(*shapes)
             executable = traced.lower().compile()
-    kernels, around = instructions(executable.as_text())
+    text = executable.as_text()
+    kernels, around = instructions(text)
     return {
         "calls": [call.to_json() for call in calls],
         "kernels": kernels,
+        "in_loops": in_loops(text),
         "around_cycles": around,
         "writes_cache": program.writes_cache,
         "temporaries": executable.memory_analysis().temp_size_in_bytes,
@@ -82,6 +85,22 @@ def instructions(text: str) -> tuple[list[str], dict[str, int]]:
         elif found and cycles and int(cycles[1]) < _UNKNOWN:
             around[found[1]] = int(cycles[1])
     return kernels, around
+
+
+def in_loops(text: str) -> list[str]:
+    """The Pallas kernels that loops of the program run: more often than once, it is not known how.
+
+    Their scalar operands differ from run to run, and what was recorded is the last one's.
+    """
+    bodies, found, computation = set(_BODY.findall(text)), [], ""
+    for line in text.splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            computation = line.removeprefix("ENTRY ").lstrip("%").split(" ")[0]
+        instruction = _INSTRUCTION.search(line)
+        is_kernel = instruction and 'custom_call_target="tpu_custom_call"' in line
+        if is_kernel and computation in bodies:
+            found.append(instruction[1])
+    return found
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from benchmarks.tpu_static.chips import CHIPS, chip_named
 from benchmarks.tpu_static.contenders import CONTENDERS, OURS, contender, is_installed
 from benchmarks.tpu_static.measuring import MEASURED, Measurement, measure
 from benchmarks.tpu_static.page import COLUMNS, cells
-from benchmarks.tpu_static.results import FOLDER
+from benchmarks.tpu_static.results import FOLDER, current
 from benchmarks.tpu_static.running import check_compiler, keep, rows
 from benchmarks.tpu_static.works import WORKS, Work, named
 
@@ -50,13 +50,18 @@ def run(
     only: Annotated[list[str] | None, typer.Option(help="Contender; may be repeated.")] = None,
     output: Annotated[
         pathlib.Path | None,
-        typer.Option(help="Folder; rows are put into <generation>.json there as they come."),
+        typer.Option(
+            help="Folder; rows are put into <generation>.json there as they come, and those that "
+            "are there already, of the same versions and sources, are kept."
+        ),
     ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Keep none of those.")] = False,
     json: Json = False,
 ) -> None:
     """Compiles and replays every contender at every work; some ten seconds each.
 
-    To renew what the docs say: --output benchmarks/results/tpu_static, then docs/generate.py.
+    To renew what the docs say: --output benchmarks/results/tpu_static, then docs/generate.py. A
+    run that was stopped goes on where it was when it is started again.
     """
     with callers_mistakes():
         check_compiler()
@@ -68,9 +73,12 @@ def run(
     command = " ".join(["python -m benchmarks.tpu_static", *sys.argv[1:]])
     with progress_console().status("compiling") as status:
         for chip in generations:
-            measured = keep(rows(works, names, chip), chip, command, output)
+            known = {} if output is None or again else current(chip, output)
+            asked = [key for key in known if key[0] in {w.name for w in works} and key[1] in names]
+            if asked:
+                console().print(f"{chip}: {len(asked)} rows of the same versions and sources kept")
             found[chip] = []
-            for this in measured:
+            for this in keep(rows(works, names, chip, known), chip, command, output):
                 found[chip].append(this)
                 status.update(f"{chip}: {this['work']}, {this['contender']} done")
     if json:

@@ -17,7 +17,8 @@ from benchmarks.tpu_static.stand_ins import number_of
 from benchmarks.tpu_static.works import Work
 
 TIMEOUT_S = 300.0
-MEASURED, REFUSED = "measured", "refused by the compiler"
+STOPPED = "stopped after"  # how the reason of what took too long begins
+MEASURED, REFUSED, NOT_REPLAYED = "measured", "refused by the compiler", "not replayed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Measurement:
 
     Attributes:
         work, contender, options: what was compiled.
-        verdict: `MEASURED`, `REFUSED`, "not installed", "does not serve".
+        verdict: `MEASURED`, `REFUSED`, `NOT_REPLAYED`, "not installed", "does not serve".
         reason: of any other verdict than `MEASURED`.
         kernels: each Pallas kernel of the program.
         grids: of each `pallas_call`, as it was traced.
@@ -114,12 +115,24 @@ def measure(
             return Measurement(work.name, contender, options, REFUSED, said["refusal"])
         calls = said["calls"]
         cores_busy = chip.cores if any(call["parallel"] for call in calls) else 1
-        found = [
-            figures(
-                name, kernel, replay(kernel, chip, cores_busy, calls[number_of(name)]["scalars"])
+        kernels = read_kernels(folder, said["kernels"])
+        unknown = [name for name in kernels if not calls[number_of(name)]["is_known"]]
+        if unknown or said["in_loops"]:
+            reason = (
+                f"{unknown[0]}: its grid depends on what was not recorded"
+                if unknown
+                else f"{said['in_loops'][0]}: a loop of the program runs it, more often than once"
             )
-            for name, kernel in read_kernels(folder, said["kernels"]).items()
-        ]
+            return Measurement(work.name, contender, options, NOT_REPLAYED, reason)
+        try:
+            found = [
+                figures(name, kernel, replay(kernel, chip, cores_busy, call["scalars"]))
+                for name, kernel in kernels.items()
+                for call in [calls[number_of(name)]]
+            ]
+        except (ValueError, LookupError, ArithmeticError) as error:
+            reason = f"{type(error).__name__} in the schedule's scalar code: {error}"
+            return Measurement(work.name, contender, options, NOT_REPLAYED, reason)
     if not found:
         reason = "no schedule of a Pallas kernel was written: the program has none that runs"
         return Measurement(work.name, contender, options, REFUSED, reason)
@@ -175,7 +188,7 @@ def _compiled(task: dict[str, Any], folder: pathlib.Path, python: str) -> dict[s
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return {"refusal": f"stopped after {TIMEOUT_S:.0f} s"}
+        return {"refusal": f"{STOPPED} {TIMEOUT_S:.0f} s"}
     last = (done.stdout.splitlines() or [""])[-1]
     if last.startswith("{"):
         return json.loads(last)

@@ -14,7 +14,7 @@ from benchmarks.tpu_static.dump import KernelDump
 from benchmarks.tpu_static.scalar_code import M32, ScalarCode
 
 Scalar = tuple[Sequence[int], int, Sequence[int]]  # shape, bytes of an element, values
-LANES = 128
+LANES, SUBLANES = 128, 8
 ON_CHIP = ("vmem", "smem")
 LIMIT = 400_000_000  # cycles; a replay that gets there is stopped, and says so
 
@@ -149,16 +149,21 @@ def _memory(kernel: KernelDump, code: ScalarCode, scalars: Sequence[Scalar]) -> 
 def _words(scalar: Scalar, size: int) -> dict[int, int]:
     """Offset -> word of an operand, as it lies in SMEM.
 
-    Rows begin where the allocation's size says they do. Elements of less than 32 bits share words:
+    Matrices lie in tiles of up to 8 rows of 128 words each, the tiles of 8 rows side by side; where
+    the allocation is too small for that, row after row. Elements of less than 32 bits share words:
     element i is in word i % 128 of its group of 128 words, in part i // 128 of that word.
     """
     shape, itemsize, values = scalar
-    columns = max(shape[-1] if shape else 1, 1)
-    rows, parts = max(len(values) // columns, 1), 4 // itemsize
-    stride = max(columns, size // itemsize // rows) if rows > 1 else columns
+    columns, parts = max(shape[-1] if shape else 1, 1), 4 // itemsize
+    rows = max(len(values) // columns, 1)
+    tall, across = min(SUBLANES, 1 << (rows - 1).bit_length()), -(-columns // LANES)
+    tiled = rows > 1 and size >= -(-rows // tall) * tall * across * LANES * itemsize
     words: dict[int, int] = {}
     for i, value in enumerate(values):
-        at = i // columns * stride + i % columns
+        at = i
+        if tiled:
+            (down, row), (right, lane) = divmod(i // columns, tall), divmod(i % columns, LANES)
+            at = ((down * across + right) * tall + row) * LANES + lane
         group, part = divmod(at // LANES, parts)
         word = at if parts == 1 else group * LANES + at % LANES
         bits = 8 * itemsize

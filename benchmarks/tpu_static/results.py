@@ -1,6 +1,8 @@
 """Measurements kept: one JSON file a generation, each contender's best choice at each work."""
 
 import datetime
+import functools
+import hashlib
 import importlib.metadata
 import json
 import pathlib
@@ -9,10 +11,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benchmarks.tpu_static.chips import CHIPS
-from benchmarks.tpu_static.measuring import MEASURED, Measurement
+from benchmarks.tpu_static.contenders import OURS
+from benchmarks.tpu_static.measuring import MEASURED, STOPPED, Measurement
 from benchmarks.tpu_static.works import WORKS
 
 FOLDER = pathlib.Path(__file__).parents[1] / "results" / "tpu_static"
+ROOT = pathlib.Path(__file__).parents[2]
+# Of the instrument's files those that no figure depends on.
+PRESENTATION = ("__main__.py", "cli.py", "page.py", "results.py", "running.py", "tuning.py")
 PACKAGES = ("attnsel-jax", "jax", "jaxlib", "libtpu", "numpy", "tokamax", "tpu-inference")
 
 
@@ -32,13 +38,47 @@ def row(measurements: Sequence[Measurement]) -> dict[str, Any]:
         if m is not best
     ]
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return best.to_json() | {"other_choices": others, "date": now, "versions": versions()}
+    made_of = {"date": now, "versions": versions(), "sources": sources(best.contender)}
+    return best.to_json() | {"other_choices": others} | made_of
+
+
+@functools.cache
+def sources(contender: str) -> str:
+    """A hash of the files that a contender's figures depend on: the instrument, and our kernels."""
+    paths = [*(ROOT / "benchmarks").glob("*.py")]
+    instrument = (ROOT / "benchmarks" / "tpu_static").rglob("*.py")
+    paths += [path for path in instrument if path.name not in PRESENTATION]
+    if contender == OURS:
+        kernels = (ROOT / "pallas_kernels").rglob("*.py")
+        paths += [path for path in kernels if "gpu" not in path.stem]
+    found = hashlib.sha256()
+    for path in sorted(paths):
+        found.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def current(generation: str, folder: pathlib.Path = FOLDER) -> dict[tuple[str, str], Any]:
+    """(work, contender) -> the row of a generation's file, where it would come out the same again.
+
+    That is: made with these versions of the packages by these sources, and not stopped by a clock.
+    """
+    path = folder / f"{generation}.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return {
+        (row["work"], row["contender"]): row
+        for row in rows
+        if row.get("sources") == sources(row["contender"])
+        and row["versions"] == versions()
+        and not row.get("reason", "").startswith(STOPPED)
+    }
 
 
 def written(
     generation: str, rows: Iterable[dict[str, Any]], command: str, folder: pathlib.Path = FOLDER
 ) -> pathlib.Path:
     """Puts rows into a generation's file; what was there of the same work and contender goes.
+
+    So do rows of works that are no longer known.
 
     Args:
         generation: the chip.
@@ -51,10 +91,10 @@ def written(
     """
     path = folder / f"{generation}.json"
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
-    by_key = {(r["work"], r["contender"]): r for r in kept}
-    by_key |= {(r["work"], r["contender"]): r for r in rows}
     names = list(WORKS)
-    order = sorted(by_key, key=lambda key: names.index(key[0]) if key[0] in names else len(names))
+    by_key = {(r["work"], r["contender"]): r for r in kept if r["work"] in names}
+    by_key |= {(r["work"], r["contender"]): r for r in rows}
+    order = sorted(by_key, key=lambda key: names.index(key[0]))
     chip = CHIPS[generation]
     data = {
         "command": command,

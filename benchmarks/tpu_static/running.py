@@ -3,7 +3,7 @@
 import contextlib
 import importlib.util
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.tpu_static.contenders import contender, is_installed
@@ -27,14 +27,24 @@ def check_compiler() -> None:
 
 
 def rows(
-    works: Sequence[Work], names: Sequence[str], generation: str
-) -> Iterator[tuple[Work, str, dict[str, Any]]]:
-    """(work, contender, row) of everything asked; a contender of another op is left out."""
+    works: Sequence[Work],
+    names: Sequence[str],
+    generation: str,
+    known: Mapping[tuple[str, str], dict[str, Any]] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """The row of everything asked; a contender of another op is left out.
+
+    Args:
+        works, names: of works and contenders.
+        generation: the chip.
+        known: (work, contender) -> a row that need not be measured again.
+    """
     for work in works:
         for name in names:
-            found = list(_measured(work, name, generation))
-            if found:
-                yield work, name, row(found)
+            if known and (work.name, name) in known:
+                yield known[work.name, name]
+            elif found := list(_measured(work, name, generation)):
+                yield row(found)
 
 
 def _measured(work: Work, name: str, generation: str) -> Iterator[Measurement]:
@@ -53,13 +63,13 @@ def _measured(work: Work, name: str, generation: str) -> Iterator[Measurement]:
 
 
 def keep(
-    found: Iterator[tuple[Work, str, dict[str, Any]]],
+    found: Iterator[dict[str, Any]],
     generation: str,
     command: str,
     folder: pathlib.Path | None,
 ) -> Iterator[dict[str, Any]]:
     """The same rows, each written to the generation's file as it comes."""
-    for _, _, this in found:
+    for this in found:
         if folder is not None:
             with contextlib.suppress(KeyboardInterrupt):  # a file is written whole
                 written(generation, [this], command, folder)

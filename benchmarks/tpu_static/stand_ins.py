@@ -21,6 +21,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+UNKNOWN = 1  # stands for a dynamic grid size of a call that is traced and never runs
 _NUMBER = re.compile(r"call(\d+)_")
 
 
@@ -40,11 +41,13 @@ class Call:
         grid: its sizes.
         parallel: whether two cores may split it.
         scalars: its scalar-prefetch operands, in order.
+        is_known: whether its dynamic sizes were recorded: it runs.
     """
 
     grid: tuple[int, ...]
     parallel: bool
     scalars: tuple[np.ndarray, ...]
+    is_known: bool
 
     def to_json(self) -> dict[str, Any]:
         """As plain data; a scalar operand as (shape, bytes of an element, values)."""
@@ -52,7 +55,12 @@ class Call:
             (list(array.shape), array.itemsize, array.reshape(-1).astype(int).tolist())
             for array in self.scalars
         ]
-        return {"grid": list(self.grid), "parallel": self.parallel, "scalars": scalars}
+        return {
+            "grid": list(self.grid),
+            "parallel": self.parallel,
+            "scalars": scalars,
+            "is_known": self.is_known,
+        }
 
 
 def recorded(function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Recorded]:
@@ -93,8 +101,13 @@ def traced_as(given: list[Recorded], vmem_bytes: int) -> Iterator[list[Call]]:
         number = len(calls)
         record = given[number] if number < len(given) else Recorded()
         sizes = iter(record.dynamic_sizes)
-        grid = tuple(size if isinstance(size, int) else next(sizes) for size in _grid(options))
-        calls.append(Call(grid, _is_parallel(options, grid), tuple(record.scalars)))
+        # A differentiated call is traced once more than it runs: nothing was recorded of that one.
+        grid = tuple(
+            size if isinstance(size, int) else next(sizes, UNKNOWN) for size in _grid(options)
+        )
+        dynamic = [size for size in _grid(options) if not isinstance(size, int)]
+        is_known = len(dynamic) == len(record.dynamic_sizes)
+        calls.append(Call(grid, _is_parallel(options, grid), tuple(record.scalars), is_known))
         if 0 in grid:
             return _nothing(options.get("out_shape", *positional[:1]), options)
         own = options.get("compiler_params") or pltpu.CompilerParams()

@@ -60,13 +60,21 @@ def table_of(work: Work, generation: str, dtype: str = DTYPE) -> Table:
     tiles = getattr(module, "TILES", None)
     if tiles is None:
         raise ValueError(f"{name} has no TILES, must have: there is nothing to tune for {work.op}")
-    for_halves = [f"{work.shape_class}_64"] if work.head_size <= 64 else []
-    classes = [*for_halves, work.shape_class]
+    for_halves = [f"{shape_class(work)}_64"] if work.head_size <= 64 else []
+    classes = [*for_halves, shape_class(work)]
     for key in (*((generation, dtype, of_class) for of_class in classes), generation):
         if key in tiles:
             return Table(module, key, _sizes(tiles[key]))
     keys = ", ".join(map(repr, tiles))
     raise ValueError(f"{name}.TILES has keys {keys}, must have {generation!r} or a tuple with it")
+
+
+def shape_class(work: Work) -> str:
+    """The last part of a work's key: what its kernel is called with, or which dense kernel."""
+    if work.op != "dense":
+        return work.shape_class
+    which = "backward" if work.backward else "forward"
+    return which + ("_wide" if max(work.head_size, work.head_size_v) > 128 else "")
 
 
 def _sizes(entry: Any) -> Sizes:
@@ -135,14 +143,14 @@ def rewritten(source: str, key: Hashable, sizes: Sizes) -> str:
     for node in ast.walk(ast.parse(source)):
         value = getattr(node, "value", None)
         targets = getattr(node, "targets", [getattr(node, "target", None)])
-        named = any(getattr(target, "id", None) == "TILES" for target in targets)
-        if not (named and isinstance(value, ast.Dict)):
+        is_table = any(getattr(target, "id", None) == "TILES" for target in targets)
+        if not (is_table and isinstance(value, ast.Dict)):
             continue
         for found, entry in zip(value.keys, value.values, strict=True):
             if isinstance(entry, ast.Call) and ast.literal_eval(found) == key:
                 old = ast.get_source_segment(source, entry)
-                form = "{size}" if entry.args else "{field}={size}"
-                given = ", ".join(form.format(field=f, size=size) for f, size in sizes.items())
+                named = ", ".join(f"{field}={size}" for field, size in sizes.items())
+                given = ", ".join(map(str, sizes.values())) if entry.args else named
                 lines = source.splitlines(keepends=True)
                 at = sum(map(len, lines[: entry.lineno - 1])) + entry.col_offset
                 new = f"{ast.unparse(entry.func)}({given})"

@@ -17,7 +17,7 @@ from pallas_kernels.dense import mosaic_tpu_backward, mosaic_tpu_forward
 from pallas_kernels.dense.mosaic_tpu_forward import Operands
 from pallas_kernels.dense.mosaic_tpu_logits import LOG2E
 from pallas_kernels.dense.mosaic_tpu_schedule import Masks, Static, work_list
-from pallas_kernels.dense.mosaic_tpu_tiles import backward_tiles, forward_tiles
+from pallas_kernels.dense.mosaic_tpu_tiles import backward_tiles, fitted, forward_tiles
 
 DTYPES = ("float32", "bfloat16")
 HEAD_DIM_MAX = 256
@@ -56,9 +56,9 @@ def dense_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Attention over contiguous q, k, v, as `pallas_kernels.dense` defines it, for TPU.
 
-    Differentiable in reverse mode in q, k, v, bias and sinks, through out and lse; alibi_slopes are
-    constants here. A bias' gradient is made in full, [batch, num_q_heads, q_len, kv_len] in
-    float32, and then summed where the bias is broadcast.
+    Differentiable in reverse mode in q, k, v, bias, alibi_slopes and sinks, through out and lse. A
+    bias' gradient is made in full, [batch, num_q_heads, q_len, kv_len] in float32, and then summed
+    where the bias is broadcast.
 
     Args:
         q, k, v, scale, causal, q_offset, sliding_window, attention_chunk_size, soft_cap, bias,
@@ -83,8 +83,6 @@ def dense_attention(
         Dao, "FlashAttention-2", 2023; Rabe and Staats, "Self-attention does not need O(n^2)
         memory", 2021.
     """
-    if alibi_slopes is not None:
-        alibi_slopes = jax.lax.stop_gradient(alibi_slopes)
     x = Floats(q, k, v, bias, alibi_slopes, sinks)
     if mask is not None:
         raise ValueError("mask is given, must be None: give a bias of 0 and -inf, or use XLA")
@@ -93,6 +91,7 @@ def dense_attention(
         shape_checks.check_positive(name, value)
     for side in masks.window_bounds(sliding_window):
         shape_checks.check_positive("sliding_window", side)
+    first, offsets = _offsets(q_offset, dims["batch"])
     scale = float(dims["head_dim"] ** -0.5 if scale is None else scale)
     group = shape_checks.check_groups(dims["num_q_heads"], dims["num_kv_heads"])
     q_len, kv_len = dims["q_len"], dims["kv_len"]
@@ -106,10 +105,11 @@ def dense_attention(
         batch=dims["batch"],
         q_len=q_len,
         kv_len=kv_len,
-        tiles=forward_tiles(*_size_class(x)),
+        q_offset=first,
+        has_kv_lens=kv_lens is not None,
+        tiles=fitted(forward_tiles(*_size_class(x)), q_len, kv_len),
     )
-    offset = _offsets(q_offset, dims["batch"])
-    who = Masks(q_segment_ids, kv_segment_ids, offset, q_lens, kv_lens)
+    who = Masks(q_segment_ids, kv_segment_ids, offsets, q_lens, kv_lens)
     # The kernels' scale is above 0: a sign, or nothing at all, is q's.
     return _attend(
         static, x._replace(q=q if scale > 0 else q * jnp.sign(scale).astype(q.dtype)), who
@@ -148,21 +148,23 @@ def _check(x: Floats, q_segment_ids, kv_segment_ids, q_lens, kv_lens) -> dict[st
     return dims
 
 
-def _offsets(q_offset: int | jax.Array | None, batch: int) -> jax.Array:
-    """int32 [1] where it is the same for all rows of the batch, else [batch]."""
-    offset = jnp.asarray(0 if q_offset is None else q_offset)
+def _offsets(q_offset: int | jax.Array | None, batch: int) -> tuple[int, jax.Array | None]:
+    """A number that is known by now; else an int32 [1] for all rows of the batch, or [batch]."""
+    if q_offset is None or type(q_offset) is int:
+        return q_offset or 0, None
+    offset = jnp.asarray(q_offset)
     if not jnp.issubdtype(offset.dtype, jnp.integer) or offset.shape not in ((), (1,), (batch,)):
         raise ValueError(
             f"q_offset is {offset.dtype.name}{list(offset.shape)}, must be an integer, or int32 [] "
             f"or [{batch}] (batch): the position of query 0"
         )
-    return jnp.atleast_1d(offset.astype(jnp.int32))
+    return 0, jnp.atleast_1d(offset.astype(jnp.int32))
 
 
-def _size_class(x: Floats) -> tuple[tpu_chip.TpuChip, int, int, int, int, bool]:
+def _size_class(x: Floats) -> tuple[tpu_chip.TpuChip, str, int, bool]:
     """What the table of tiles asks."""
-    q_len, kv_len, head_dim = x.q.shape[1], x.k.shape[1], max(x.q.shape[3], x.v.shape[3])
-    return tpu_chip.current(), x.q.dtype.itemsize, head_dim, q_len, kv_len, x.bias is not None
+    head_dim = max(x.q.shape[3], x.v.shape[3])
+    return tpu_chip.current(), x.q.dtype.name, head_dim, x.bias is not None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -213,10 +215,12 @@ def _gradients(
     static: Static, x: Floats, who: Masks, out: jax.Array, lse: jax.Array, dout, dlse
 ) -> Floats:
     """Gradients of everything in x, in the contract's layout."""
-    static = dataclasses.replace(static, tiles=backward_tiles(*_size_class(x)))
+    tiles = fitted(backward_tiles(*_size_class(x)), static.q_len, static.kv_len)
+    static = dataclasses.replace(static, tiles=tiles)
     delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - dlse
-    exists = lse > -jnp.inf  # also: the row exists
-    delta = jnp.where(exists, delta, 0.0)
+    # Whether a row counts: it exists, and its lse is finite.
+    exists = None if _every_row_sees(static, x, who) else lse > -jnp.inf
+    delta = _counted(exists, delta, 0.0)
     bias, bias_of = _bias_operand(x.bias, static)
     if bias_of in ("both", "queries"):
         bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (0, _missing(static))))
@@ -228,7 +232,7 @@ def _gradients(
             k_across=jnp.transpose(x.k, (0, 2, 3, 1)),
             v=jnp.swapaxes(x.v, 1, 2),
             dout=_queries(static, dout.astype(x.q.dtype), exists),
-            lse=_per_query(static, jnp.where(exists, lse * LOG2E, jnp.inf), jnp.inf),
+            lse=_per_query(static, _counted(exists, lse * LOG2E, jnp.inf), jnp.inf),
             delta=_per_query(static, delta, 0.0),
             bias=bias,
             slopes=x.alibi_slopes,
@@ -239,28 +243,48 @@ def _gradients(
         work_list(static, who),
     )
     q_len, kv_len = static.q_len, static.kv_len
-    dbias = dsinks = None
+    dbias = dslopes = dsinks = None
     if x.bias is not None:
         full = jnp.swapaxes(part.logits[:, :, :kv_len, :q_len], 2, 3)
         axes = tuple(axis for axis in range(4) if x.bias.shape[axis] < full.shape[axis])
         dbias = jnp.sum(full, axis=axes, keepdims=True).astype(x.bias.dtype)
+    if x.alibi_slopes is not None:
+        dslopes = -jnp.sum(part.slopes, axis=(0, 2, 3))
     if x.sinks is not None:
-        weight = jnp.where(exists, jnp.exp(x.sinks - jnp.where(exists, lse, 0.0)), 0.0)
+        weight = _counted(exists, jnp.exp(x.sinks - _counted(exists, lse, 0.0)), 0.0)
         dsinks = -jnp.sum(weight * delta, axis=(0, 1))
     return Floats(
         q=jnp.transpose(part.q[..., :q_len], (0, 3, 1, 2)),
-        k=jnp.swapaxes(part.k[:, :, :kv_len], 1, 2),
-        v=jnp.swapaxes(part.v[:, :, :kv_len], 1, 2),
+        k=jnp.transpose(part.k[..., :kv_len], (0, 3, 1, 2)),
+        v=jnp.transpose(part.v[..., :kv_len], (0, 3, 1, 2)),
         bias=dbias,
-        alibi_slopes=None if x.alibi_slopes is None else jnp.zeros_like(x.alibi_slopes),
+        alibi_slopes=dslopes,
         sinks=dsinks,
     )
 
 
-def _queries(static: Static, x: jax.Array, exists: jax.Array) -> jax.Array:
-    """[batch, num_q_heads, q_len in whole tiles, n]; rows that do not count are 0."""
-    x = jnp.where(exists[..., None], x, jnp.zeros_like(x))
-    return jnp.swapaxes(jnp.pad(x, ((0, 0), (0, _missing(static)), (0, 0), (0, 0))), 1, 2)
+def _every_row_sees(static: Static, x: Floats, who: Masks) -> bool:
+    """Whether it is known by now that each row sees a key, so that its lse is finite."""
+    last = static.q_offset + static.q_len
+    bounded = static.sliding_window != (None, None) or static.attention_chunk_size is not None
+    inside = static.q_offset >= 0 and (last <= static.kv_len or not bounded)
+    return all(given is None for given in who) and x.bias is None and inside
+
+
+def _counted(exists: jax.Array | None, x: jax.Array, otherwise: float) -> jax.Array:
+    """[batch, q_len, num_q_heads, ...] with another number in rows that do not count."""
+    if exists is None:
+        return x
+    return jnp.where(
+        exists.reshape(*exists.shape, *[1] * (x.ndim - 3)), x, jnp.asarray(otherwise, x.dtype)
+    )
+
+
+def _queries(static: Static, x: jax.Array, exists: jax.Array | None) -> jax.Array:
+    """[batch, num_q_heads, n, q_len in whole tiles]; rows that do not count are 0."""
+    x = _counted(exists, x, 0.0)
+    x = jnp.pad(x, ((0, 0), (0, _missing(static)), (0, 0), (0, 0)))
+    return jnp.transpose(x, (0, 2, 3, 1))
 
 
 def _per_query(static: Static, x: jax.Array, fill: float) -> jax.Array:

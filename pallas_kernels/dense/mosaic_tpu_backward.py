@@ -2,12 +2,14 @@
 
 With p = exp(logit - lse), keys first, and delta = sum over features of dout * out, minus dlse::
 
-    dv = p dout        ds = p (v dout' - delta)        dk = scale ds q        dq' = scale k' ds
+    dv' = dout' p'       ds = p (v dout' - delta)       dk' = scale q' ds'       dq' = scale k' ds
 
-Five products of a tile, each with its operands as they lie. One grid step walks a major block of
-queries against the call's major block of keys; dk and dv stay in VMEM for all heads of a group and
-all queries, dq for all of these keys. Keys beyond one major block are further calls; their
-dq are summed in float32, so memory stays linear in the length.
+Five products of a tile: k q' and v dout' for p and ds, whose sums are over features, and these
+three, whose results are [head_dim, keys] or [head_dim, queries]: a matrix unit of 256 columns is
+then full, whatever the head size (with [keys, head_dim] it would be half empty at 128). One grid
+step walks a major block of queries against the call's major block of keys; dk and dv stay in VMEM
+for all heads of a group and all queries, dq for all of these keys. Keys beyond one major block are
+further calls; their dq are summed in float32, so memory stays linear in the length.
 """
 
 from typing import NamedTuple
@@ -25,6 +27,8 @@ from pallas_kernels.dense.mosaic_tpu_schedule import Static, Work
 from pallas_kernels.dense.mosaic_tpu_tiles import Tiles
 from pallas_kernels.dense.mosaic_tpu_walk import Tile, Walk
 
+SUBLANES = tpu_chip.SUBLANES
+
 
 class Operands(NamedTuple):
     """The arrays as the kernel takes them; None = not given.
@@ -33,11 +37,11 @@ class Operands(NamedTuple):
     their lse is inf: their weights are 0.
 
     Attributes:
-        q: [batch, num_q_heads, q_len, head_dim].
+        q: [batch, num_q_heads, head_dim, q_len].
         k: [batch, num_kv_heads, kv_len, head_dim].
         k_across: [batch, num_kv_heads, head_dim, kv_len], the same.
         v: [batch, num_kv_heads, kv_len, head_dim_v].
-        dout: [batch, num_q_heads, q_len, head_dim_v].
+        dout: [batch, num_q_heads, head_dim_v, q_len].
         lse, delta: float32 [batch, num_q_heads, 1, q_len]; lse in base 2.
         bias, slopes, q_segments, kv_segments: as in the forward kernel.
     """
@@ -56,20 +60,23 @@ class Operands(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """The results, float32 where several calls' are summed; dbias None without a bias.
+    """The results; dq is float32 where several calls' are summed.
 
     Attributes:
         q: [batch, num_q_heads, head_dim, q_len].
-        k: [batch, num_kv_heads, kv_len, head_dim].
-        v: [batch, num_kv_heads, kv_len, head_dim_v].
+        k: [batch, num_kv_heads, head_dim, kv_len].
+        v: [batch, num_kv_heads, head_dim_v, kv_len].
         logits: float32 [batch, num_q_heads, kv_len, q_len], before they are summed where the bias
-            is broadcast.
+            is broadcast; None without a bias.
+        slopes: float32 [batch, num_q_heads, 8, q_len]: parts of minus the slopes' gradient; None
+            without slopes.
     """
 
     q: jax.Array
     k: jax.Array
     v: jax.Array
     logits: jax.Array | None
+    slopes: jax.Array | None
 
 
 def backward(static: Static, x: Operands, bias_of: str, work: Work) -> Gradients:
@@ -81,82 +88,97 @@ def backward(static: Static, x: Operands, bias_of: str, work: Work) -> Gradients
         part = _of_major(static, x, bias_of, work, kv_major, jnp.float32)
         return dq + part.q, part._replace(q=None)
 
-    batch, num_q_heads, q_len, head_dim = x.q.shape
+    batch, num_q_heads, head_dim, q_len = x.q.shape
     dq = jnp.zeros((batch, num_q_heads, head_dim, q_len), jnp.float32)
     dq, parts = lax.scan(step, dq, jnp.arange(static.kv_majors, dtype=jnp.int32))
 
-    def joined(part: jax.Array | None) -> jax.Array | None:
-        """[kv_majors, batch, heads, major_kv, n] -> [batch, heads, kv_len, n]."""
-        if part is None:
-            return None
-        part = jnp.moveaxis(part, 0, 2)
-        return part.reshape(*part.shape[:2], -1, part.shape[-1])
+    def joined(part: jax.Array | None, axis: int) -> jax.Array | None:
+        """[kv_majors, ...] with each block's keys along the axis -> [...] with all of them."""
+        return None if part is None else jnp.concatenate([*part], axis=axis)
 
-    return Gradients(dq.astype(x.q.dtype), joined(parts.k), joined(parts.v), joined(parts.logits))
+    return Gradients(
+        q=dq.astype(x.q.dtype),
+        k=joined(parts.k, 3),
+        v=joined(parts.v, 3),
+        logits=joined(parts.logits, 2),
+        slopes=None if parts.slopes is None else jnp.sum(parts.slopes, axis=0),
+    )
 
 
 def _of_major(
     static: Static, x: Operands, bias_of: str, work: Work, kv_major: jax.Array, dq_dtype
 ) -> Gradients:
     """What one major block of keys gives; k, v and logits of these keys alone."""
-    tiles, group = static.tiles, static.group
-    batch, num_q_heads, q_len, head_dim = x.q.shape
-    num_kv_heads, head_dim_v = x.k.shape[1], x.v.shape[3]
-    specs = _input_specs(static, x, bias_of)
+    tiles = static.tiles
+    head_dim, head_dim_v = x.k.shape[3], x.v.shape[3]
+    specs, results = _input_specs(static, x, bias_of), _results(static, x, dq_dtype)
     names = [name for name in Operands._fields if getattr(x, name) is not None]
-    has_bias = x.bias is not None
+    made = [name for name in Gradients._fields if getattr(results, name) is not None]
 
     def kernel(rows, majors, facts, kv_major, *refs):
-        inputs = dict(zip(names, refs, strict=False))
-        refs = list(refs[len(names) :])
-        if not has_bias:
-            refs.insert(3, None)
-        _kernel(static, bias_of, Work(rows, majors, facts), kv_major[0], inputs, _Refs(*refs))
+        inputs, refs = dict(zip(names, refs, strict=False)), refs[len(names) :]
+        blocks = Gradients(*[None] * len(Gradients._fields))
+        blocks = blocks._replace(**dict(zip(made, refs, strict=False)))
+        scratch = _Refs(blocks, *refs[len(made) :])
+        _kernel(static, bias_of, Work(rows, majors, facts), kv_major[0], inputs, scratch)
 
-    def of_keys(size: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, tiles.major_kv, size), lambda b, h, g, i, *_: (b, h, 0, 0))
-
-    def kv_shape(heads: int, size: int, dtype) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((batch, heads, tiles.major_kv, size), dtype)
-
-    dq_spec = pl.BlockSpec(
-        (None, None, head_dim, tiles.major_q), lambda b, h, g, i, *_: (b, h * group + g, 0, i)
-    )
-    bias_spec = pl.BlockSpec(
-        (None, None, tiles.major_kv, tiles.major_q),
-        lambda b, h, g, i, *_: (b, h * group + g, 0, i),
-    )
     f32 = jnp.float32
     logit_tile = pltpu.VMEM((tiles.block_kv, tiles.block_q), f32)
-    results = pl.pallas_call(
+    arrays = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
-            grid=(batch, num_kv_heads, group, static.q_majors),
+            grid=(x.k.shape[0], x.k.shape[1], static.group, static.q_majors),
             in_specs=[specs[name] for name in names],
-            out_specs=[dq_spec, of_keys(head_dim), of_keys(head_dim_v)] + [bias_spec] * has_bias,
+            out_specs=[getattr(results, name)[0] for name in made],
             scratch_shapes=[
                 pltpu.VMEM((head_dim, tiles.major_q), f32),
-                pltpu.VMEM((tiles.major_kv, head_dim), f32),
-                pltpu.VMEM((tiles.major_kv, head_dim_v), f32),
+                pltpu.VMEM((head_dim, tiles.major_kv), f32),
+                pltpu.VMEM((head_dim_v, tiles.major_kv), f32),
                 [logit_tile] * 2,
                 [logit_tile] * 2,
                 [logit_tile] * 2 if static.soft_cap is not None else [],
                 [pltpu.VMEM((head_dim, tiles.block_kv), x.k.dtype)] * 2,
             ],
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct((batch, num_q_heads, head_dim, q_len), dq_dtype),
-            kv_shape(num_kv_heads, head_dim, x.k.dtype),
-            kv_shape(num_kv_heads, head_dim_v, x.v.dtype),
-        ]
-        + [jax.ShapeDtypeStruct((batch, num_q_heads, tiles.major_kv, q_len), f32)] * has_bias,
+        out_shape=[getattr(results, name)[1] for name in made],
         compiler_params=tpu_chip.compiler_params(
             ("parallel", "parallel", "arbitrary", "arbitrary")
         ),
         name="dense_attention_backward",
     )(*work, kv_major[None], *(getattr(x, name) for name in names))
-    return Gradients(*results, *([] if has_bias else [None]))
+    return results._replace(**dict(zip(made, arrays, strict=True)))
+
+
+def _results(static: Static, x: Operands, dq_dtype) -> Gradients:
+    """(block, shape) of each result of one call; None where it is not wanted."""
+    tiles, group = static.tiles, static.group
+    batch, num_q_heads, head_dim, q_len = x.q.shape
+
+    def of_keys(like: jax.Array) -> tuple[pl.BlockSpec, jax.ShapeDtypeStruct]:
+        size = like.shape[3]
+        block = (None, None, size, tiles.major_kv)
+        shape = (batch, like.shape[1], size, tiles.major_kv)
+        return (
+            pl.BlockSpec(block, lambda b, h, g, i, *_: (b, h, 0, 0)),
+            jax.ShapeDtypeStruct(shape, like.dtype),
+        )
+
+    def of_queries(size: int, dtype) -> tuple[pl.BlockSpec, jax.ShapeDtypeStruct]:
+        return (
+            pl.BlockSpec(
+                (None, None, size, tiles.major_q), lambda b, h, g, i, *_: (b, h * group + g, 0, i)
+            ),
+            jax.ShapeDtypeStruct((batch, num_q_heads, size, q_len), dtype),
+        )
+
+    return Gradients(
+        q=of_queries(head_dim, dq_dtype),
+        k=of_keys(x.k),
+        v=of_keys(x.v),
+        logits=None if x.bias is None else of_queries(tiles.major_kv, jnp.float32),
+        slopes=None if x.slopes is None else of_queries(SUBLANES, jnp.float32),
+    )
 
 
 def _input_specs(static: Static, x: Operands, bias_of: str) -> dict:
@@ -165,9 +187,9 @@ def _input_specs(static: Static, x: Operands, bias_of: str) -> dict:
 
     def of_queries(size: int) -> pl.BlockSpec:
         def index(b, h, g, i, *_):
-            return b, h * group + g, i, 0
+            return b, h * group + g, 0, i
 
-        return pl.BlockSpec((None, None, tiles.major_q, size), index)
+        return pl.BlockSpec((None, None, size, tiles.major_q), index)
 
     def of_keys(size: int) -> pl.BlockSpec:
         def index(b, h, g, i, rows, majors, facts, kv):
@@ -190,7 +212,7 @@ def _input_specs(static: Static, x: Operands, bias_of: str) -> dict:
         (None, None, 1, tiles.major_q), lambda b, h, g, i, *_: (b, h * group + g, 0, i)
     )
     return {
-        "q": of_queries(x.q.shape[3]),
+        "q": of_queries(x.q.shape[2]),
         "k": of_keys(x.k.shape[3]),
         "k_across": pl.BlockSpec(
             (None, None, x.k.shape[3], tiles.major_kv),
@@ -213,17 +235,14 @@ class _Refs(NamedTuple):
     """What lies in VMEM beside the operands.
 
     Attributes:
-        dq, dk, dv, dlogits: the results' blocks; dlogits only with a bias.
+        results: the results' blocks.
         dq_sum, dk_sum, dv_sum: float32 sums so far.
         tile, dp, slope, keys: two slots each: a tile's logits; products of v and dout; derivative
             of the soft cap (with one only); the keys [head_dim, block_kv], those that no query
             sees set to 0.
     """
 
-    dq: jax.Array
-    dk: jax.Array
-    dv: jax.Array
-    dlogits: jax.Array | None
+    results: Gradients
     dq_sum: jax.Array
     dk_sum: jax.Array
     dv_sum: jax.Array
@@ -267,18 +286,17 @@ class _GridStep(NamedTuple):
         at = self.walk.where(t, step)
         keys, queries = pl.ds(at.kv, at.shape[0]), pl.ds(at.q, at.shape[1])
         here = self.keys_in_tile(step)
-        dots = logits.matmul(self.x["k"][keys, :], self.x["q"][queries, :], (1, 1))
-        s, slope = logits.finished(static, self.extras, dots, at)
-        dp = logits.matmul(self.x["v"][keys, :], self.x["dout"][queries, :], (1, 1))
-        k = self.x["k_across"][:, keys]
+        k, k_across, v = self.x["k"][keys, :], self.x["k_across"][:, keys], self.x["v"][keys, :]
+        mask = logits.seen(static, self.extras, at) if masked else None
         if masked:
-            # A query that does not exist would bring a NaN key into the sums over queries.
-            mask = logits.seen(static, self.extras, at) & logits.exists(at)
-            s, dp = jnp.where(mask, s, -jnp.inf), jnp.where(mask, dp, 0.0)
-            k = jnp.where(logits.used(static, self.extras, at, mask), k, jnp.zeros_like(k))
-            slope = None if slope is None else jnp.where(mask, slope, 0.0)
-        refs.tile[slot][here, :], refs.dp[slot][here, :] = s, dp
-        refs.keys[slot][:, here] = k
+            # Queries that do not exist weigh no key, as their lse is inf; but 0 * NaN is NaN.
+            used = logits.used(static, self.extras, at, mask)
+            k, k_across, v = used.down(k), used.across(k_across), used.down(v)
+        dots = logits.matmul(k, self.x["q"][:, queries])
+        s, slope = logits.finished(static, self.extras, dots, at)
+        refs.tile[slot][here, :] = logits.hidden(mask, s)
+        refs.dp[slot][here, :] = logits.matmul(v, self.x["dout"][:, queries])
+        refs.keys[slot][:, here] = k_across
         if slope is not None:
             refs.slope[slot][here, :] = slope
 
@@ -305,13 +323,17 @@ class _GridStep(NamedTuple):
             at, here = self.walk.where(t, step), self.keys_in_tile(step)
             keys, queries = pl.ds(at.kv, at.shape[0]), pl.ds(at.q, at.shape[1])
             p, ds = self.weights(t, step, slot)
-            if refs.dlogits is not None:
-                refs.dlogits[keys, queries] = ds
+            if refs.results.logits is not None:
+                refs.results.logits[keys, queries] = ds
+            if refs.results.slopes is not None:
+                distance = logits.distance(at).reshape(-1, SUBLANES, at.shape[1])
+                parts = jnp.sum(ds.reshape(distance.shape) * distance, axis=0)
+                refs.results.slopes[:, queries] += parts
             if refs.slope:
                 ds *= refs.slope[slot][here, :]
             p, ds = p.astype(dtype), ds.astype(dtype)
-            refs.dv_sum[keys, :] += logits.matmul(p, self.x["dout"][queries, :])
-            refs.dk_sum[keys, :] += logits.matmul(ds, self.x["q"][queries, :])
+            refs.dv_sum[:, keys] += logits.matmul(self.x["dout"][:, queries], p, (1, 1))
+            refs.dk_sum[:, keys] += logits.matmul(self.x["q"][:, queries], ds, (1, 1))
             part = logits.matmul(refs.keys[slot][:, here], ds)
             dq = part if dq is None else dq + part
         refs.dq_sum[:, queries] += dq
@@ -338,12 +360,13 @@ def _kernel(
         refs.dv_sum[...] = jnp.zeros_like(refs.dv_sum)
 
     refs.dq_sum[...] = jnp.zeros_like(refs.dq_sum)
-    if refs.dlogits is not None:
-        refs.dlogits[...] = jnp.zeros_like(refs.dlogits)
+    for sums in (refs.results.logits, refs.results.slopes):
+        if sums is not None:
+            sums[...] = jnp.zeros_like(sums)
     walk.run(step.all_products, step.sums_and_next_products)
-    refs.dq[...] = (refs.dq_sum[...] * static.scale).astype(refs.dq.dtype)
+    refs.results.q[...] = (refs.dq_sum[...] * static.scale).astype(refs.results.q.dtype)
 
     @pl.when((g == static.group - 1) & (q_major == static.q_majors - 1))
     def _():
-        refs.dk[...] = (refs.dk_sum[...] * static.scale).astype(refs.dk.dtype)
-        refs.dv[...] = refs.dv_sum[...].astype(refs.dv.dtype)
+        refs.results.k[...] = (refs.dk_sum[...] * static.scale).astype(refs.results.k.dtype)
+        refs.results.v[...] = refs.dv_sum[...].astype(refs.results.v.dtype)

@@ -227,8 +227,8 @@ class _GridStep(NamedTuple):
         s, _ = logits.finished(static, self.extras, dots, at)
         if masked:
             mask = logits.seen(static, self.extras, at)
-            s = jnp.where(mask, s, -jnp.inf)
-            v = jnp.where(logits.used(static, self.extras, at, mask), v, jnp.zeros_like(v))
+            s = logits.hidden(mask, s)
+            v = logits.used(static, self.extras, at, mask).across(v)
         self.refs.tile[slot][self.keys(step), :] = s
         self.refs.values[slot][:, self.keys(step)] = v
         high = jnp.max(s.reshape(-1, SUBLANES, tiles.block_q), axis=0)

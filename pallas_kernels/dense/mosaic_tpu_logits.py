@@ -5,6 +5,7 @@ then element-wise over registers, what belongs to a query (m, l, lse) is one reg
 every matrix product of the forward and the backward pass has its operands as they lie.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -86,8 +87,7 @@ def finished(
         share = jnp.tanh(logits * (1 / static.soft_cap))
         logits, slope = static.soft_cap * share, 1 - share * share
     if extras.slope is not None:
-        q_pos, kv_pos = positions(at)
-        logits -= extras.slope * jnp.abs(q_pos - kv_pos).astype(jnp.float32)
+        logits -= extras.slope * distance(at)
     if extras.bias is not None:
         logits += _bias(extras, at)
     return logits, slope
@@ -114,21 +114,33 @@ def positions(at: Where) -> tuple[jax.Array, jax.Array]:
     return q_pos, lax.broadcasted_iota(jnp.int32, at.shape, 0) + at.kv_index
 
 
-def seen(static: Static, extras: Extras, at: Where) -> jax.Array:
-    """Mask [keys, queries]: which query sees which key; queries past q_lens are left as they are.
+def distance(at: Where) -> jax.Array:
+    """float32 [keys, queries]: how far each key is from each query."""
+    q_pos, kv_pos = positions(at)
+    return jnp.abs(q_pos - kv_pos).astype(jnp.float32)
 
-    Their rows of the results are set at the end, and nothing of theirs enters another query's.
+
+def seen(static: Static, extras: Extras, at: Where) -> jax.Array | None:
+    """Mask [keys, queries]: which query sees which key; None where all do.
+
+    Queries past q_lens are left as they are: their rows of the results are set at the end, and
+    nothing of theirs enters another query's.
     """
     q_pos, kv_pos = positions(at)
-    mask = kv_pos < at.facts[KV_LEN]
+    terms = [] if static.keys_fill_tiles else [kv_pos < at.facts[KV_LEN]]
     by_position = masks.seen(q_pos, kv_pos, **static.positions)
     if by_position is not None:
-        mask &= by_position
+        terms.append(by_position)
     if extras.q_segments is not None:
         q_ids = extras.q_segments[:, pl.ds(at.q, at.shape[1])]
         kv_ids = extras.kv_segments[:, pl.ds(at.kv, at.shape[0])]
-        mask &= _down_sublanes(kv_ids, at.shape[1]) == q_ids
-    return mask
+        terms.append(_down_sublanes(kv_ids, at.shape[1]) == q_ids)
+    return functools.reduce(jnp.logical_and, terms) if terms else None
+
+
+def hidden(mask: jax.Array | None, x: jax.Array) -> jax.Array:
+    """Logits, -inf where the key is not seen."""
+    return x if mask is None else jnp.where(mask, x, -jnp.inf)
 
 
 def exists(at: Where) -> jax.Array:
@@ -136,22 +148,51 @@ def exists(at: Where) -> jax.Array:
     return lax.broadcasted_iota(jnp.int32, at.shape, 1) + at.q_index < at.facts[Q_LEN]
 
 
-def used(static: Static, extras: Extras, at: Where, mask: jax.Array) -> jax.Array:
-    """Mask [1, keys]: whether some query of the tile that exists sees the key.
+class Used(NamedTuple):
+    """Which keys of a step some query of the tile that exists sees: the others may be NaN.
 
-    Along lanes, as the values lie. What positions alone decide is an interval of keys; with
-    segments the tile's own mask is asked.
+    What positions alone decide is an interval of keys; with segments the tile's own mask is asked.
+
+    Attributes:
+        at: the step.
+        start, stop: the interval, in the call.
+        some: float32 [keys, 128], with segments: each row has something above 0 if the key is seen.
     """
+
+    at: Where
+    start: jax.Array
+    stop: jax.Array
+    some: jax.Array | None
+
+    def across(self, x: jax.Array) -> jax.Array:
+        """[n, keys] with 0 for what is not used."""
+        inside = self._inside((1, self.at.shape[0]), 1)
+        if self.some is not None:
+            inside &= jnp.max(jnp.transpose(self.some), axis=0, keepdims=True) > 0
+        return jnp.where(inside, x, jnp.zeros_like(x))
+
+    def down(self, x: jax.Array) -> jax.Array:
+        """[keys, n] with 0 for what is not used."""
+        inside = self._inside(x.shape, 0)
+        if self.some is not None:
+            inside &= jnp.max(self.some, axis=1, keepdims=True) > 0
+        return jnp.where(inside, x.astype(jnp.float32), 0.0).astype(x.dtype)
+
+    def _inside(self, shape: tuple[int, int], along: int) -> jax.Array:
+        index = lax.broadcasted_iota(jnp.int32, shape, along) + self.at.kv_index
+        return (index >= self.start) & (index < self.stop)
+
+
+def used(static: Static, extras: Extras, at: Where, mask: jax.Array | None) -> Used:
+    """Which keys of a step some query sees, given who sees whom."""
     offset, q_len, kv_len = at.facts
     first = offset + at.q_index
     last = offset + jnp.minimum(at.q_index + at.shape[1], q_len) - 1
     start, stop = masks.seen_bounds(first, last, kv_len, **static.positions)
-    index = lax.broadcasted_iota(jnp.int32, (1, at.shape[0]), 1) + at.kv_index
-    inside = (index >= start) & (index < stop)
     if extras.q_segments is None:
-        return inside
+        return Used(at, start, stop, None)
     ones = jnp.where(mask & exists(at), 1.0, 0.0)
     some = ones[:, :LANES]
     for lane in range(LANES, at.shape[1], LANES):
         some = jnp.maximum(some, ones[:, lane : lane + LANES])
-    return inside & (jnp.max(jnp.transpose(some), axis=0, keepdims=True) > 0)
+    return Used(at, start, stop, some)

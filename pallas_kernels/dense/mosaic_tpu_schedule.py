@@ -1,15 +1,17 @@
 """Which tiles of queries meet which tiles of keys: the work list of the dense TPU kernels.
 
-Computed by XLA before the kernel, a few integers for each row of tiles, and prefetched into scalar
-memory. Tiles that causality, window, chunk, lengths or segments exclude are in no list: the kernel
-neither computes them nor, where a whole major block is excluded, loads them.
+A few integers for each row of tiles, prefetched into scalar memory: constants where all is known at
+trace time; where arrays decide, computed by XLA before the kernel. Tiles that causality, window,
+chunk, lengths or segments exclude are in no list: the kernel neither computes them nor, where a
+whole major block is excluded, loads them.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import masks
 from pallas_kernels.dense.mosaic_tpu_tiles import Tiles
@@ -34,6 +36,8 @@ class Static:
         soft_cap: as in the contract.
         group: query heads for each kv head.
         batch, q_len, kv_len: of the call.
+        q_offset: position of query 0, where it is no array.
+        has_kv_lens: whether some keys of the call may not exist.
         tiles: of the kernel.
     """
 
@@ -46,6 +50,8 @@ class Static:
     batch: int
     q_len: int
     kv_len: int
+    q_offset: int
+    has_kv_lens: bool
     tiles: Tiles
 
     @property
@@ -67,6 +73,11 @@ class Static:
     def kv_majors(self) -> int:
         """Major blocks of keys."""
         return -(-self.kv_len // self.tiles.major_kv)
+
+    @property
+    def keys_fill_tiles(self) -> bool:
+        """Whether every key of every tile exists."""
+        return not self.has_kv_lens and self.kv_len % self.tiles.block_kv == 0
 
     @property
     def positions(self) -> dict:
@@ -113,50 +124,53 @@ class Work(NamedTuple):
 
 
 def work_list(static: Static, who: Masks) -> Work:
-    """The tiles to compute."""
+    """The tiles to compute; NumPy arrays, constants of the program, where all is known by now."""
+    xp = np if all(x is None for x in who) else jnp
     batched = any(x is not None and x.shape[0] > 1 for x in who)
     batch = static.batch if batched else 1
-    offset = _by_row(who.q_offset, 0, batch)
-    q_len = _by_row(who.q_lens, static.q_len, batch)
-    kv_len = _by_row(who.kv_lens, static.kv_len, batch)
-    some, every = _meetings(static, who, offset, q_len, kv_len)
+    offset = _by_row(xp, who.q_offset, static.q_offset, batch)
+    q_len = _by_row(xp, who.q_lens, static.q_len, batch)
+    kv_len = _by_row(xp, who.kv_lens, static.kv_len, batch)
+    some, every = _meetings(xp, static, who, offset, q_len, kv_len)
     shape = (batch, static.q_majors, static.rows, static.kv_majors, static.columns)
-    some, every = (jnp.moveaxis(x.reshape(shape), 3, 1) for x in (some, every))
-    start, stop = _first(some), _last(some) + 1  # [batch, kv_majors, q_majors, rows]
-    every &= some
-    free_start = _first(every)
-    index = jnp.arange(static.columns, dtype=jnp.int32)
+    some, every = (xp.moveaxis(x.reshape(shape), 3, 1) for x in (some, every))
+    start, stop = _first(xp, some), _last(xp, some) + 1  # [batch, kv_majors, q_majors, rows]
+    every = every & some
+    free_start = _first(xp, every)
+    index = xp.arange(static.columns, dtype=xp.int32)
     broken = ~every & (index >= free_start[..., None])
-    free_stop = jnp.where(broken.any(-1), _first(broken), static.columns)
-    free_stop = jnp.where(every.any(-1), free_stop, free_start)
+    free_stop = xp.where(broken.any(-1), _first(xp, broken), static.columns)
+    free_stop = xp.where(every.any(-1), free_stop, free_start)
     met = stop > start
-    rows = jnp.stack([start, stop, free_start, free_stop, _next(met)])
-    count = jnp.moveaxis(jnp.sum(stop - start, -1), 1, 2)  # [batch, q_majors, kv_majors]
-    first_row = jnp.moveaxis(_first(met), 1, 2)
+    rows = xp.stack([start, stop, free_start, free_stop, _next(xp, met)])
+    count = xp.moveaxis(xp.sum(stop - start, -1), 1, 2)  # [batch, q_majors, kv_majors]
+    first_row = xp.moveaxis(_first(xp, met), 1, 2)
     any_work = count > 0
-    bounds = [_first(any_work), jnp.maximum(_last(any_work), 0)]
-    bounds = [jnp.broadcast_to(x[..., None], count.shape) for x in bounds]
-    majors = jnp.stack([count, first_row, *bounds])
-    facts = jnp.stack([offset, q_len, kv_len])
-    return Work(rows.reshape(5, -1), majors.reshape(4, -1), facts)
+    bounds = [_first(xp, any_work), xp.maximum(_last(xp, any_work), 0)]
+    bounds = [xp.broadcast_to(x[..., None], count.shape) for x in bounds]
+    majors = xp.stack([count, first_row, *bounds])
+    facts = xp.stack([offset, q_len, kv_len])
+    return Work(*(x.reshape(len(x), -1).astype(xp.int32) for x in (rows, majors, facts)))
 
 
-def _by_row(given: jax.Array | None, otherwise: int, batch: int) -> jax.Array:
-    value = jnp.int32(otherwise) if given is None else given.astype(jnp.int32)
-    return jnp.broadcast_to(value, (batch,))
+def _by_row(xp: Any, given: jax.Array | None, otherwise: int, batch: int) -> jax.Array:
+    value = xp.int32(otherwise) if given is None else given.astype(xp.int32)
+    return xp.broadcast_to(value, (batch,))
 
 
-def _meetings(static: Static, who: Masks, offset, q_len, kv_len) -> tuple[jax.Array, jax.Array]:
+def _meetings(
+    xp: Any, static: Static, who: Masks, offset, q_len, kv_len
+) -> tuple[jax.Array, jax.Array]:
     """Two masks [batch, rows of tiles, tiles]: may one see one there; does each see each."""
     block_q, block_kv = static.tiles.block_q, static.tiles.block_kv
-    row = jnp.arange(static.q_majors * static.rows, dtype=jnp.int32) * block_q
+    row = xp.arange(static.q_majors * static.rows, dtype=xp.int32) * block_q
     first = offset[:, None] + row
-    last = offset[:, None] + jnp.minimum(row + block_q, q_len[:, None]) - 1
+    last = offset[:, None] + xp.minimum(row + block_q, q_len[:, None]) - 1
     start, stop = masks.seen_bounds(first, last, kv_len[:, None], **static.positions)
-    lo = jnp.arange(static.kv_majors * static.columns, dtype=jnp.int32) * block_kv
+    lo = xp.arange(static.kv_majors * static.columns, dtype=xp.int32) * block_kv
     hi = lo + block_kv - 1
     some = (lo < stop[..., None]) & (hi >= start[..., None]) & (start < stop)[..., None]
-    some &= (last >= first)[..., None]
+    some = some & (last >= first)[..., None]
     every = hi < kv_len[:, None, None]
     # What the first and the last query see of the tile's first and last key bounds all the rest.
     for q_pos in (first, last):
@@ -164,13 +178,13 @@ def _meetings(static: Static, who: Masks, offset, q_len, kv_len) -> tuple[jax.Ar
             seen = masks.seen(q_pos[..., None], kv_pos, **static.positions)
             every = every if seen is None else every & seen
     if who.q_segment_ids is None:
-        return some, jnp.broadcast_to(every, some.shape)
+        return some, xp.broadcast_to(every, some.shape)
     q_ids = _id_range(who.q_segment_ids, q_len, block_q, row.size)
     kv_ids = _id_range(who.kv_segment_ids, kv_len, block_kv, lo.size)
     q_low, q_high = (x[:, :, None] for x in q_ids)
     kv_low, kv_high = (x[:, None, :] for x in kv_ids)
-    some &= (q_low <= kv_high) & (kv_low <= q_high)
-    every &= (q_low == kv_high) & (kv_low == q_high)
+    some = some & (q_low <= kv_high) & (kv_low <= q_high)
+    every = every & (q_low == kv_high) & (kv_low == q_high)
     return some, every
 
 
@@ -187,22 +201,19 @@ def _id_range(ids: jax.Array, lens: jax.Array, block: int, blocks: int):
     return of(info.max, jnp.min), of(info.min, jnp.max)
 
 
-def _first(x: jax.Array) -> jax.Array:
+def _first(xp: Any, x: jax.Array) -> jax.Array:
     """Index of the first True of the last axis, 0 if there is none."""
-    return jnp.argmax(x, axis=-1).astype(jnp.int32)
+    return xp.argmax(x, axis=-1).astype(xp.int32)
 
 
-def _last(x: jax.Array) -> jax.Array:
+def _last(xp: Any, x: jax.Array) -> jax.Array:
     """Index of the last True of the last axis, -1 if there is none."""
-    last = x.shape[-1] - 1 - _first(x[..., ::-1])
-    return jnp.where(x.any(-1), last, -1)
+    last = x.shape[-1] - 1 - _first(xp, x[..., ::-1])
+    return xp.where(x.any(-1), last, xp.int32(-1))
 
 
-def _next(met: jax.Array) -> jax.Array:
+def _next(xp: Any, met: jax.Array) -> jax.Array:
     """For each row the next that is True, or itself."""
-    size = met.shape[-1]
-    row = jnp.arange(size, dtype=jnp.int32)
-    at = jnp.where(met, row, size)
-    after = jax.lax.cummin(at, axis=at.ndim - 1, reverse=True)
-    after = jnp.concatenate([after[..., 1:], jnp.full_like(after[..., :1], size)], axis=-1)
-    return jnp.where(after == size, row, after)
+    row = xp.arange(met.shape[-1], dtype=xp.int32)
+    later = met[..., None, :] & (row > row[:, None])
+    return xp.where(later.any(-1), _first(xp, later), row)

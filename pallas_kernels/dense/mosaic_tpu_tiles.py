@@ -1,8 +1,8 @@
-"""How large the tiles of the dense TPU kernels are: one table, by generation, dtype and shape.
+"""How large the tiles of the dense TPU kernels are: one table, by generation, dtype, shape class.
 
 `major` blocks are what the grid's pipeline brings into VMEM; inside one, the kernel walks tiles of
 block_q queries and block_kv keys, each in steps of step_kv keys. Sizes change speed, never numbers
-beyond the order of sums.
+beyond the order of sums. `python -m benchmarks.tpu_static tune --work dense` finds and writes them.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import dataclasses
 from pallas_kernels import tpu_chip
 
 LANES = tpu_chip.LANES
+WIDE = 128  # the largest head size that is not wide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,61 +34,123 @@ class Tiles:
 
 # Measured by replaying the compiled schedule with a model of the DMAs (jax 0.12.0.1, libtpu 0.0.52,
 # November 2026; nothing of it ran on a TPU), causal, 8 heads, 4096, 128, bfloat16, microseconds on
-# v5e, v6e, 7x. The floors are 175, 38, 30 (matrix unit, all of it in use) and 41, 21, 9 (bytes); on
-# v6e and 7x a product over 128 features fills half of the unit's 256 rows.
-#   forward: these tiles 243, 127, 98; major_q 2048 247, 131, 101; 1024 249, 138, 107.
-#   backward: these tiles 555, 249, 201.
-# By a prototype that had two tiles of queries in one block of code and no work list, (block_q,
-# block_kv, step_kv): (512, 512, 256) 241, 117, 93; (256, 512, 256) 239, 128, 104; (512, 512, 128)
-# 252, 143, -; (512, 1024, 256) 271, 121, 94; (256, 512, 512) 262, 144, 118; (128, 512, 128) 369,
-# 251, -. Without the two halves in turn (products, then softmax): 292, 161, 124.
+# v5e, v6e, 7x.
+#   Forward: these tiles 237, 121, 93. By a prototype that had two tiles of queries in one block of
+# code and no work list, (block_q, block_kv, step_kv): (512, 512, 256) 241, 117, 93; (256, 512, 256)
+# 239, 128, 104; (512, 512, 128) 252, 143, -; (512, 1024, 256) 271, 121, 94; (256, 512, 512) 262,
+# 144, 118; (128, 512, 128) 369, 251, -. Without the two halves in turn (products, softmax): 292,
+# 161, 124.
+#   Backward: these tiles 549, 206, 164. When they took 210 on v6e (before the walk looked ahead):
+# (512, 512, 512) 219; (512, 256, 256) 225; (256, 512, 512) 232; (512, 1024, 256) 232;
+# (1024, 512, 256) 238; (256, 512, 256) 240; (512, 512, 128) 271; major_q 2048 215, 1024 222.
 TILES = {
-    "v4": Tiles(block_q=512, block_kv=512, step_kv=256, major_q=1024, major_kv=1024),  # 16 MiB
-    "v5e": Tiles(block_q=512, block_kv=512, step_kv=256, major_q=4096, major_kv=4096),
-    "v5p": Tiles(block_q=512, block_kv=512, step_kv=256, major_q=4096, major_kv=4096),
-    "v6e": Tiles(block_q=512, block_kv=512, step_kv=256, major_q=4096, major_kv=4096),
-    "7x": Tiles(block_q=512, block_kv=512, step_kv=256, major_q=4096, major_kv=4096),
+    ("v4", "bfloat16", "forward"): Tiles(512, 512, 256, 1024, 1024),
+    ("v4", "bfloat16", "forward_wide"): Tiles(512, 512, 256, 1024, 1024),
+    ("v4", "bfloat16", "forward_bias"): Tiles(512, 512, 256, 512, 512),
+    ("v4", "bfloat16", "forward_wide_bias"): Tiles(512, 512, 256, 512, 512),
+    ("v4", "bfloat16", "backward"): Tiles(256, 256, 256, 512, 512),
+    ("v4", "bfloat16", "backward_wide"): Tiles(256, 256, 256, 512, 512),
+    ("v4", "bfloat16", "backward_bias"): Tiles(256, 256, 256, 256, 256),
+    ("v4", "bfloat16", "backward_wide_bias"): Tiles(256, 256, 256, 256, 256),
+    ("v4", "float32", "forward"): Tiles(512, 512, 256, 1024, 1024),
+    ("v4", "float32", "forward_wide"): Tiles(512, 512, 256, 512, 512),
+    ("v4", "float32", "forward_bias"): Tiles(512, 512, 256, 512, 512),
+    ("v4", "float32", "forward_wide_bias"): Tiles(512, 512, 256, 512, 512),
+    ("v4", "float32", "backward"): Tiles(256, 256, 256, 512, 512),
+    ("v4", "float32", "backward_wide"): Tiles(256, 256, 256, 512, 512),
+    ("v4", "float32", "backward_bias"): Tiles(256, 256, 256, 256, 256),
+    ("v4", "float32", "backward_wide_bias"): Tiles(256, 256, 256, 256, 256),
+    ("v5e", "bfloat16", "forward"): Tiles(512, 512, 256, 4096, 4096),
+    ("v5e", "bfloat16", "forward_wide"): Tiles(512, 512, 256, 2048, 2048),
+    ("v5e", "bfloat16", "forward_bias"): Tiles(512, 512, 256, 1024, 1024),
+    ("v5e", "bfloat16", "forward_wide_bias"): Tiles(512, 512, 256, 512, 512),
+    ("v5e", "bfloat16", "backward"): Tiles(512, 512, 256, 4096, 4096),
+    ("v5e", "bfloat16", "backward_wide"): Tiles(512, 512, 256, 1024, 1024),
+    ("v5e", "bfloat16", "backward_bias"): Tiles(512, 512, 256, 1024, 1024),
+    ("v5e", "bfloat16", "backward_wide_bias"): Tiles(512, 512, 256, 512, 512),
+    ("v5e", "float32", "forward"): Tiles(512, 512, 256, 2048, 2048),
+    ("v5e", "float32", "forward_wide"): Tiles(512, 512, 256, 2048, 2048),
+    ("v5e", "float32", "forward_bias"): Tiles(512, 512, 256, 512, 512),
+    ("v5e", "float32", "forward_wide_bias"): Tiles(512, 512, 256, 512, 512),
+    ("v5e", "float32", "backward"): Tiles(512, 512, 256, 1024, 1024),
+    ("v5e", "float32", "backward_wide"): Tiles(512, 512, 256, 1024, 1024),
+    ("v5e", "float32", "backward_bias"): Tiles(512, 512, 256, 512, 512),
+    ("v5e", "float32", "backward_wide_bias"): Tiles(512, 512, 256, 512, 512),
+    ("v5p", "bfloat16", "forward"): Tiles(512, 512, 256, 4096, 4096),
+    ("v5p", "bfloat16", "forward_wide"): Tiles(512, 512, 256, 2048, 2048),
+    ("v5p", "bfloat16", "forward_bias"): Tiles(512, 512, 256, 1024, 1024),
+    ("v5p", "bfloat16", "forward_wide_bias"): Tiles(512, 512, 256, 512, 512),
+    ("v5p", "bfloat16", "backward"): Tiles(512, 512, 256, 4096, 4096),
+    ("v5p", "bfloat16", "backward_wide"): Tiles(512, 512, 256, 1024, 1024),
+    ("v5p", "bfloat16", "backward_bias"): Tiles(512, 512, 256, 1024, 1024),
+    ("v5p", "bfloat16", "backward_wide_bias"): Tiles(512, 512, 256, 512, 512),
+    ("v5p", "float32", "forward"): Tiles(512, 512, 256, 2048, 2048),
+    ("v5p", "float32", "forward_wide"): Tiles(512, 512, 256, 2048, 2048),
+    ("v5p", "float32", "forward_bias"): Tiles(512, 512, 256, 512, 512),
+    ("v5p", "float32", "forward_wide_bias"): Tiles(512, 512, 256, 512, 512),
+    ("v5p", "float32", "backward"): Tiles(512, 512, 256, 1024, 1024),
+    ("v5p", "float32", "backward_wide"): Tiles(512, 512, 256, 1024, 1024),
+    ("v5p", "float32", "backward_bias"): Tiles(512, 512, 256, 512, 512),
+    ("v5p", "float32", "backward_wide_bias"): Tiles(512, 512, 256, 512, 512),
+    ("v6e", "bfloat16", "forward"): Tiles(512, 512, 256, 4096, 4096),
+    ("v6e", "bfloat16", "forward_wide"): Tiles(512, 512, 256, 2048, 2048),
+    ("v6e", "bfloat16", "forward_bias"): Tiles(512, 512, 256, 1024, 1024),
+    ("v6e", "bfloat16", "forward_wide_bias"): Tiles(512, 512, 256, 512, 512),
+    ("v6e", "bfloat16", "backward"): Tiles(512, 512, 256, 4096, 4096),
+    ("v6e", "bfloat16", "backward_wide"): Tiles(512, 512, 256, 1024, 1024),
+    ("v6e", "bfloat16", "backward_bias"): Tiles(512, 512, 256, 1024, 1024),
+    ("v6e", "bfloat16", "backward_wide_bias"): Tiles(512, 512, 256, 512, 512),
+    ("v6e", "float32", "forward"): Tiles(512, 512, 256, 2048, 2048),
+    ("v6e", "float32", "forward_wide"): Tiles(512, 512, 256, 2048, 2048),
+    ("v6e", "float32", "forward_bias"): Tiles(512, 512, 256, 512, 512),
+    ("v6e", "float32", "forward_wide_bias"): Tiles(512, 512, 256, 512, 512),
+    ("v6e", "float32", "backward"): Tiles(512, 512, 256, 1024, 1024),
+    ("v6e", "float32", "backward_wide"): Tiles(512, 512, 256, 1024, 1024),
+    ("v6e", "float32", "backward_bias"): Tiles(512, 512, 256, 512, 512),
+    ("v6e", "float32", "backward_wide_bias"): Tiles(512, 512, 256, 512, 512),
+    ("7x", "bfloat16", "forward"): Tiles(512, 512, 256, 4096, 4096),
+    ("7x", "bfloat16", "forward_wide"): Tiles(512, 512, 256, 2048, 2048),
+    ("7x", "bfloat16", "forward_bias"): Tiles(512, 512, 256, 1024, 1024),
+    ("7x", "bfloat16", "forward_wide_bias"): Tiles(512, 512, 256, 512, 512),
+    ("7x", "bfloat16", "backward"): Tiles(512, 512, 256, 4096, 4096),
+    ("7x", "bfloat16", "backward_wide"): Tiles(512, 512, 256, 1024, 1024),
+    ("7x", "bfloat16", "backward_bias"): Tiles(512, 512, 256, 1024, 1024),
+    ("7x", "bfloat16", "backward_wide_bias"): Tiles(512, 512, 256, 512, 512),
+    ("7x", "float32", "forward"): Tiles(512, 512, 256, 2048, 2048),
+    ("7x", "float32", "forward_wide"): Tiles(512, 512, 256, 2048, 2048),
+    ("7x", "float32", "forward_bias"): Tiles(512, 512, 256, 512, 512),
+    ("7x", "float32", "forward_wide_bias"): Tiles(512, 512, 256, 512, 512),
+    ("7x", "float32", "backward"): Tiles(512, 512, 256, 1024, 1024),
+    ("7x", "float32", "backward_wide"): Tiles(512, 512, 256, 1024, 1024),
+    ("7x", "float32", "backward_bias"): Tiles(512, 512, 256, 512, 512),
+    ("7x", "float32", "backward_wide_bias"): Tiles(512, 512, 256, 512, 512),
 }
-BACKWARD_TILES = TILES | {
-    "v4": Tiles(block_q=256, block_kv=256, step_kv=256, major_q=512, major_kv=512)
-}
-WIDE = 256  # bytes of a head's row; above it major blocks shrink, to stay in VMEM
 
 
-def forward_tiles(
-    chip: tpu_chip.TpuChip, itemsize: int, head_dim: int, q_len: int, kv_len: int, has_bias: bool
-) -> Tiles:
+def forward_tiles(chip: tpu_chip.TpuChip, dtype: str, head_dim: int, has_bias: bool) -> Tiles:
     """The forward kernel's tiles.
 
     Args:
         chip: what is traced for.
-        itemsize: bytes of an element of q.
+        dtype: of q.
         head_dim: the larger of the two head sizes.
-        q_len, kv_len: of the call; tiles are no longer than these need.
         has_bias: whether a bias is brought, a number for each query and key of a major block.
     """
-    wide = itemsize * head_dim > WIDE
-    most = 512 if wide and has_bias else 1024 if has_bias else 2048 if wide else 4096
-    return fitted(_within(TILES[chip.generation], most), q_len, kv_len)
+    return TILES[chip.generation, dtype, shape_class("forward", head_dim, has_bias)]
 
 
-def backward_tiles(
-    chip: tpu_chip.TpuChip, itemsize: int, head_dim: int, q_len: int, kv_len: int, has_bias: bool
-) -> Tiles:
+def backward_tiles(chip: tpu_chip.TpuChip, dtype: str, head_dim: int, has_bias: bool) -> Tiles:
     """The backward kernel's tiles; arguments as `forward_tiles`.
 
     It holds five operands and three results of a major block, twice, and their float32 sums; with a
     bias the logits' gradients too.
     """
-    wide = itemsize * head_dim > WIDE
-    most = 512 if wide and has_bias else 1024 if wide or has_bias else 4096
-    return fitted(_within(BACKWARD_TILES[chip.generation], most), q_len, kv_len)
+    return TILES[chip.generation, dtype, shape_class("backward", head_dim, has_bias)]
 
 
-def _within(tiles: Tiles, most: int) -> Tiles:
-    """The same with major blocks of at most so many queries and keys."""
-    sizes = {"major_q": min(tiles.major_q, most), "major_kv": min(tiles.major_kv, most)}
-    return dataclasses.replace(tiles, **sizes)
+def shape_class(of: str, head_dim: int, has_bias: bool = False) -> str:
+    """What a table's key says of the call: "forward", "backward_wide_bias", ..."""
+    return of + ("_wide" if head_dim > WIDE else "") + ("_bias" if has_bias else "")
 
 
 def fitted(tiles: Tiles, q_len: int, kv_len: int) -> Tiles:

@@ -32,6 +32,15 @@ class Tile(NamedTuple):
     column: jax.Array
 
 
+class _Ahead(NamedTuple):
+    """A tile, the two that follow it, and whether neither of these needs a mask."""
+
+    tile: Tile
+    after: Tile
+    last: Tile
+    free: jax.Array
+
+
 class Walk(NamedTuple):
     """One grid step's part of the work list.
 
@@ -101,23 +110,24 @@ class Walk(NamedTuple):
         """
         count = self.of_major(schedule.COUNT)
 
-        def two(_, t: Tile) -> Tile:
-            after = self.following(t)
-            last = self.following(after)
-            free = self.is_free(after) & self.is_free(last)
+        def two(_, ahead: _Ahead) -> _Ahead:
+            def blocks(masked: bool) -> _Ahead:
+                both_halves(ahead.tile, ahead.after, 0, masked)
+                both_halves(ahead.after, ahead.last, 1, masked)
+                return self._ahead_of(ahead.last)  # among the vectors: no cycles of its own
 
-            def blocks(masked: bool) -> None:
-                both_halves(t, after, 0, masked)
-                both_halves(after, last, 1, masked)
-
-            pl.when(free)(lambda: blocks(False))
-            pl.when(~free)(lambda: blocks(True))
-            return last
+            return lax.cond(ahead.free, lambda: blocks(False), lambda: blocks(True))
 
         @pl.when(count > 0)
         def _():
             row = self.of_major(schedule.FIRST_ROW)
             first = Tile(row, self.of_row(schedule.START, row))
             first_half(first, 0, True)
-            last = lax.fori_loop(0, count // 2, two, first)
-            pl.when(count % 2 == 1)(lambda: both_halves(last, None, 0, True))
+            ahead = lax.fori_loop(0, count // 2, two, self._ahead_of(first))
+            pl.when(count % 2 == 1)(lambda: both_halves(ahead.tile, None, 0, True))
+
+    def _ahead_of(self, t: Tile) -> "_Ahead":
+        """A tile and the two that follow it."""
+        after = self.following(t)
+        last = self.following(after)
+        return _Ahead(t, after, last, self.is_free(after) & self.is_free(last))

@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from attnsel_jax.envs import environment_for_compiling
 from attnsel_jax.platforms import CHIPS as DATASHEETS
-from benchmarks.tpu_static import page, results, running, tuning
+from benchmarks.tpu_static import child, page, results, running, tuning
 from benchmarks.tpu_static.chips import CHIPS, chip_named
 from benchmarks.tpu_static.contenders import CONTENDERS, contender
 from benchmarks.tpu_static.dump import KernelDump, read_bundles, read_kernels
@@ -29,6 +29,7 @@ from benchmarks.tpu_static.scalar_code import Operation, ScalarCode, arguments, 
 from benchmarks.tpu_static.schedule import figures
 from benchmarks.tpu_static.stand_ins import number_of, recorded, traced_as
 from benchmarks.tpu_static.works import WORKS, Work, named
+from pallas_kernels.dense import mosaic_tpu_tiles as dense_tiles
 
 SCHEDULE = pathlib.Path(__file__).parent / "schedule"
 BLOCK = 16 * 256 * 4
@@ -223,7 +224,7 @@ def test_every_contender_serves_some_work_and_refuses_with_a_reason(name):
 def test_what_is_not_installed_is_said(monkeypatch):
     monkeypatch.setattr(running, "is_installed", lambda name: False)
     found = list(running.rows([WORKS["dense_causal"]], ["tokamax splash"], "v5e"))
-    row = found[0][2]
+    row = found[0]
     assert row["verdict"] == "not installed"
     assert row["reason"] == "tokamax is not installed: `pip install --no-deps tokamax`"
     assert page.cells(row)[2] == "not installed"
@@ -269,6 +270,10 @@ def test_kernels_are_told_apart_by_their_number():
         (([3], 4, [7, -1, 9]), 512, {0: 7, 1: 0xFFFFFFFF, 2: 9}),
         (([2, 2], 4, [1, 2, 3, 4]), 1024, {0: 1, 1: 2, 128: 3, 129: 4}),  # a row of lanes each
         (([2, 2], 4, [1, 2, 3, 4]), 16, {0: 1, 1: 2, 2: 3, 3: 4}),
+        # Five rows are padded to eight, three to four; a tile of all rows after 128 columns.
+        (([5, 1], 4, [1, 2, 3, 4, 5]), 4096, {0: 1, 128: 2, 256: 3, 384: 4, 512: 5}),
+        (([3, 1], 4, [1, 2, 3]), 2048, {0: 1, 128: 2, 256: 3}),
+        (([2, 130], 4, [1, *[0] * 128, 2, 3, *[0] * 129]), 2048, {0: 1, 257: 2, 128: 3}),
         # Bytes: elements 0 and 128 share a word.
         (([130], 1, [5, *[0] * 127, 6, 7]), 512, {0: 5 | 6 << 8, 1: 7 << 8}),
     ],
@@ -304,6 +309,65 @@ def test_results_are_kept_by_work_and_contender(tmp_path):
     assert data["command"] == "second"
 
 
+def test_a_run_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    made_of = {"versions": results.versions(), "sources": results.sources("jax flash")}
+    row = {"work": "dense_causal", "contender": "jax flash", "reason": "no"} | made_of
+    old = row | {"work": "dense_causal_grad", "sources": "of another tree"}
+    other = row | {"work": "mla_decode", "versions": {"jax": "0.0"}}
+    late = row | {"work": "mla_prefill", "reason": "stopped after 300 s"}
+    results.written("v5e", [row, old, other, late], "first", tmp_path)
+    known = results.current("v5e", tmp_path)
+    assert known == {("dense_causal", "jax flash"): row}
+    monkeypatch.setattr(running, "is_installed", lambda name: False)
+    works = [WORKS["dense_causal"], WORKS["dense_causal_grad"]]
+    found = list(running.rows(works, ["jax flash"], "v5e", known))
+    assert found[0] is known["dense_causal", "jax flash"]
+    assert found[1]["verdict"] == "not installed"
+
+
+def test_ours_depends_on_the_kernels_and_nothing_on_how_it_is_shown(monkeypatch, tmp_path):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    for name in ("benchmarks/arguments.py", "pallas_kernels/masks.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1")
+
+    def of_both():
+        results.sources.cache_clear()
+        return [results.sources(name) for name in ("ours", "jax flash")]
+
+    before = of_both()
+    (tmp_path / "pallas_kernels/masks.py").write_text("2")
+    after = of_both()
+    results.sources.cache_clear()
+    assert before[0] != after[0]
+    assert before[1] == after[1]
+
+
+def test_a_call_that_is_traced_and_never_runs_has_no_grid_of_its_own():
+    """As the first trace of a differentiated call."""
+    with traced_as([], 1 << 20) as calls:
+        jax.make_jaxpr(lambda *given: scaled(*given))(
+            jnp.ones((32, 128)), np.array([3, 5, 0], np.int32)
+        )
+    assert calls[0].grid == (1,)
+    assert not calls[0].is_known
+
+
+def test_kernels_in_loops_are_told():
+    kernel = 'custom-call(), custom_call_target="tpu_custom_call"'
+    text = f"""
+%body.1 (x: f32[8]) -> f32[8] {{
+  %call1_a.4 = f32[8] {kernel}
+}}
+ENTRY %main.8 (x: f32[8]) -> f32[8] {{
+  %call0_b.1 = f32[8] {kernel}
+  %while.1 = f32[8] while(%x), condition=%cond.2, body=%body.1, metadata={{}}
+}}
+"""
+    assert child.in_loops(text) == ["call1_a.4"]
+    assert child.instructions(text)[0] == ["call1_a.4", "call0_b.1"]
+
+
 TABLE = """
 class Tiles(NamedTuple):
     rows: int
@@ -325,6 +389,19 @@ def test_the_tuner_rewrites_one_entry():
     assert '"v5e": Tiles(rows=1, num_buffers=2),' in new
     with pytest.raises(ValueError, match="key is 'v4', must be one of TILES"):
         tuning.rewritten(TABLE, "v4", {})
+
+
+def test_the_tuner_writes_the_dense_table():
+    path = pathlib.Path(dense_tiles.__file__)
+    table = tuning.table_of(WORKS["dense_causal_grad"], "v6e")
+    assert table.key == ("v6e", "bfloat16", "backward")
+    assert tuning.table_of(WORKS["dense_causal"], "7x").key == ("7x", "bfloat16", "forward")
+    new = tuning.rewritten(path.read_text(), table.key, table.sizes | {"major_q": 2048})
+    entries: dict = {}
+    exec(new, entries)
+    assert entries["TILES"][table.key].major_q == 2048
+    same = tuning.rewritten(path.read_text(), table.key, table.sizes)
+    assert same == path.read_text()
 
 
 def test_the_tuner_goes_downhill_and_never_takes_what_is_refused():
