@@ -38,7 +38,7 @@ class Sizes:
 
     Attributes:
         block_q: queries of a tile.
-        block_kv: keys of a step; whole pages, and a multiple of LANES.
+        block_kv: keys of a step; whole pages.
         buffers: blocks of latents in VMEM, at least 3: one at its values, one at its keys, and one
             on its way.
         num_heads, rank, rope_dim, page_size: of the arrays.
@@ -113,7 +113,7 @@ class Scratch(NamedTuple):
     latents: Any  # [buffers, block_kv / 2, 2 * (rank + rope_dim)]
     logits: Any  # float32 [rows, block_kv]: of the step after the one that is at its values
     m: Any  # float32 [rows, LANES]: the same in every lane
-    l: Any  # float32 [rows, LANES]: of every LANES-th key; their sum is the row's
+    l: Any
     acc: Any  # float32 [rows, rank]
     out: Any  # [2, block_q, num_heads, rank]
     lse: Any  # float32 [2, block_q, 1, num_heads]
@@ -372,8 +372,7 @@ class _Pass:
         kept = jnp.exp2(m_old - m_new)
         p = jnp.exp2(logits - _widened(m_new, self.sizes.block_kv))
         scratch.m[...] = m_new
-        of_lanes = [p[:, i : i + LANES] for i in range(0, self.sizes.block_kv, LANES)]
-        scratch.l[...] = kept * scratch.l[...] + functools.reduce(jnp.add, of_lanes)
+        scratch.l[...] = kept * scratch.l[...] + jnp.sum(p, axis=1, keepdims=True)
         even, odd, _ = self._halves(k)
         values = jnp.concatenate([even, odd], axis=0)
         product = _dot(
@@ -407,8 +406,7 @@ class _Pass:
         scratch, sizes = self.scratch, self.sizes
         slot = tile % 2
         pl.when(tile >= 2)(lambda: self._wait_output(tile - 2))
-        m = scratch.m[...]
-        l = jnp.broadcast_to(jnp.sum(scratch.l[...], axis=1, keepdims=True), m.shape)
+        m, l = scratch.m[...], scratch.l[...]
         seen = m > 0.5 * MASKED
         factor = jnp.where(seen, self.arrays.kv_scale[0] / l, 0.0)
         out = scratch.acc[...] * _widened(factor, sizes.rank)

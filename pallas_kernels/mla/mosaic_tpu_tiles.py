@@ -25,11 +25,11 @@ TILES = {
     ("v4", "bfloat16", "prefill"): Tiles(rows=512, block_kv=256, buffers=4),
     ("v5e", "bfloat16", "decode"): Tiles(rows=128, block_kv=512, buffers=4),
     ("v5e", "bfloat16", "prefill"): Tiles(rows=512, block_kv=256, buffers=4),
-    ("v5p", "bfloat16", "decode"): Tiles(rows=128, block_kv=256, buffers=4),
+    ("v5p", "bfloat16", "decode"): Tiles(rows=128, block_kv=512, buffers=4),
     ("v5p", "bfloat16", "prefill"): Tiles(rows=512, block_kv=256, buffers=4),
     ("v6e", "bfloat16", "decode"): Tiles(rows=128, block_kv=1024, buffers=3),
     ("v6e", "bfloat16", "prefill"): Tiles(rows=512, block_kv=256, buffers=4),
-    ("7x", "bfloat16", "decode"): Tiles(rows=128, block_kv=512, buffers=4),
+    ("7x", "bfloat16", "decode"): Tiles(rows=128, block_kv=1024, buffers=3),
     ("7x", "bfloat16", "prefill"): Tiles(rows=512, block_kv=256, buffers=4),
 }
 # Of a cache dtype without entries of its own.
