@@ -22,7 +22,7 @@ from pallas_kernels import tpu_chip
 from pallas_kernels.mla import mosaic_tpu_attend as attending
 from pallas_kernels.mla.mosaic_tpu_arguments import check_paired, quantised
 from pallas_kernels.mla.mosaic_tpu_batch import Batch, blank_padding, list_tiles
-from pallas_kernels.mla.mosaic_tpu_tuning import tuning
+from pallas_kernels.mla.mosaic_tpu_tiles import tiles_for
 from pallas_kernels.mla.mosaic_tpu_writes import Writes, stored_rows, write_rows
 from pallas_kernels.shape_checks import check_positive
 
@@ -156,7 +156,7 @@ def _passes(ql_nope, q_pe, pages, max_num_seqs: int, scale: float, soft_cap) -> 
     page_size = 2 * pages.shape[1]
 
     def sizes(is_decode: bool) -> attending.Sizes:
-        chosen = tuning(tpu_chip.current().generation, pages.dtype.name, is_decode=is_decode)
+        chosen = tiles_for(tpu_chip.current().generation, pages.dtype.name, is_decode=is_decode)
         return attending.Sizes(
             block_q=1 if is_decode else max(2, chosen.rows // num_heads),
             block_kv=max(chosen.block_kv, page_size),

@@ -65,6 +65,11 @@ class Sizes:
         return self.block_q * self.num_heads
 
     @property
+    def pages_of_block(self) -> int:
+        """Pages of a step."""
+        return self.block_kv // self.page_size
+
+    @property
     def precision(self) -> jax.lax.Precision | None:
         """Of both products."""
         return jax.lax.Precision.HIGHEST if self.q_dtype == jnp.float32 else None
@@ -228,26 +233,55 @@ class _Pass:
 
     def _start_latents(self, step: Cursor, k: jax.Array) -> Cursor:
         """Starts the copies of step k's pages, if there is such a step; returns the one after."""
-        pl.when(k < self.num_steps)(lambda: self._each_page(step, k, lambda copy: copy.start()))
+        num_pages = pl.cdiv(self._keys(step), self.sizes.page_size)
+        is_whole = num_pages == self.sizes.pages_of_block
+        exists = k < self.num_steps
+
+        @pl.when(exists & is_whole)
+        def _():
+            for j in range(self.sizes.pages_of_block):
+                self._page_copy(step, k, j).start()
+
+        @pl.when(exists & ~is_whole)
+        def _():
+            self._each_page(step, k, num_pages, lambda copy: copy.start())
+
         return self._after(step)
 
-    def _each_page(self, step, k, act) -> None:
-        """Starts or awaits the copies of a step's pages."""
-        half = self.sizes.page_size // 2
-        slot = k % self.sizes.buffers
-        first = step.block * (self.sizes.block_kv // self.sizes.page_size)
-        seq = self.tiles.seq[step.tile]
+    def _wait_latents(self, step: Cursor, k: jax.Array) -> None:
+        """Waits for a step's pages: a whole block's at once, by their bytes together."""
+        num_pages = pl.cdiv(self._keys(step), self.sizes.page_size)
+        is_whole = num_pages == self.sizes.pages_of_block
+
+        @pl.when(is_whole)
+        def _():
+            slot = k % self.sizes.buffers
+            block, sem = self.scratch.latents.at[slot], self.scratch.latents_arrived.at[slot]
+            pltpu.make_async_copy(block, block, sem).wait()
+
+        @pl.when(~is_whole)
+        def _():
+            self._each_page(step, k, num_pages, lambda copy: copy.wait())
+
+    def _each_page(self, step, k, num_pages, act) -> None:
+        """Starts or awaits the copies of a step's first pages."""
 
         def one(j, _):
-            page = self.arrays.page_table[seq, first + j]
-            rows = pl.ds(pl.multiple_of(j * half, half), half)
-            target = self.scratch.latents.at[slot, rows]
-            sem = self.scratch.latents_arrived.at[slot]
-            act(pltpu.make_async_copy(self.arrays.pages.at[page], target, sem))
+            act(self._page_copy(step, k, j))
             return _
 
-        num_pages = pl.cdiv(self._keys(step), self.sizes.page_size)
         jax.lax.fori_loop(0, num_pages, one, 0)
+
+    def _page_copy(self, step, k, j):
+        """The copy of page j of step k into its place in the ring."""
+        half = self.sizes.page_size // 2
+        slot = k % self.sizes.buffers
+        page = self.arrays.page_table[
+            self.tiles.seq[step.tile], step.block * self.sizes.pages_of_block + j
+        ]
+        target = self.scratch.latents.at[slot, pl.ds(pl.multiple_of(j * half, half), half)]
+        sem = self.scratch.latents_arrived.at[slot]
+        return pltpu.make_async_copy(self.arrays.pages.at[page], target, sem)
 
     def _each_output(self, tile, act) -> None:
         """Starts or awaits the copies of a tile's output and lse."""
@@ -272,7 +306,7 @@ class _Pass:
 
     def _receive(self, step: Cursor, k: jax.Array) -> None:
         """Waits for a step's pages, and at a tile's first step for its queries."""
-        self._each_page(step, k, lambda copy: copy.wait())
+        self._wait_latents(step, k)
         num_keys = self._keys(step)
         pl.when(num_keys < self.sizes.block_kv)(
             lambda: self._clear_from(k % self.sizes.buffers, num_keys)
@@ -348,7 +382,8 @@ class _Pass:
 
     def _scaled(self, products: jax.Array) -> jax.Array:
         """Logits in base 2."""
-        factor = self.sizes.scale * self.arrays.kv_scale[0]
+        # A vector at once: a product of two scalars would be a scalar unit's, and in its way.
+        factor = jnp.full((1, self.sizes.block_kv), self.arrays.kv_scale[0]) * self.sizes.scale
         if self.sizes.soft_cap is None:
             return products * (factor * LOG2_E)
         capped = jnp.tanh(products * (factor / self.sizes.soft_cap))

@@ -11,8 +11,9 @@ from attnsel_jax.backends.mosaic_tpu_mla import TPU_LATENT, MosaicTpuMlaBackend
 from attnsel_jax.compare.comparison import PASS
 from attnsel_jax.problems.mla_inputs import mla_inputs
 from pallas_kernels.mla import mosaic_tpu
+from pallas_kernels.mla import mosaic_tpu_attend as attending
 from pallas_kernels.mla.mosaic_tpu import mla_attention
-from pallas_kernels.mla.mosaic_tpu_tuning import Tuning
+from pallas_kernels.mla.mosaic_tpu_tiles import Tiles
 
 CASES = {
     "float32": {},
@@ -53,7 +54,7 @@ MORE = {
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
     """Tiles of a size that a small problem has several of."""
-    monkeypatch.setattr(mosaic_tpu, "tuning", lambda *_, **__: Tuning(64, 128, 3))
+    monkeypatch.setattr(mosaic_tpu, "tiles_for", lambda *_, **__: Tiles(64, 128, 3))
 
 
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
@@ -67,6 +68,45 @@ def test_it_agrees_with_the_oracle(options):
 def test_it_agrees_with_the_oracle_on_more_shapes(options):
     row = row_of(mla_attention, **options)
     assert row.verdict == PASS, str(row)
+
+
+def _reset_but_once(self):
+    if not hasattr(self, "was_reset"):
+        self.was_reset = True
+        RESET(self)
+
+
+RESET = attending._Pass._reset
+SMALL = {"q_lens": (1, 3, 1), "kv_lens": (70, 9, 4), "pad_tokens": 0}
+FAULTS = {
+    "mask": ((attending._Pass, "_seen", lambda self, logits, step: logits), {}),
+    "scale": (
+        (attending._Pass, "_scaled", lambda self, x: x * self.sizes.scale), {},
+    ),
+    "kv_scale": (
+        (attending._Pass, "_scaled", lambda self, x: x * (self.sizes.scale * attending.LOG2_E)),
+        {"cache_dtype": "float8_e4m3fn", "scaled": True, "dtype": "bfloat16"},
+    ),
+    "soft cap": (
+        (attending._Pass, "_scaled", lambda self, x: x * (self.sizes.scale * attending.LOG2_E)),
+        {"soft_cap": 5.0},
+    ),
+    "lse": ((attending, "LN_2", 1.0), {}),
+    "border between tiles": ((attending._Pass, "_reset", _reset_but_once), {}),
+    "write": ((mosaic_tpu, "write_rows", lambda *_, **__: None), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["mask", "kv_scale", "soft cap"])
+def test_what_faults_are_planted_in_agrees_without_them(name):
+    row = row_of(mla_attention, **SMALL | FAULTS[name][1])
+    assert row.verdict == PASS, str(row)
+
+
+@pytest.mark.parametrize(("fault", "options"), FAULTS.values(), ids=FAULTS)
+def test_a_planted_fault_is_seen(monkeypatch, fault, options):
+    monkeypatch.setattr(*fault)
+    assert row_of(mla_attention, **SMALL | options).verdict != PASS
 
 
 def arguments_of(**options):
