@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 
 from attnsel_jax.cache_layouts import latent_layout_named, layout_named
 from attnsel_jax.capabilities import Capabilities, Rejection
-from attnsel_jax.config import AttentionSelectorConfig, attention_type, dtype_name
+from attnsel_jax.config import STORED_AS, AttentionSelectorConfig, attention_type, dtype_name
 from attnsel_jax.config import kv_cache_dtype_name as cache_name
 from attnsel_jax.constraints import Constraint, MultipleOf, OneOf, every_value
 from attnsel_jax.kv_cache import FP8_DS_MLA_BYTES
@@ -138,6 +139,8 @@ class AttentionBackend(abc.ABC):
     ) -> tuple[int, ...]:
         """The shape of the cache's array; its dtype is `kv_cache.stored_dtype(cache_dtype_str)`.
 
+        Where the shape depends on the bytes of a number (layout "tiled"), "auto" is bfloat16.
+
         Raises:
             ValueError: more than one kv head for MLA, or fp8_ds_mla rows of another size than 576.
         """
@@ -148,7 +151,9 @@ class AttentionBackend(abc.ABC):
                 f"num_kv_heads is {num_kv_heads}, must be 1: MLA's latent is shared by all heads"
             )
         if cache_name(cache_dtype_str) != "fp8_ds_mla":
-            return latent_layout_named(cls.latent_layout).shape(num_blocks, block_size, head_size)
+            stored = jnp.dtype(STORED_AS.get(cache_name(cache_dtype_str), "bfloat16"))
+            shape = latent_layout_named(cls.latent_layout).shape
+            return shape(num_blocks, block_size, head_size, stored.itemsize)
         if head_size != 576:
             raise ValueError(f"head_size is {head_size}, must be 576 (512 + 64) with fp8_ds_mla")
         return num_blocks, block_size, FP8_DS_MLA_BYTES

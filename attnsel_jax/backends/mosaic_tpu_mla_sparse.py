@@ -1,10 +1,16 @@
 """MOSAIC_TPU_MLA_SPARSE: sparse multi-head latent attention by Pallas kernels, Mosaic TPU."""
 
 from attnsel_jax.backend import AttentionBackend
+from attnsel_jax.backends.mosaic_tpu_mla import TPU_LATENT
 
 
 class MosaicTpuMlaSparseBackend(AttentionBackend):
-    """Declares no op until its kernels are written: selection refuses it with that reason."""
+    """One kernel gathers each token's rows, for decode and prefill; it writes the cache too."""
 
     name = "MOSAIC_TPU_MLA_SPARSE"
     family = "sparse_mla"
+    capabilities = {"sparse_mla": TPU_LATENT}
+    kernels = {"sparse_mla": "pallas_kernels.sparse_mla.mosaic_tpu:sparse_mla_attention"}
+    impl = "attnsel_jax.impls.sparse_mla:SparseMLAImpl"
+    latent_layout = "tiled"
+    preferred_block_size = 64
