@@ -85,10 +85,11 @@ class Scratch(NamedTuple):
 
     ql_nope: Any  # [2, num_heads, rank]: this token's, the next one's
     q_pe: Any  # [2, num_heads, rope_dim]
-    bias: Any  # float32 [2, 1, num_keys]
+    bias: list[Any]  # float32 [1, block_kv]
     gathered: list[Any]  # [block_kv * parts, packed, 128], rows as they came
     rows_at: list[Any]  # SMEM int32 [1, block_kv]: where the next ones are
     keys: list[Any]  # [block_kv, rank + 128] in the queries' dtype
+    logits: list[Any]  # float32 [num_heads, block_kv]
     m: Any  # float32 [num_heads, LANES]: the same in every lane
     l: Any
     acc: Any  # float32 [num_heads, rank]
@@ -106,13 +107,14 @@ def scratch_shapes(sizes: Sizes) -> Scratch:
     return Scratch(
         ql_nope=pltpu.VMEM((2, s.num_heads, row.rank), s.q_dtype),
         q_pe=pltpu.VMEM((2, s.num_heads, row.rope_dim), s.q_dtype),
-        bias=pltpu.VMEM((2, 1, s.num_keys), jnp.float32),
+        bias=[pltpu.VMEM((1, s.block_kv), jnp.float32) for _ in range(s.buffers)],
         gathered=[
             pltpu.VMEM((s.block_kv * row.parts, row.packed, LANES), s.cache_dtype)
             for _ in range(s.buffers)
         ],
         rows_at=[pltpu.SMEM((1, s.block_kv), jnp.int32) for _ in range(s.buffers)],
-        keys=[pltpu.VMEM((s.block_kv, row.rank + LANES), s.q_dtype) for _ in range(2)],
+        keys=[pltpu.VMEM((s.block_kv, row.rank + LANES), s.q_dtype) for _ in range(s.buffers)],
+        logits=[pltpu.VMEM((s.num_heads, s.block_kv), jnp.float32) for _ in range(s.buffers)],
         m=pltpu.VMEM((s.num_heads, LANES), jnp.float32),
         l=pltpu.VMEM((s.num_heads, LANES), jnp.float32),
         acc=pltpu.VMEM((s.num_heads, row.rank), jnp.float32),
@@ -144,42 +146,59 @@ class _Attending:
     def __init__(self, sizes, arrays, scratch):
         self.sizes, self.arrays, self.scratch = sizes, arrays, scratch
         self.num_tokens = arrays.tokens[0]
+        self.factor = sizes.scale * arrays.kv_scale[0]
 
     def run(self) -> None:
         """Fills the pipeline, turns it until every token is through, and empties it."""
-        last = self.sizes.buffers - 1
+        blocks, scratch = range(self.sizes.buffers), self.scratch
         current = Cursor(jnp.int32(0), jnp.int32(0))
         following = self._after(current)
         self._reset()
         self._start_query(current.token)
-        for block in range(last + 1):
+        for block in blocks:
             self._start_list(current, block)
-        for block in range(last):
-            self._gather(block)
+        for block in blocks:
+            self._wait_list(block)
+            self._gather(current, block)
             self._start_list(following, block)
-
-        def is_left(cursors):
-            return cursors[0].token < self.num_tokens
+        self._receive_query(current.token)
+        self._wait_rows(0)
+        self._multiply_keys(current.token, 0)
 
         def one_group(cursors):
             current, following = cursors
             after = self._after(following)
-            pl.when(current.group == 0)(lambda: self._receive_query(current.token))
-            for block in range(last + 1):
-                refilled = block - 1 if block else last
-                self._gather(refilled)
-                self._start_list(after if block else following, refilled)
-                self._attend(current, block)
+            for block in blocks:
+                self._one_block(current, following, after, block)
             pl.when(current.group + 1 == self.arrays.groups[current.token])(
                 lambda: self._finish(current.token)
             )
             return following, after
 
+        is_left = lambda cursors: cursors[0].token < self.num_tokens
         jax.lax.while_loop(is_left, one_group, (current, following))
-        for block in range(last):  # past the last group one more is on its way: see `_list_of`
-            wait_gather(self.scratch.gathered[block], self.scratch.rows_arrived.at[block])
-        for block in range(last + 1):
-            self._list_of(current, block).wait()
+        self._empty()
+
+    def _one_block(self, current: Cursor, following: Cursor, after: Cursor, block: int) -> None:
+        """A block at its values, the next one at its keys, and the one in its place on its way."""
+        coming = block + 1 if block + 1 < self.sizes.buffers else 0
+        of_coming = current if coming else following
+        if not coming:
+            is_new = (following.group == 0) & (following.token < self.num_tokens)
+            pl.when(is_new)(lambda: self._receive_query(following.token))
+        self._wait_list(block)
+        self._wait_rows(coming)
+        self._gather(following, block)
+        self._multiply_keys(of_coming.token, coming)
+        self._multiply_values(block)
+        self._start_list(after, block)
+
+    def _empty(self) -> None:
+        """Waits for everything on its way; past the last group, one more is: see `_list_of`."""
+        for block in range(self.sizes.buffers):
+            if block:
+                self._wait_rows(block)
+            self._wait_list(block)
         for back in (2, 1):
             token = self.num_tokens - back
             pl.when(token >= 0)(lambda token=token: self._each_output(token, _wait))
@@ -194,38 +213,47 @@ class _Attending:
 
     # Copies.
 
-    def _list_of(self, cursor: Cursor, block: int):
-        """The copy of a block's list to SMEM; past the last token, of some list that exists."""
+    def _of_block(self, array: Any, cursor: Cursor, block: int) -> Any:
+        """A block's part of what is known of lists; past the last token, of some that exists."""
         sizes = self.sizes
         token = jnp.minimum(cursor.token, self.num_tokens - 1)
         first = (cursor.group * sizes.buffers + block) * sizes.block_kv
         at = pl.ds(pl.multiple_of(first, sizes.block_kv), sizes.block_kv)
-        source = self.arrays.rows.at[token, :, at]
-        sem = self.scratch.lists_arrived.at[block]
-        return pltpu.make_async_copy(source, self.scratch.rows_at[block], sem)
+        return array.at[token, :, at]
 
     def _start_list(self, cursor: Cursor, block: int) -> None:
-        self._list_of(cursor, block).start()
+        source, target = self._of_block(self.arrays.rows, cursor, block), self.scratch.rows_at[block]
+        pltpu.make_async_copy(source, target, self.scratch.lists_arrived.at[block]).start()
 
-    def _gather(self, block: int) -> None:
-        """Waits for a block's list, and starts the copies of its rows."""
+    def _wait_list(self, block: int) -> None:
+        target = self.scratch.rows_at[block]
+        pltpu.make_async_copy(target, target, self.scratch.lists_arrived.at[block]).wait()
+
+    def _gather(self, cursor: Cursor, block: int) -> None:
+        """Starts the copies of a block's rows, and of which of them count."""
         scratch = self.scratch
-        self._list_of(Cursor(jnp.int32(0), jnp.int32(0)), block).wait()
+        sem = scratch.rows_arrived.at[block]
+        bias = self._of_block(self.arrays.bias, cursor, block)
+        pltpu.make_async_copy(bias, scratch.bias[block], sem).start()
         start_gather(
-            self.arrays.pages, scratch.rows_at[block], scratch.gathered[block],
-            scratch.rows_arrived.at[block], self.sizes.row,
-        )  # fmt: skip
+            self.arrays.pages, scratch.rows_at[block], scratch.gathered[block], sem, self.sizes.row
+        )
+
+    def _wait_rows(self, block: int) -> None:
+        scratch = self.scratch
+        sem = scratch.rows_arrived.at[block]
+        pltpu.make_async_copy(scratch.bias[block], scratch.bias[block], sem).wait()
+        wait_gather(scratch.gathered[block], sem)
 
     def _start_query(self, token: jax.Array) -> None:
         self._each_query(token, _start)
 
     def _each_query(self, token, act) -> None:
-        """Starts or awaits the copies of a token's queries and bias."""
+        """Starts or awaits the copies of a token's queries."""
         slot = token % 2
         for source, target in (
             (self.arrays.ql_nope, self.scratch.ql_nope),
             (self.arrays.q_pe, self.scratch.q_pe),
-            (self.arrays.bias, self.scratch.bias),
         ):
             sem = self.scratch.q_arrived.at[slot]
             act(pltpu.make_async_copy(source.at[token], target.at[slot], sem))
@@ -247,40 +275,39 @@ class _Attending:
 
     # Phases of a block.
 
-    def _attend(self, cursor: Cursor, block: int) -> None:
+    def _multiply_keys(self, token: jax.Array, block: int) -> None:
+        """Unpacks a gathered block, and multiplies it with the queries of its token.
+
+        Logits are left in base 2, MASKED where an entry names nothing.
+        """
+        sizes, scratch, row = self.sizes, self.scratch, self.sizes.row
+        slot = token % 2
+        keys = scratch.keys[block]
+        unpack(scratch.gathered[block], keys, row)
+        products = _dot(scratch.ql_nope[slot], keys[:, : row.rank], (1, 1), sizes.precision)
+        rotary = keys[:, row.rank : row.width]
+        products += _dot(scratch.q_pe[slot], rotary, (1, 1), sizes.precision)
+        factor = self.factor
+        if sizes.soft_cap is None:
+            logits = products * (factor * LOG2_E)
+        else:
+            capped = jnp.tanh(products * (factor / sizes.soft_cap))
+            logits = capped * (sizes.soft_cap * LOG2_E)
+        scratch.logits[block][...] = jnp.where(scratch.bias[block][...] == 0, logits, MASKED)
+
+    def _multiply_values(self, block: int) -> None:
         """Adds a block to the running softmax."""
         sizes, scratch = self.sizes, self.scratch
-        wait_gather(scratch.gathered[block], scratch.rows_arrived.at[block])
-        keys = scratch.keys[block % 2]
-        unpack(scratch.gathered[block], keys, sizes.row)
-        logits = self._logits(cursor, block, keys)
+        logits = scratch.logits[block][...]
         m_old = scratch.m[...]
         m_new = jnp.maximum(m_old, jnp.max(logits, axis=1, keepdims=True))
         kept = jnp.exp2(m_old - m_new)
         p = jnp.exp2(logits - _widened(m_new, sizes.block_kv))
         scratch.m[...] = m_new
         scratch.l[...] = kept * scratch.l[...] + jnp.sum(p, axis=1, keepdims=True)
-        values = keys[:, : sizes.row.rank]
+        values = scratch.keys[block][:, : sizes.row.rank]
         product = _dot(p.astype(sizes.q_dtype), values, (1, 0), sizes.precision)
         scratch.acc[...] = scratch.acc[...] * _widened(kept, sizes.row.rank) + product
-
-    def _logits(self, cursor: Cursor, block: int, keys: Any) -> jax.Array:
-        """[num_heads, block_kv] in base 2; MASKED where an entry names nothing."""
-        sizes, scratch, row = self.sizes, self.scratch, self.sizes.row
-        slot = cursor.token % 2
-        products = _dot(scratch.ql_nope[slot], keys[:, : row.rank], (1, 1), sizes.precision)
-        rotary = keys[:, row.rank : row.width]
-        products += _dot(scratch.q_pe[slot], rotary, (1, 1), sizes.precision)
-        factor = sizes.scale * self.arrays.kv_scale[0]
-        if sizes.soft_cap is None:
-            logits = products * (factor * LOG2_E)
-        else:
-            capped = jnp.tanh(products * (factor / sizes.soft_cap))
-            logits = capped * (sizes.soft_cap * LOG2_E)
-        first = (cursor.group * sizes.buffers + block) * sizes.block_kv
-        at = pl.ds(pl.multiple_of(first, sizes.block_kv), sizes.block_kv)
-        bias = scratch.bias[slot, :, at]
-        return jnp.where(bias == 0, logits, MASKED)
 
     def _finish(self, token: jax.Array) -> None:
         """Divides, sends a token's output and lse off, and makes room for the next token."""
