@@ -1,7 +1,12 @@
 """MOSAIC_TPU_MLA_SPARSE: sparse multi-head latent attention by Pallas kernels, Mosaic TPU."""
 
+import dataclasses
+
 from attnsel_jax.backend import AttentionBackend
 from attnsel_jax.backends.mosaic_tpu_mla import TPU_LATENT
+from attnsel_jax.constraints import OneOf
+
+TPU_TILED = dataclasses.replace(TPU_LATENT, block_size=OneOf(8, 16, 32, 64, 128, 256))
 
 
 class MosaicTpuMlaSparseBackend(AttentionBackend):
@@ -9,7 +14,7 @@ class MosaicTpuMlaSparseBackend(AttentionBackend):
 
     name = "MOSAIC_TPU_MLA_SPARSE"
     family = "sparse_mla"
-    capabilities = {"sparse_mla": TPU_LATENT}
+    capabilities = {"sparse_mla": TPU_TILED}
     kernels = {"sparse_mla": "pallas_kernels.sparse_mla.mosaic_tpu:sparse_mla_attention"}
     impl = "attnsel_jax.impls.sparse_mla:SparseMLAImpl"
     latent_layout = "tiled"

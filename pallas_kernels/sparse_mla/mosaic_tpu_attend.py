@@ -159,7 +159,8 @@ class _Attending:
             self._start_list(current, block)
         for block in blocks:
             self._wait_list(block)
-            self._gather(current, block)
+            self._gather(block)
+            self._start_bias(current, block)
             self._start_list(following, block)
         self._receive_query(current.token)
         self._wait_rows(0)
@@ -188,9 +189,10 @@ class _Attending:
             pl.when(is_new)(lambda: self._receive_query(following.token))
         self._wait_list(block)
         self._wait_rows(coming)
-        self._gather(following, block)
+        self._gather(block)
         self._multiply_keys(of_coming.token, coming)
         self._multiply_values(block)
+        self._start_bias(following, block)
         self._start_list(after, block)
 
     def _empty(self) -> None:
@@ -222,22 +224,27 @@ class _Attending:
         return array.at[token, :, at]
 
     def _start_list(self, cursor: Cursor, block: int) -> None:
-        source, target = self._of_block(self.arrays.rows, cursor, block), self.scratch.rows_at[block]
+        source, target = (
+            self._of_block(self.arrays.rows, cursor, block),
+            self.scratch.rows_at[block],
+        )
         pltpu.make_async_copy(source, target, self.scratch.lists_arrived.at[block]).start()
 
     def _wait_list(self, block: int) -> None:
         target = self.scratch.rows_at[block]
         pltpu.make_async_copy(target, target, self.scratch.lists_arrived.at[block]).wait()
 
-    def _gather(self, cursor: Cursor, block: int) -> None:
-        """Starts the copies of a block's rows, and of which of them count."""
+    def _gather(self, block: int) -> None:
+        """Starts the copies of the rows of a block's list."""
         scratch = self.scratch
-        sem = scratch.rows_arrived.at[block]
-        bias = self._of_block(self.arrays.bias, cursor, block)
-        pltpu.make_async_copy(bias, scratch.bias[block], sem).start()
         start_gather(
-            self.arrays.pages, scratch.rows_at[block], scratch.gathered[block], sem, self.sizes.row
-        )
+            self.arrays.pages, scratch.rows_at[block], scratch.gathered[block],
+            scratch.rows_arrived.at[block], self.sizes.row,
+        )  # fmt: skip
+
+    def _start_bias(self, cursor: Cursor, block: int) -> None:
+        source, target = self._of_block(self.arrays.bias, cursor, block), self.scratch.bias[block]
+        pltpu.make_async_copy(source, target, self.scratch.rows_arrived.at[block]).start()
 
     def _wait_rows(self, block: int) -> None:
         scratch = self.scratch

@@ -20,16 +20,16 @@ class Tiles(NamedTuple):
 
 
 TILES: dict[tuple[str, str, str], Tiles] = {
-    ("v4", "bfloat16", "decode"): Tiles(block_kv=256, buffers=4),
-    ("v4", "bfloat16", "prefill"): Tiles(block_kv=256, buffers=4),
-    ("v5e", "bfloat16", "decode"): Tiles(block_kv=256, buffers=4),
-    ("v5e", "bfloat16", "prefill"): Tiles(block_kv=256, buffers=4),
-    ("v5p", "bfloat16", "decode"): Tiles(block_kv=256, buffers=4),
-    ("v5p", "bfloat16", "prefill"): Tiles(block_kv=256, buffers=4),
-    ("v6e", "bfloat16", "decode"): Tiles(block_kv=256, buffers=4),
-    ("v6e", "bfloat16", "prefill"): Tiles(block_kv=256, buffers=4),
-    ("7x", "bfloat16", "decode"): Tiles(block_kv=256, buffers=4),
-    ("7x", "bfloat16", "prefill"): Tiles(block_kv=256, buffers=4),
+    ("v4", "bfloat16", "decode"): Tiles(block_kv=512, buffers=4),
+    ("v4", "bfloat16", "prefill"): Tiles(block_kv=512, buffers=4),
+    ("v5e", "bfloat16", "decode"): Tiles(block_kv=512, buffers=4),
+    ("v5e", "bfloat16", "prefill"): Tiles(block_kv=512, buffers=4),
+    ("v5p", "bfloat16", "decode"): Tiles(block_kv=512, buffers=4),
+    ("v5p", "bfloat16", "prefill"): Tiles(block_kv=512, buffers=4),
+    ("v6e", "bfloat16", "decode"): Tiles(block_kv=512, buffers=4),
+    ("v6e", "bfloat16", "prefill"): Tiles(block_kv=512, buffers=4),
+    ("7x", "bfloat16", "decode"): Tiles(block_kv=512, buffers=4),
+    ("7x", "bfloat16", "prefill"): Tiles(block_kv=512, buffers=4),
 }
 
 
