@@ -1,8 +1,8 @@
 """Teaches the TPU interpreter to read through bitcasts and reshapes of references.
 
-`fill_gaps()` makes `ref.bitcast(dtype).reshape(shape)[...]` readable, as Mosaic compiles it: numbers
-narrower than 32 bits that lie in one sublane are one word, the first of them lowest. It reaches into
-`jax._src`: `tests/mosaic_tpu` says loudly when something has moved.
+`fill_gaps()` makes `ref.bitcast(dtype).reshape(shape)[...]` readable, as Mosaic compiles it:
+numbers narrower than 32 bits that lie in one sublane are one word, the first of them lowest. It
+reaches into `jax._src`: `tests/mosaic_tpu` says loudly when something has moved.
 """
 
 import functools

@@ -30,7 +30,7 @@ from pallas_kernels.tpu_chip import LANES, SUBLANES
 QUERY_DTYPES = ("float32", "bfloat16")
 KEY_DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 BUFFERS = 3
-BLOCK_KV = 512  # keys of a step, where pages divide it
+BLOCK_KV = 2048  # keys of a step, whole pages: see docs/kernels.md for 512 and 1024
 OCTET = SUBLANES  # tokens
 
 
@@ -297,9 +297,7 @@ class _Scoring:
         """The next step; past the last one, some step that exists."""
         is_last = step.block + 1 >= self.tiles.blocks[step.tile]
         tile = jnp.where(is_last, step.tile + 1, step.tile)
-        return _Cursor(
-            jnp.minimum(tile, self.num_tiles - 1), jnp.where(is_last, 0, step.block + 1)
-        )
+        return _Cursor(jnp.minimum(tile, self.num_tiles - 1), jnp.where(is_last, 0, step.block + 1))
 
     # Copies.
 

@@ -34,7 +34,7 @@ MORE = {
     "bfloat16-cache": {"cache_dtype": "bfloat16"},
     "float32-cache": {"cache_dtype": "float32", "dtype": "bfloat16"},
     "page-128": {"page_size": 128, "pad_seqs": 3},
-    "page-8": {"page_size": 8},
+    "page-16": {"page_size": 16},
     "one-position": {"topk": 1},
     "many-rows-written": {"q_lens": (40,), "kv_lens": (40,), "num_heads": 1},
     "no-padding": {"pad_tokens": 0, "pad_seqs": 0},
