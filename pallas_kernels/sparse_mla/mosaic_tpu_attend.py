@@ -150,7 +150,7 @@ class _Attending:
 
     def run(self) -> None:
         """Fills the pipeline, turns it until every token is through, and empties it."""
-        blocks, scratch = range(self.sizes.buffers), self.scratch
+        blocks = range(self.sizes.buffers)
         current = Cursor(jnp.int32(0), jnp.int32(0))
         following = self._after(current)
         self._reset()
@@ -176,7 +176,9 @@ class _Attending:
             )
             return following, after
 
-        is_left = lambda cursors: cursors[0].token < self.num_tokens
+        def is_left(cursors):
+            return cursors[0].token < self.num_tokens
+
         jax.lax.while_loop(is_left, one_group, (current, following))
         self._empty()
 
@@ -196,7 +198,7 @@ class _Attending:
         self._start_list(after, block)
 
     def _empty(self) -> None:
-        """Waits for everything on its way; past the last group, one more is: see `_list_of`."""
+        """Waits for everything on its way; past the last group, one more is: see `_of_block`."""
         for block in range(self.sizes.buffers):
             if block:
                 self._wait_rows(block)

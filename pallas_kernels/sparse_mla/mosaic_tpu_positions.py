@@ -45,6 +45,7 @@ def chosen_rows(
         group: keys of a group; lists are padded to whole ones.
     """
     num_tokens, topk = topk_indices.shape
+    cu_q_lens = jnp.clip(cu_q_lens, 0, num_tokens)
     pages_per_seq = page_table.shape[1]
     exists = jnp.arange(kv_lens.shape[0]) < num_seqs
     token = jnp.arange(num_tokens, dtype=jnp.int32)
