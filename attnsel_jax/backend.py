@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 
 import jax
 
-from attnsel_jax.cache_layouts import latent_layout_named, layout_named
+from attnsel_jax.cache_layouts import layout_named
 from attnsel_jax.capabilities import Capabilities, Rejection
 from attnsel_jax.config import AttentionSelectorConfig, attention_type, dtype_name
 from attnsel_jax.config import kv_cache_dtype_name as cache_name
 from attnsel_jax.constraints import Constraint, MultipleOf, OneOf, every_value
-from attnsel_jax.kv_cache import FP8_DS_MLA_BYTES
+from attnsel_jax.kv_cache import latent_shape
 from attnsel_jax.metadata import AttentionMetadata
 from attnsel_jax.platforms import Device, DeviceCapability, current_device
 from attnsel_jax.qualnames import resolve_obj_by_qualname
@@ -138,6 +138,8 @@ class AttentionBackend(abc.ABC):
     ) -> tuple[int, ...]:
         """The shape of the cache's array; its dtype is `kv_cache.stored_dtype(cache_dtype_str)`.
 
+        "auto" is bfloat16 where the bytes of a number matter (layout "tiled").
+
         Raises:
             ValueError: more than one kv head for MLA, or fp8_ds_mla rows of another size than 576.
         """
@@ -147,16 +149,14 @@ class AttentionBackend(abc.ABC):
             raise ValueError(
                 f"num_kv_heads is {num_kv_heads}, must be 1: MLA's latent is shared by all heads"
             )
-        if cache_name(cache_dtype_str) != "fp8_ds_mla":
-            return latent_layout_named(cls.latent_layout).shape(num_blocks, block_size, head_size)
-        if head_size != 576:
-            raise ValueError(f"head_size is {head_size}, must be 576 (512 + 64) with fp8_ds_mla")
-        return num_blocks, block_size, FP8_DS_MLA_BYTES
+        return latent_shape(cls.latent_layout, num_blocks, block_size, head_size, cache_dtype_str)
 
     @classmethod
     def get_kv_cache_stride_order(cls) -> tuple[int, ...]:
         """The order in which the dimensions of the cache's shape lie in memory."""
-        return (0, 1, 2) if cls.is_mla() else layout_named(cls.layout).stride_order
+        if not cls.is_mla():
+            return layout_named(cls.layout).stride_order
+        return tuple(range(len(cls.get_kv_cache_shape(1, 128, 1, 576))))
 
     @classmethod
     def get_required_kv_cache_layout(cls) -> str | None:

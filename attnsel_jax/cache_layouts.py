@@ -11,6 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+TPU_LANES = 128  # numbers of 32 bits in a row of a TPU's register
+TILED_ROPE_DIM = 64  # of a "tiled" latent cache
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -57,13 +60,13 @@ class LatentLayout:
     """How a layout stores the rows of a latent cache, logically [num_pages, page_size, row].
 
     Attributes:
-        shape: (num_pages, page_size, row) -> the shape of `pages`.
+        shape: (num_pages, page_size, row, bytes of a number) -> the shape of `pages`.
         dims: (num_pages, page_size, row) of an array of this layout.
         to_rows: (pages, rope_dim) -> logical rows.
         from_rows: (logical rows, rope_dim) -> pages.
     """
 
-    shape: Callable[[int, int, int], tuple[int, ...]]
+    shape: Callable[[int, int, int, int], tuple[int, ...]]
     dims: Callable[[tuple[int, ...]], tuple[int, int, int]]
     to_rows: Callable[[jax.Array, int], jax.Array]
     from_rows: Callable[[jax.Array, int], jax.Array]
@@ -85,10 +88,35 @@ def _unpair(pages: jax.Array, rope_dim: int) -> jax.Array:
     return jnp.concatenate([latents, ropes], axis=-1)
 
 
+def _parts(rank: int, itemsize: int) -> tuple[int, int]:
+    """(parts, packed) of a tiled row."""
+    packed = 4 // itemsize
+    if rank % (packed * TPU_LANES):
+        raise ValueError(
+            f"kv_lora_rank is {rank}, must be a multiple of {packed * TPU_LANES} in layout 'tiled' "
+            f"with numbers of {itemsize} bytes: use layout 'rows'"
+        )
+    return rank // (packed * TPU_LANES) + 1, packed
+
+
+def _tile(rows: jax.Array, rope_dim: int) -> jax.Array:
+    if rope_dim != TILED_ROPE_DIM:
+        raise ValueError(f"rope_dim is {rope_dim}, must be {TILED_ROPE_DIM} in layout 'tiled'")
+    parts, packed = _parts(rows.shape[2] - rope_dim, rows.dtype.itemsize)
+    whole = jnp.pad(rows, ((0, 0), (0, 0), (0, packed * TPU_LANES - rope_dim)))
+    return whole.reshape(*rows.shape[:2], parts, packed, TPU_LANES)
+
+
+def _untile(pages: jax.Array, rope_dim: int) -> jax.Array:
+    *where, parts, packed, lanes = pages.shape
+    rank = (parts - 1) * packed * lanes
+    return pages.reshape(*where, -1)[..., : rank + rope_dim]
+
+
 LATENT_LAYOUTS: dict[str, LatentLayout] = {
     # [num_pages, page_size, row]: a latent and its rotary key.
     "rows": LatentLayout(
-        shape=lambda *dims: dims,
+        shape=lambda num_pages, page_size, row, itemsize: (num_pages, page_size, row),
         dims=lambda shape: shape,
         to_rows=lambda pages, rope_dim: pages,
         from_rows=lambda rows, rope_dim: rows,
@@ -96,10 +124,26 @@ LATENT_LAYOUTS: dict[str, LatentLayout] = {
     # [num_pages, page_size / 2, 2 * row]: both latents of two tokens, then both rotary keys. With
     # 512 + 64, nine registers of a TPU and no padding, each part at the beginning of one.
     "paired": LatentLayout(
-        shape=lambda num_pages, page_size, row: (num_pages, page_size // 2, 2 * row),
+        shape=lambda num_pages, page_size, row, itemsize: (num_pages, page_size // 2, 2 * row),
         dims=lambda shape: (shape[0], 2 * shape[1], shape[2] // 2),
         to_rows=_unpair,
         from_rows=_pair,
+    ),
+    # [num_pages, page_size, parts, packed, 128], packed = 4 / itemsize: a token has tiles of its
+    # own, of one sublane in which a TPU packs `packed` lines of 128 numbers. The latent, of a
+    # multiple of packed * 128 numbers, fills all parts but the last, where the rotary key of 64
+    # begins. A token's row can be copied alone: 1536 bytes of bfloat16 for 512 + 64, of which 1152
+    # mean something.
+    "tiled": LatentLayout(
+        shape=lambda num_pages, page_size, row, itemsize: (
+            num_pages,
+            page_size,
+            *_parts(row - TILED_ROPE_DIM, itemsize),
+            TPU_LANES,
+        ),
+        dims=lambda shape: (*shape[:2], (shape[2] - 1) * shape[3] * shape[4] + TILED_ROPE_DIM),
+        to_rows=_untile,
+        from_rows=_tile,
     ),
 }
 

@@ -137,3 +137,20 @@ def stored_dtype(kv_cache_dtype: Any, dtype: Any) -> jnp.dtype:
     """The array dtype of a cache: "auto" is the model's `dtype`, "fp8" is float8_e4m3fn, ..."""
     name = kv_cache_dtype_name(kv_cache_dtype)
     return jnp.dtype(dtype_name(dtype) if name == "auto" else STORED_AS[name])
+
+
+def latent_shape(
+    layout: str, num_pages: int, page_size: int, head_size: int, kv_cache_dtype: Any
+) -> tuple[int, ...]:
+    """The shape of a latent cache's array; "auto" is bfloat16 where the bytes of a number matter.
+
+    Raises:
+        ValueError: fp8_ds_mla rows of another size than 576, or there is no such layout.
+    """
+    name = kv_cache_dtype_name(kv_cache_dtype)
+    if name != "fp8_ds_mla":
+        itemsize = jnp.dtype(STORED_AS.get(name, "bfloat16")).itemsize
+        return latent_layout_named(layout).shape(num_pages, page_size, head_size, itemsize)
+    if head_size != 576:
+        raise ValueError(f"head_size is {head_size}, must be 576 (512 + 64) with fp8_ds_mla")
+    return num_pages, page_size, FP8_DS_MLA_BYTES

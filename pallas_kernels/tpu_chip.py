@@ -97,7 +97,10 @@ def for_generation(generation: str) -> Iterator[TpuChip]:
 
 
 def compiler_params(
-    dimension_semantics: Sequence[str], *, vmem_bytes: int | None = None
+    dimension_semantics: Sequence[str],
+    *,
+    vmem_bytes: int | None = None,
+    checks_bounds: bool = True,
 ) -> pltpu.CompilerParams:
     """Mosaic's parameters for a kernel on the chip that is traced for.
 
@@ -105,9 +108,11 @@ def compiler_params(
         dimension_semantics: "parallel" (any order, may be split among cores) or "arbitrary" (in
             order), for each dimension of the grid.
         vmem_bytes: VMEM that the kernel may use; None = all that there is.
+        checks_bounds: whether every copy's address is checked as it starts.
     """
     limit = current().vmem_bytes - VMEM_RESERVED
     return pltpu.CompilerParams(
         dimension_semantics=tuple(dimension_semantics),
         vmem_limit_bytes=limit if vmem_bytes is None else min(vmem_bytes, limit),
+        disable_bounds_checks=not checks_bounds,
     )

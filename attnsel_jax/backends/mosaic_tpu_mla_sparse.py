@@ -1,10 +1,26 @@
 """MOSAIC_TPU_MLA_SPARSE: sparse multi-head latent attention by Pallas kernels, Mosaic TPU."""
 
+import dataclasses
+
 from attnsel_jax.backend import AttentionBackend
+from attnsel_jax.backends.mosaic_tpu_mla import TPU_LATENT
+from attnsel_jax.constraints import OneOf
+
+TPU_TILED = dataclasses.replace(TPU_LATENT, block_size=OneOf(16, 32, 64, 128, 256))
 
 
 class MosaicTpuMlaSparseBackend(AttentionBackend):
-    """Declares no op until its kernels are written: selection refuses it with that reason."""
+    """One kernel gathers each token's rows, for decode and prefill; it writes the cache too."""
 
     name = "MOSAIC_TPU_MLA_SPARSE"
     family = "sparse_mla"
+    capabilities = {"sparse_mla": TPU_TILED}
+    kernels = {
+        "sparse_mla": "pallas_kernels.sparse_mla.mosaic_tpu:sparse_mla_attention",
+        "indexer_scores": "pallas_kernels.sparse_mla.mosaic_tpu_indexer:indexer_scores",
+        # XLA sorts: a bitonic top-k in Pallas would do 300 of the 364 passes that it does.
+        "topk_positions": "attnsel_jax.xla.indexer:topk_positions",
+    }
+    impl = "attnsel_jax.impls.sparse_mla:SparseMLAImpl"
+    latent_layout = "tiled"
+    preferred_block_size = 64

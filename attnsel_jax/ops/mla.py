@@ -136,8 +136,10 @@ def allocate_latent_cache(
     if kv_scale is not None and name == "fp8_ds_mla":
         raise ValueError("kv_scale is given, must be None with fp8_ds_mla, which has its own")
     size = page_size or chosen.get_preferred_block_size()
+    stored = stored_dtype(kv_cache_dtype, dtype)
+    name = stored.name if name == "auto" else name
     shape = chosen.get_kv_cache_shape(num_pages, size, 1, head_size, name)
-    pages = jnp.zeros(shape, stored_dtype(kv_cache_dtype, dtype))
+    pages = jnp.zeros(shape, stored)
     return LatentCache(pages, as_float32("kv_scale", kv_scale), chosen.latent_layout)
 
 

@@ -128,7 +128,7 @@ def check_latent(
 def _logical(cache: LatentCache) -> jax.Array | jax.ShapeDtypeStruct:
     """What stands for the cache's array in the table: rows of one token each."""
     layout, pages = latent_layout_named(cache.layout), cache.pages
-    if cache.layout == "rows" or len(pages.shape) != 3:
+    if cache.layout == "rows" or len(pages.shape) != len(layout.shape(1, 2, 576, 2)):
         return pages
     return jax.ShapeDtypeStruct(layout.dims(pages.shape), pages.dtype)
 

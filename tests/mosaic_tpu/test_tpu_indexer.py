@@ -1,0 +1,151 @@
+"""The lightning indexer on TPU, interpreted with race detection and NaN; and compiled."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tpu_interpreter import tpu_interpreter
+
+from attnsel_jax.aot import compile_for, target_for
+from attnsel_jax.backends.mosaic_tpu_mla_sparse import TPU_TILED, MosaicTpuMlaSparseBackend
+from attnsel_jax.compare import compare
+from attnsel_jax.compare.comparison import FAIL, PASS
+from attnsel_jax.problems import Problem
+from attnsel_jax.problems.indexer_inputs import indexer_inputs
+from pallas_kernels.sparse_mla import mosaic_tpu_indexer
+from pallas_kernels.sparse_mla.mosaic_tpu_indexer import indexer_scores
+
+# A chunk, a decode, nothing, a prompt over two octets, and one that ends in an octet of others.
+SHAPE = {"q_lens": (3, 1, 0, 14, 2), "kv_lens": (70, 200, 3, 130, 2), "num_index_heads": 8,
+         "dtype": "bfloat16"}  # fmt: skip
+CASES = {
+    "bfloat16": {},
+    "float32-padded": {"dtype": "float32", "pad_tokens": 20},
+    "decode": {"q_lens": (1,) * 9, "kv_lens": (1, 300, 64, 65, 128, 2, 7, 129, 256)},
+}
+MORE = {
+    "deepseek": {"num_index_heads": 64, "page_size": 64},
+    "three-heads": {"num_index_heads": 3},
+    "page-16": {"page_size": 16},
+    "page-256": {"page_size": 256},
+    "head-size-256": {"index_head_dim": 256},
+    "long": {"q_lens": (40, 1), "kv_lens": (500, 390)},
+}
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    """Blocks of a size that a small problem has several of."""
+    monkeypatch.setattr(mosaic_tpu_indexer, "BLOCK_KV", 128)
+
+
+def interpreted(**options):
+    problem = Problem("interpreted", "indexer_scores", "", indexer_inputs, SHAPE | options)
+    with tpu_interpreter():
+        (row,) = compare([problem], {"kernel": indexer_scores}).rows
+    return row
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_it_agrees_with_the_oracle(options):
+    row = interpreted(**options)
+    assert row.verdict == PASS, str(row)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("options", MORE.values(), ids=MORE)
+def test_it_agrees_with_the_oracle_on_more_shapes(options):
+    row = interpreted(**options)
+    assert row.verdict == PASS, str(row)
+
+
+def _every_position(self, step, q, spread, keys):
+    for columns, unseen, found in _STRIPS(self, step, q, spread, keys):
+        yield columns, jnp.zeros_like(unseen), found
+
+
+def _negative_dots_too(self, step, q, spread, keys):
+    return _STRIPS(self, step, q, jnp.abs(spread), keys)
+
+
+_STRIPS = mosaic_tpu_indexer._Scoring._strips
+SCORING = mosaic_tpu_indexer._Scoring
+FAULTS = {
+    "every position is seen": (SCORING, "_strips", _every_position),
+    "weights without their sign": (SCORING, "_strips", _negative_dots_too),
+    "no waiting for keys": (SCORING, "_wait_keys", lambda self, k: None),
+    "octets not blank at first": (mosaic_tpu_indexer, "_fill", lambda scores: None),
+    "padding as it was": (mosaic_tpu_indexer, "_blank_padding", lambda *_: None),
+}
+
+
+@pytest.mark.parametrize(("owner", "name", "fault"), FAULTS.values(), ids=FAULTS)
+def test_a_planted_fault_is_found(monkeypatch, owner, name, fault):
+    monkeypatch.setattr(owner, name, fault)
+    try:
+        row = interpreted(pad_tokens=20)
+    except (AssertionError, RuntimeError):  # a race, or semaphores left full
+        return
+    assert row.verdict == FAIL or "race" in str(row).lower(), str(row)
+
+
+def arguments_of(**options):
+    shape = {"q_lens": (1, 9), "kv_lens": (70, 30)}
+    made = indexer_inputs(np.random.default_rng(0), **shape | options)
+    return {name: jnp.asarray(x) for name, x in made.items()}
+
+
+REFUSED = {
+    "float16": ({"q_index": jnp.zeros((10, 64, 128), jnp.float16)}, "q_index has dtype float16"),
+    "head size": (
+        {"q_index": jnp.zeros((10, 64, 64)), "index_pages": jnp.zeros((4, 64, 64))},
+        "index_head_dim is 64, must be a multiple of 128",
+    ),
+    "pages of 8": (
+        {"index_pages": jnp.zeros((4, 8, 128), jnp.bfloat16)}, "page_size is 8, must be a multiple",
+    ),
+    "a million positions": (
+        {"page_table": jnp.zeros((3, 30_000), jnp.int32)},
+        "pages_per_seq [*] page_size is 1920000, must be at most",
+    ),
+    "weights": ({"weights": jnp.zeros((10, 63))}, "weights has shape|num_index_heads"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_it_does_not_take_is_refused_with_both_values(change, message):
+    given = arguments_of()
+    if "page_table" in change:
+        change = {"page_table": jnp.zeros((given["kv_lens"].shape[0], 30_000), jnp.int32)}
+    with pytest.raises(ValueError, match=message):
+        indexer_scores(**given | change)
+
+
+def test_the_backend_has_the_whole_indexer():
+    assert MosaicTpuMlaSparseBackend.get_kernel("indexer_scores") is indexer_scores
+    topk = MosaicTpuMlaSparseBackend.get_kernel("topk_positions")
+    scores = jnp.asarray([[0.0, 2.0, 2.0, -jnp.inf]])
+    np.testing.assert_array_equal(topk(scores, 4), [[1, 2, 0, -1]])
+
+
+def compiles(chip, **options):
+    """Lets the chip's own compiler have the kernel."""
+    missing = target_for(chip).missing()
+    if missing:
+        pytest.skip(f"no compiler for {chip} here: {missing}")
+    path = MosaicTpuMlaSparseBackend.kernels["indexer_scores"]
+    report = compile_for(chip, path, arguments_of(**options))
+    assert report.compiled, report.refusal
+
+
+@pytest.mark.parametrize("chip", TPU_TILED.generation.values)
+def test_a_sample_compiles(chip):
+    compiles(chip, q_lens=(1, 40), kv_lens=(700, 300))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("chip", TPU_TILED.generation.values)
+@pytest.mark.parametrize("dtype", TPU_TILED.dtype.values)
+@pytest.mark.parametrize("page_size", [16, 32, 64, 128, 256])
+def test_more_shapes_compile(monkeypatch, chip, dtype, page_size):
+    monkeypatch.setattr(mosaic_tpu_indexer, "BLOCK_KV", 2048)
+    compiles(chip, dtype=dtype, page_size=page_size, q_lens=(1, 40), kv_lens=(7000, 300))

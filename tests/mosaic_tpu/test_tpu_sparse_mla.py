@@ -1,0 +1,217 @@
+"""Sparse MLA on TPU, interpreted with race detection and NaN in uninitialised memory; compiled."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from latent_kernels import row_of
+
+from attnsel_jax import LatentCache
+from attnsel_jax.aot import compile_for, target_for
+from attnsel_jax.backends.mosaic_tpu_mla_sparse import TPU_TILED, MosaicTpuMlaSparseBackend
+from attnsel_jax.compare.comparison import FAIL, PASS
+from attnsel_jax.problems.mla_inputs import mla_inputs
+from pallas_kernels.sparse_mla import (
+    mosaic_tpu,
+    mosaic_tpu_attend,
+    mosaic_tpu_positions,
+    mosaic_tpu_rows,
+)
+from pallas_kernels.sparse_mla.mosaic_tpu import sparse_mla_attention
+from pallas_kernels.sparse_mla.mosaic_tpu_tiles import TILES, Tiles, tiles
+
+# Several groups of keys a token, one token with none, lists with -1, traps and empty ones.
+SHAPE = {"rank": 512, "q_lens": (1, 7, 0, 2), "kv_lens": (150, 70, 7, 2), "topk": 70}
+SMALL = {"q_lens": (1, 2), "kv_lens": (70, 9), "topk": 40}
+CASES = {
+    "float32": {},
+    "bfloat16": {"dtype": "bfloat16", **SMALL},
+    "e4m3": {"cache_dtype": "float8_e4m3fn", "scaled": True, "dtype": "bfloat16", **SMALL},
+    "soft-cap-nothing-written": {"soft_cap": 5.0, "writes": False, **SMALL},
+}
+MORE = {
+    "bfloat16-long": {"dtype": "bfloat16", "num_heads": 16, "topk": 130},
+    "e5m2": {"cache_dtype": "float8_e5m2", "scaled": True},
+    "bfloat16-cache": {"cache_dtype": "bfloat16"},
+    "float32-cache": {"cache_dtype": "float32", "dtype": "bfloat16"},
+    "page-128": {"page_size": 128, "pad_seqs": 3},
+    "page-16": {"page_size": 16},
+    "one-position": {"topk": 1},
+    "many-rows-written": {"q_lens": (40,), "kv_lens": (40,), "num_heads": 1},
+    "no-padding": {"pad_tokens": 0, "pad_seqs": 0},
+}
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    """Tiles of a size that a small problem has several of."""
+    monkeypatch.setattr(mosaic_tpu, "tiles", lambda *_, **__: Tiles(32, 2))
+
+
+def interpreted(**options):
+    return row_of(sparse_mla_attention, "tiled", **SHAPE | options)
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_it_agrees_with_the_oracle(options):
+    row = interpreted(**options)
+    assert row.verdict == PASS, str(row)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("options", MORE.values(), ids=MORE)
+def test_it_agrees_with_the_oracle_on_more_shapes(options):
+    row = interpreted(**options)
+    assert row.verdict == PASS, str(row)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("buffers", [3, 4])
+def test_more_buffers_change_nothing(monkeypatch, buffers):
+    monkeypatch.setattr(mosaic_tpu, "tiles", lambda *_, **__: Tiles(32, buffers))
+    row = interpreted(dtype="bfloat16", topk=200)
+    assert row.verdict == PASS, str(row)
+
+
+def _unmasked(*args, **kwargs):
+    chosen = mosaic_tpu_positions.chosen_rows(*args, **kwargs)
+    return chosen._replace(bias=jnp.zeros_like(chosen.bias))
+
+
+def _unguarded(*args, **kwargs):
+    """An entry that names nothing brings the first row of the cache, which nobody uses."""
+    chosen = mosaic_tpu_positions.chosen_rows(*args, **kwargs)
+    return chosen._replace(rows=jnp.where(chosen.bias == 0, chosen.rows, 0))
+
+
+def _first_group_only(*args, **kwargs):
+    chosen = mosaic_tpu_positions.chosen_rows(*args, **kwargs)
+    return chosen._replace(groups=jnp.ones_like(chosen.groups))
+
+
+FAULTS = {
+    "entries that name nothing count": (mosaic_tpu, "chosen_rows", _unmasked, {}),
+    "entries that name nothing are read": (mosaic_tpu, "chosen_rows", _unguarded, {}),
+    "one group of keys": (mosaic_tpu, "chosen_rows", _first_group_only, {}),
+    "keys in another order": (mosaic_tpu_rows, "_key", lambda at, row: at, SMALL),
+    "no waiting for rows": (mosaic_tpu_attend, "wait_gather", lambda buffer, sem: None, SMALL),
+    "nothing written": (mosaic_tpu, "write_rows", lambda *_: None, SMALL),
+    "natural logarithm taken for base 2": (mosaic_tpu_attend, "LN_2", 1.0, SMALL),
+    "padding tokens as they were": (mosaic_tpu, "_blank_padding", lambda *_: None, SMALL),
+}
+
+
+@pytest.mark.parametrize(("module", "name", "fault", "options"), FAULTS.values(), ids=FAULTS)
+def test_a_planted_fault_is_found(monkeypatch, module, name, fault, options):
+    monkeypatch.setattr(module, name, fault)
+    try:
+        row = interpreted(dtype="bfloat16", **options)
+    except (AssertionError, RuntimeError):  # a race, or semaphores left full
+        return
+    assert row.verdict != PASS, str(row)
+    assert row.verdict == FAIL or "race" in str(row).lower() or "semaphore" in str(row).lower()
+
+
+def arguments_of(**options):
+    shape = {"num_heads": 3, "rank": 512, "page_size": 64, "dtype": "float32", "q_lens": (1, 3),
+             "kv_lens": (70, 9), "topk": 40}  # fmt: skip
+    made = mla_inputs(np.random.default_rng(0), **shape | options)
+    scale = made.pop("scale")
+    arrays = {n: None if x is None else jnp.asarray(x) for n, x in made.items()}
+    cache = LatentCache(arrays["latent_pages"]).converted("tiled")
+    return arrays | {"latent_pages": cache.pages, "scale": scale}
+
+
+REFUSED = {
+    "fp8_ds_mla": ({"kv_cache_dtype": "fp8_ds_mla"}, "kv_cache_dtype is 'fp8_ds_mla', must be"),
+    "soft cap": ({"soft_cap": -1.0}, "soft_cap is -1.0, must be above 0"),
+    "half a step": ({"k_pe": None}, "k_pe is None, must be given with the rest of kv_c, k_pe and"),
+    "plain rows": ({"latent_pages": jnp.zeros((9, 64, 576))}, "latent_pages has 3 dimensions"),
+    "another packing": (
+        {"latent_pages": jnp.zeros((9, 64, 3, 2, 128))}, "latent_pages has rows of (3, 2, 128)",
+    ),
+    "float16": (
+        {"ql_nope": jnp.zeros((4, 3, 512), jnp.float16)}, "ql_nope has dtype float16, must be one",
+    ),
+    "rotary part": ({"q_pe": jnp.zeros((4, 3, 32)), "k_pe": jnp.zeros((4, 32))},
+                    "rope_dim is 32, must be 64"),
+    "latent": ({"ql_nope": jnp.zeros((4, 3, 100)), "kv_c": jnp.zeros((4, 100))},
+               "kv_lora_rank is 100, must be a multiple of 128"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_it_does_not_take_is_refused_with_both_values(change, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        sparse_mla_attention(**arguments_of() | change)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "row"),
+    [("float32", (5, 1, 128)), ("bfloat16", (3, 2, 128)), ("float8_e4m3fn", (2, 4, 128))],
+)
+def test_a_converted_cache_holds_the_same_rows(dtype, row):
+    rows = np.random.default_rng(0).standard_normal((3, 8, 576)).astype(np.float32)
+    rows = jnp.asarray(rows).astype(dtype)
+    cache = LatentCache(rows).converted("tiled")
+    assert cache.pages.shape == (3, 8, *row)
+    assert (cache.num_pages, cache.page_size) == (3, 8)
+    back = cache.converted("paired").converted("rows").pages
+    np.testing.assert_array_equal(back.astype(np.float32), rows.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("width", "rope_dim", "message"),
+    [(164, 64, "kv_lora_rank is 100, must be a multiple of 128"), (544, 32, "rope_dim is 32")],
+)
+def test_a_cache_that_does_not_fill_tiles_is_not_converted(width, rope_dim, message):
+    with pytest.raises(ValueError, match=message):
+        LatentCache(jnp.zeros((3, 8, width))).converted("tiled", rope_dim)
+
+
+@pytest.mark.parametrize(
+    ("stored", "row"),
+    [("auto", (3, 2, 128)), ("float32", (5, 1, 128)), ("fp8_e4m3", (2, 4, 128))],
+)
+def test_the_backend_s_cache_is_in_the_layout_that_its_kernel_takes(stored, row):
+    shape = MosaicTpuMlaSparseBackend.get_kv_cache_shape(7, 64, 1, 576, stored)
+    assert shape == (7, 64, *row)
+    assert MosaicTpuMlaSparseBackend.get_required_kv_cache_layout() == "tiled"
+
+
+def test_short_lists_take_smaller_blocks_and_unlisted_dtypes_take_bfloat16_s():
+    chosen = TILES["v5e", "bfloat16", "decode"]
+    assert tiles("v5e", "bfloat16", is_decode=True, topk=2048) == chosen
+    assert tiles("v5e", "float32", is_decode=True, topk=2048) == chosen
+    assert tiles("v5e", "bfloat16", is_decode=True, topk=64).block_kv == 128
+
+
+def compiles(chip, **options):
+    """Lets the chip's own compiler have the kernel."""
+    missing = target_for(chip).missing()
+    if missing:
+        pytest.skip(f"no compiler for {chip} here: {missing}")
+    report = compile_for(chip, MosaicTpuMlaSparseBackend.kernels["sparse_mla"],
+                         arguments_of(**options))  # fmt: skip
+    assert report.compiled, report.refusal
+
+
+@pytest.mark.parametrize("chip", TPU_TILED.generation.values)
+def test_a_sample_compiles(monkeypatch, chip):
+    monkeypatch.setattr(mosaic_tpu, "tiles", lambda *_, **__: Tiles(128, 2))
+    compiles(chip, num_heads=16, dtype="bfloat16", cache_dtype="float8_e4m3fn", scaled=True)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("chip", TPU_TILED.generation.values)
+@pytest.mark.parametrize("cache_dtype", ["float32", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("dtype", TPU_TILED.dtype.values)
+def test_everything_declared_compiles(monkeypatch, chip, cache_dtype, dtype):
+    monkeypatch.setattr(mosaic_tpu, "tiles", tiles)
+    compiles(chip, num_heads=128, dtype=dtype, cache_dtype=cache_dtype, topk=2048)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("chip", TPU_TILED.generation.values)
+@pytest.mark.parametrize("page_size", TPU_TILED.block_size.values)
+def test_every_page_size_compiles(chip, page_size):
+    compiles(chip, num_heads=16, dtype="bfloat16", page_size=page_size)
