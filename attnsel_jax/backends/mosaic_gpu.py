@@ -14,7 +14,7 @@ PAGED = Capabilities(
     jax_version=AtLeast((0, 11)),
     dtype=OneOf("bfloat16", "float16"),
     kv_cache_dtype=OneOf("bfloat16", "float16", "fp8_e4m3", "fp8_e5m2"),
-    head_size=OneOf(64, 96, 128, 192, 256),
+    head_size=OneOf(64, 80, 96, 128, 192, 256),
     block_size=OneOf(16, 32, 64, 128, 256),
     attn_type=OneOf(*AttentionType),
     causal=EITHER,
@@ -41,9 +41,14 @@ class MosaicGpuBackend(AttentionBackend):
     def supports_combination(
         cls, config: AttentionSelectorConfig, device: Device
     ) -> Sequence[Rejection]:
-        """A wgmma multiplies equal dtypes, and bfloat16 does not hold a float16 query."""
-        if config.op == "paged" and config.dtype == "float16" and config.cache_dtype == "bfloat16":
+        """float16 queries do not fit bfloat16; float8 tiles of large heads do not fit registers."""
+        reasons, cache = [], config.cache_dtype
+        if config.op == "paged" and config.dtype == "float16" and cache == "bfloat16":
             allowed = OneOf("float16", "fp8_e4m3", "fp8_e5m2")
             why = "bfloat16 would drop three bits of each float16 query"
-            return [Rejection("kv_cache_dtype", config.cache_dtype, allowed, why)]
-        return ()
+            reasons.append(Rejection("kv_cache_dtype", cache, allowed, why))
+        if config.op == "paged" and str(cache).startswith("fp8") and config.head_size > 128:
+            allowed = OneOf(*(size for size in PAGED.head_size.values if size <= 128))
+            why = f"with kv_cache_dtype {cache}, whose tiles are converted in registers"
+            reasons.append(Rejection("head_size", config.head_size, allowed, why))
+        return reasons

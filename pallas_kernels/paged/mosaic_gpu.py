@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from pallas_kernels import gpu_chip
 from pallas_kernels.masks import Window, window_bounds
 from pallas_kernels.paged.mosaic_gpu_decode import decode
-from pallas_kernels.paged.mosaic_gpu_geometry import ROWS, Geometry, Masks
+from pallas_kernels.paged.mosaic_gpu_geometry import CHUNK, ROWS, Geometry, Masks, round_up
 from pallas_kernels.paged.mosaic_gpu_merge import merge
 from pallas_kernels.paged.mosaic_gpu_prefill import PerHead, prefill
-from pallas_kernels.paged.mosaic_gpu_schedule import schedule_decode, schedule_prefill
+from pallas_kernels.paged.mosaic_gpu_schedule import Decode, schedule_decode, schedule_prefill
 from pallas_kernels.paged.mosaic_gpu_tiles import tiles_for_chip
 from pallas_kernels.paged.mosaic_gpu_write import write_kv
 from pallas_kernels.shape_checks import (
@@ -102,7 +102,7 @@ def paged_attention(
     batch = cu_q_lens, kv_lens, num_seqs, geometry
     out, lse = _prompts(queries, kv_pages, page_table, schedule_prefill(*batch), heads, geometry)
     few = schedule_decode(*batch)
-    rows = _packed(queries, row_factor, few.tokens, geometry)
+    rows = _packed(queries, row_factor, few, geometry)
     few_out, few_lse = _decoded(*rows, kv_pages, page_table, few, heads, geometry)
     token = few.tokens[:, 2]
     out = out.at[token].set(few_out, mode="drop", unique_indices=True)
@@ -168,7 +168,8 @@ def _per_head(
 
 def _prompts(queries, kv_pages, page_table, schedule, heads, geometry):
     """(out, lse) of tokens that are not decoded."""
-    fewer = max(0, ROWS - geometry.num_tokens)  # a tile is no larger than the array
+    # Copies of queries take 64 rows from multiples of 8 on, past the last one too.
+    fewer = max(ROWS, round_up(geometry.num_tokens, CHUNK)) - geometry.num_tokens
     queries = jnp.pad(queries, ((0, fewer), (0, 0), (0, 0)))
     out, lse = prefill(queries, kv_pages, page_table, schedule, heads, geometry)
     out = out[: geometry.num_tokens]
@@ -178,19 +179,25 @@ def _prompts(queries, kv_pages, page_table, schedule, heads, geometry):
 
 
 def _packed(
-    queries: jax.Array, row_factor: jax.Array | None, tokens: jax.Array, geometry: Geometry
+    queries: jax.Array, row_factor: jax.Array | None, schedule: Decode, geometry: Geometry
 ) -> tuple[jax.Array, jax.Array | None]:
     """Queries (and their factors) as decoding has them: [units, rows, ...], 64 rows more."""
+    place, within, token = (schedule.tokens[:, column] for column in range(3))
+    heads = geometry.part_heads
+    row = (schedule.rows[place, 1] + within * heads)[:, None] + jnp.arange(heads)
+    row = jnp.where(place[:, None] < 0, geometry.decode_rows, row)
+    source = jnp.arange(row.size).reshape(row.shape)
+    of_row = jnp.zeros(geometry.decode_rows, jnp.int32).at[row].set(source, mode="drop")
+    of_row = jnp.pad(of_row, (0, ROWS))
 
     def pack(x):
         if geometry.decode_tokens < geometry.num_tokens:
-            x = x.at[tokens[:, 2]].get(mode="clip")
-        more = geometry.parts * geometry.part_heads - geometry.group
+            x = x.at[token].get(mode="clip")
+        more = geometry.parts * heads - geometry.group
         x = x.reshape(x.shape[0], geometry.num_kv_heads, geometry.group, -1)
         x = jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0)))
-        x = x.reshape(x.shape[0], geometry.units, geometry.part_heads, -1)
-        x = jnp.moveaxis(x, 0, 1).reshape(geometry.units, -1, x.shape[-1])
-        return jnp.pad(x, ((0, 0), (0, ROWS), (0, 0)))
+        x = x.reshape(x.shape[0], geometry.units, heads, -1)
+        return jnp.moveaxis(x[of_row // heads, :, of_row % heads], 0, 1)
 
     return pack(queries), None if row_factor is None else pack(row_factor)[..., 0]
 

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.masks import window_bounds
-from pallas_kernels.paged.mosaic_gpu_geometry import ROWS, Geometry, Masks
+from pallas_kernels.paged.mosaic_gpu_geometry import ROWS, Geometry, Masks, swizzled_columns
 from pallas_kernels.paged.mosaic_gpu_pages import Ring, Span
 
 F32 = jnp.float32
@@ -77,14 +77,10 @@ def row_index() -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, (ROWS, 8), 0, layout=TILE).max(axis=1)
 
 
-def fetch_queries(rows: Any, smem: Any) -> None:
-    """Brings 64 rows of queries to where they are multiplied.
-
-    By loads, and not by TMA: a TMA into swizzled memory begins at rows that 8 divides.
-    """
-    values = plgpu.load(rows, layout=TILE, optimized=False)
-    smem[...] = values
-    plgpu.commit_smem()
+def fetch_queries(rows: Any, smem: Any, arrived: Any) -> None:
+    """Brings 64 rows of queries to where they are multiplied."""
+    plgpu.copy_gmem_to_smem(rows, smem, arrived)
+    plgpu.barrier_wait(arrived)
 
 
 def over_columns(values: Any, width: int) -> Any:
@@ -266,22 +262,32 @@ def _values(slot: Any, first_key: Any, valid: Any, tools: Tools, geometry: Geome
 
 
 def _patch(v: Any, part: int, first_key: Any, valid: tuple[Any, Any]) -> None:
-    """Puts 0 in 64 rows of a tile where there is no key."""
-    rows = v.at[pl.ds(part * ROWS, ROWS)]
-    values = plgpu.load(rows, layout=TILE)
-    rows[...] = jnp.where(_exists(values.shape, first_key + part * ROWS, valid), values, 0)
+    """Puts 0 in 64 rows of a tile where there is no key, few columns at a time: registers are."""
+    width = swizzled_columns(v.dtype, v.shape[-1])
+
+    def put(i, _):
+        columns = pl.ds(pl.multiple_of(i * width, width), width)
+        place = v.at[pl.ds(part * ROWS, ROWS), columns]
+        values = plgpu.load(place, layout=TILE)
+        place[...] = jnp.where(_exists(values.shape, first_key + part * ROWS, valid), values, 0)
+
+    lax.fori_loop(0, v.shape[-1] // width, put, None)
 
 
 def _exists(shape: tuple[int, int], first_key: Any, valid: tuple[Any, Any]) -> jax.Array:
-    keys = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=TILE) + first_key
-    return (keys >= valid[0]) & (keys < valid[1])
+    keys = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=TILE)
+    return (keys >= valid[0] - first_key) & (keys < valid[1] - first_key)
 
 
 def _widen(narrow: Any, wide: Any, valid: Any, first_key: Any, geometry: Geometry) -> None:
-    """Converts a float8 tile to what is multiplied."""
-    values = plgpu.load(narrow, layout=plgpu.Layout.WGMMA_UPCAST_2X).astype(geometry.dtype)
-    values = plgpu.layout_cast(values, TILE)
-    if valid is not None:
-        values = jnp.where(_exists(values.shape, first_key, valid), values, 0)
-    wide[...] = values
+    """Converts a float8 tile to what is multiplied, few columns at a time."""
+    keys, head_dim = narrow.shape
+    width = swizzled_columns(geometry.cache_dtype, head_dim)
+    for begin in range(0, head_dim, width):
+        columns = pl.ds(0, keys), pl.ds(begin, width)
+        values = plgpu.load(narrow.at[columns], layout=plgpu.Layout.WGMMA_UPCAST_2X)
+        values = plgpu.layout_cast(values.astype(geometry.dtype), TILE)
+        if valid is not None:
+            values = jnp.where(_exists(values.shape, first_key, valid), values, 0)
+        wide.at[columns][...] = values
     plgpu.commit_smem()

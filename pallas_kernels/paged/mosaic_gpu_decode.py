@@ -27,7 +27,8 @@ from pallas_kernels.paged.mosaic_gpu_attend import (
 )
 from pallas_kernels.paged.mosaic_gpu_geometry import (
     CHUNK,
-    COMPUTE_WARPGROUPS,
+    COMPUTE_REGISTERS,
+    PRODUCER_REGISTERS,
     ROWS,
     Geometry,
     swizzled,
@@ -35,7 +36,6 @@ from pallas_kernels.paged.mosaic_gpu_geometry import (
 from pallas_kernels.paged.mosaic_gpu_pages import Span, produce, ring_scratch
 from pallas_kernels.paged.mosaic_gpu_schedule import Decode
 
-COMPUTE_REGISTERS, PRODUCER_REGISTERS = 240, 24
 F32 = jnp.float32
 
 
@@ -45,7 +45,8 @@ class Item(NamedTuple):
     Attributes:
         span: its tiles of keys.
         q_pos: position of the first query.
-        first_row, num_rows: of the queries.
+        unit: whose heads.
+        first_row, num_rows: of its queries.
         partial_row: where its partial results begin.
     """
 
@@ -76,19 +77,23 @@ def decode(
         partial outputs, float32 [partial_rows, partial_width] (each divided by its own sum), and
         their lse in units of log2, float32 [partial_rows].
     """
-    keys, stages = geometry.tiles.decode_keys, geometry.tiles.decode_stages
-    tile = (COMPUTE_WARPGROUPS, ROWS, geometry.head_dim)
-    wide = (COMPUTE_WARPGROUPS, keys, geometry.head_dim)
+    keys, stages, warpgroups = geometry.tiles.decode
+    tile = (warpgroups, ROWS, geometry.head_dim)
+    wide = (warpgroups, keys, geometry.head_dim)
     transforms = swizzled(geometry.dtype, geometry.head_dim)
     scratch = {
         "ring": ring_scratch(geometry, keys, stages, readers=1),
-        "q_smem": plgpu.SMEM(tile, geometry.dtype, transforms=transforms),
-        "out_smem": plgpu.SMEM(tile[1:], F32),
+        "q_full": plgpu.Barrier(num_barriers=warpgroups),
         "lse_smem": plgpu.SMEM((ROWS,), F32),
-        "sum_smem": plgpu.SMEM((ROWS,), F32),
-        "handed": plgpu.Barrier(),
-        "taken": plgpu.Barrier(),
     }
+    q_smem = plgpu.SMEM(tile, geometry.dtype, transforms=transforms)
+    out_smem = plgpu.SMEM(tile[1:], F32)
+    if warpgroups == 1:  # nobody reads queries any more when the result is there
+        scratch["q_and_out"] = plgpu.RefUnion(q_smem, out_smem)
+    else:
+        scratch |= {"q_smem": q_smem, "out_smem": out_smem}
+        scratch |= {"sum_smem": plgpu.SMEM((ROWS,), F32)}
+        scratch |= {"handed": plgpu.Barrier(), "taken": plgpu.Barrier()}
     if geometry.converts:
         scratch["wide"] = plgpu.SMEM(wide, geometry.dtype, transforms=transforms)
     arrays = [q, kv_pages, page_table, *schedule[:3], factor]
@@ -97,22 +102,28 @@ def decode(
     def kernel(*refs, **scratch):
         q, pages, table, seqs, rows, blocks, factor, *more = refs[: len(arrays)]
         out, lse = refs[len(arrays) :]
+        if warpgroups == 1:
+            scratch["q_smem"], scratch["out_smem"] = scratch["q_and_out"]
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
         first_item, num_items = blocks[block, 0], blocks[block, 1]
 
         def item_of(i):
             return _item(first_item + i, block, seqs, rows, blocks, geometry)
 
-        @pl.when(warpgroup < COMPUTE_WARPGROUPS)
+        @pl.when(warpgroup < warpgroups)
         def _():
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+            plgpu.set_max_registers(COMPUTE_REGISTERS[warpgroups], action="increase")
             tools = _tools(scratch, warpgroup, geometry)
 
             def attend(i, count):
                 item = item_of(i)
-                fetch_queries(q.at[item.unit, pl.ds(item.first_row, ROWS)], tools.q)
+                queries = q.at[item.unit, pl.ds(item.first_row, ROWS)]
+                fetch_queries(queries, tools.q, scratch["q_full"].at[warpgroup])
                 described = _rows(item, factor, more, geometry)
                 state, count = attend_span(item.span, described, count, tools, geometry)
+                if warpgroups == 1:
+                    _leave(state, item, out, lse, scratch, geometry)
+                    return count
 
                 @pl.when(warpgroup == 1)
                 def _():
@@ -121,15 +132,17 @@ def decode(
                 @pl.when(warpgroup == 0)
                 def _():
                     _leave(_with_the_other(state, scratch), item, out, lse, scratch, geometry)
+                    plgpu.barrier_arrive(scratch["taken"])
 
                 return count
 
             lax.fori_loop(0, num_items, attend, jnp.int32(0))
-            pl.when((warpgroup == 1) & (num_items > 0))(
-                lambda: plgpu.barrier_wait(scratch["taken"])
-            )
+            if warpgroups > 1:
+                pl.when((warpgroup == 1) & (num_items > 0))(
+                    lambda: plgpu.barrier_wait(scratch["taken"])
+                )
 
-        @pl.when(warpgroup == COMPUTE_WARPGROUPS)
+        @pl.when(warpgroup == warpgroups)
         def _():
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
             produce(lambda i: item_of(i).span, num_items, pages, table, scratch["ring"], geometry)
@@ -143,7 +156,7 @@ def decode(
         scratch_types=scratch,
         grid=(geometry.num_blocks,),
         grid_names=("block",),
-        num_threads=COMPUTE_WARPGROUPS + 1,
+        num_threads=warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="paged_decode",
@@ -154,8 +167,8 @@ def _item(index: Any, block: Any, seqs: Any, rows: Any, blocks: Any, geometry: G
     """A block's part of a tile of queries."""
     units = jnp.int32(geometry.units)
     place, unit = lax.div(index, units), lax.rem(index, units)
-    seq, kv_len, q_pos, first_row, tokens, first_tile, count, before = (
-        seqs[place, column] for column in range(8)
+    seq, kv_len, q_pos, tokens, first_tile, count, before = (
+        seqs[place, column] for column in range(7)
     )
     start = before * units + unit * count
     begin = lax.max(blocks[block, 2] - start, jnp.int32(0))
@@ -165,7 +178,7 @@ def _item(index: Any, block: Any, seqs: Any, rows: Any, blocks: Any, geometry: G
     )
     chunks, chunks_before = rows[place, 0], rows[place, 1]
     return Item(
-        span, unit, q_pos, first_row, tokens * geometry.part_heads,
+        span, unit, q_pos, pl.multiple_of(chunks_before, CHUNK), tokens * geometry.part_heads,
         chunks_before * units + unit * chunks + block * ROWS,
     )  # fmt: skip
 
@@ -177,7 +190,7 @@ def _tools(scratch: dict[str, Any], warpgroup: Any, geometry: Geometry) -> Tools
         wide=scratch["wide"].at[warpgroup] if geometry.converts else None,
         patched=None,
         warpgroup=warpgroup,
-        stride=COMPUTE_WARPGROUPS,
+        stride=geometry.tiles.decode.warpgroups,
     )
 
 
@@ -245,4 +258,3 @@ def _leave(
 
     lax.fori_loop(0, lax.div(item.num_rows + (CHUNK - 1), jnp.int32(CHUNK)), store, None)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    plgpu.barrier_arrive(scratch["taken"])

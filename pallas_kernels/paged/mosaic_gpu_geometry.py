@@ -12,7 +12,9 @@ from pallas_kernels.paged.mosaic_gpu_tiles import Tiles
 
 ROWS = 64  # of a wgmma, and so of a warpgroup
 LANES = 128  # threads of a warpgroup: a plain vector has a multiple of them
-COMPUTE_WARPGROUPS = 2
+COMPUTE_REGISTERS = {1: 248, 2: 240}  # of a thread, by warpgroups that compute
+PRODUCER_REGISTERS = 24
+SWIZZLES = (128, 64, 32)  # bytes
 CHUNK = 8  # rows of partial results that are stored at once
 
 
@@ -109,27 +111,38 @@ class Geometry:
         return round_up(self.head_dim, LANES)
 
     @property
-    def partial_rows(self) -> int:
-        """Rows of partial results: each sequence's in chunks, and a tile for each block's start."""
+    def decode_rows(self) -> int:
+        """Rows of queries of a unit: each sequence's in chunks."""
         rows = self.decode_tokens * self.part_heads + (CHUNK - 1) * self.max_num_seqs
-        return round_up(rows, CHUNK) * self.units + (self.num_blocks + 1) * ROWS
+        return round_up(rows, CHUNK)
+
+    @property
+    def partial_rows(self) -> int:
+        """Rows of partial results: those of the queries, and a tile for each block's start."""
+        return self.decode_rows * self.units + (self.num_blocks + 1) * ROWS
 
     # Prefill: the rows of a tile are tokens of one head; a block has two tiles.
 
     @property
     def pairs_heads(self) -> bool:
-        """Whether the two warpgroups have two heads of a group; otherwise twice as many tokens."""
-        return self.group % COMPUTE_WARPGROUPS == 0
+        """Whether two warpgroups have two heads of a group; otherwise twice as many tokens."""
+        return self.group % self.tiles.prefill.warpgroups == 0
 
     @property
     def prefill_tokens(self) -> int:
         """Tokens of a work item."""
-        return ROWS if self.pairs_heads else COMPUTE_WARPGROUPS * ROWS
+        return ROWS if self.pairs_heads else self.tiles.prefill.warpgroups * ROWS
 
     @property
     def prefill_heads(self) -> int:
         """Query heads of a work item."""
-        return COMPUTE_WARPGROUPS if self.pairs_heads else 1
+        return self.tiles.prefill.warpgroups if self.pairs_heads else 1
+
+    @property
+    def prefill_tiles(self) -> int:
+        """Work items of one head, or pair of heads, at most."""
+        begins = (self.max_num_seqs + 1) * (1 + (CHUNK - 1) / self.prefill_tokens)
+        return int(self.num_tokens / self.prefill_tokens + begins) + 1
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -139,9 +152,15 @@ def round_up(n: int, multiple: int) -> int:
 
 def swizzled(dtype: jnp.dtype, width: int) -> Sequence[object]:
     """How rows of so many numbers lie in shared memory: in the widest swizzle that divides them."""
-    row_bytes = width * jnp.dtype(dtype).itemsize
-    swizzle = next((s for s in (128, 64, 32) if row_bytes % s == 0), None)
-    if swizzle is None:
+    columns = swizzled_columns(dtype, width)
+    swizzle = columns * jnp.dtype(dtype).itemsize
+    if swizzle not in SWIZZLES:
         return ()
-    tile = (8, swizzle // jnp.dtype(dtype).itemsize)
-    return plgpu.TilingTransform(tile), plgpu.SwizzleTransform(swizzle)
+    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)
+
+
+def swizzled_columns(dtype: jnp.dtype, width: int) -> int:
+    """Columns of a swizzled tile: the smallest part of rows that can be worked on by itself."""
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = next((s for s in SWIZZLES if width * itemsize % s == 0), width * itemsize)
+    return swizzle // itemsize

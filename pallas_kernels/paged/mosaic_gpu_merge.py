@@ -90,7 +90,7 @@ def _places(
     group, part_heads = jnp.int32(geometry.group), jnp.int32(geometry.part_heads)
     of_group = lax.rem(head, group)
     unit = lax.div(head, group) * geometry.parts + lax.div(of_group, part_heads)
-    count, before = seqs[place, 6], seqs[place, 7]
+    count, before = seqs[place, 5], seqs[place, 6]
     start = before * geometry.units + unit * count
     first = lax.div(start, per_block)
     last = lax.div(start + count - 1, per_block)

@@ -24,7 +24,9 @@ from pallas_kernels.paged.mosaic_gpu_attend import (
     row_index,
 )
 from pallas_kernels.paged.mosaic_gpu_geometry import (
-    COMPUTE_WARPGROUPS,
+    CHUNK,
+    COMPUTE_REGISTERS,
+    PRODUCER_REGISTERS,
     ROWS,
     Geometry,
     swizzled,
@@ -32,7 +34,6 @@ from pallas_kernels.paged.mosaic_gpu_geometry import (
 from pallas_kernels.paged.mosaic_gpu_pages import Span, produce, ring_scratch
 from pallas_kernels.paged.mosaic_gpu_schedule import Prefill
 
-COMPUTE_REGISTERS, PRODUCER_REGISTERS = 240, 24
 F32 = jnp.float32
 
 
@@ -95,20 +96,21 @@ def prefill(
         out [num_tokens, num_q_heads, head_dim], nothing of use for tokens that are decoded; lse
         float32 [num_q_heads, tiles, 64 or 128], natural.
     """
-    keys, stages = geometry.tiles.prefill_keys, geometry.tiles.prefill_stages
-    tile = (COMPUTE_WARPGROUPS, ROWS, geometry.head_dim)
+    keys, stages, warpgroups = geometry.tiles.prefill
+    tile = (warpgroups, ROWS, geometry.head_dim)
     transforms = swizzled(geometry.dtype, geometry.head_dim)
     scratch = {
-        "ring": ring_scratch(geometry, keys, stages, readers=COMPUTE_WARPGROUPS),
+        "ring": ring_scratch(geometry, keys, stages, readers=warpgroups),
         "q_smem": plgpu.SMEM(tile, geometry.dtype, transforms=transforms),
+        "q_full": plgpu.Barrier(num_barriers=warpgroups),
         "out_smem": plgpu.SMEM(tile, geometry.out_dtype),
         "lse_smem": plgpu.SMEM(tile[:2], F32),
     }
     if geometry.converts:
-        wide = (COMPUTE_WARPGROUPS, keys, geometry.head_dim)
+        wide = (warpgroups, keys, geometry.head_dim)
         scratch["wide"] = plgpu.SMEM(wide, geometry.dtype, transforms=transforms)
-    else:
-        scratch["patched"] = plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS)
+    elif warpgroups > 1:
+        scratch["patched"] = plgpu.Barrier(num_arrivals=warpgroups)
     arrays = [q, kv_pages, page_table, schedule.tiles, schedule.num_tiles, *heads[:4]]
     arrays += [] if heads.slopes is None else [heads.slopes]
 
@@ -124,14 +126,15 @@ def prefill(
         def item_of(i):
             return _item(block + i * geometry.num_blocks, warpgroup, tiles, geometry)
 
-        @pl.when(warpgroup < COMPUTE_WARPGROUPS)
+        @pl.when(warpgroup < warpgroups)
         def _():
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+            plgpu.set_max_registers(COMPUTE_REGISTERS[warpgroups], action="increase")
             tools = _tools(scratch, warpgroup, geometry)
 
             def attend(i, count):
                 item = item_of(i)
-                fetch_queries(q.at[pl.ds(item.token, ROWS), item.head], tools.q)
+                queries = q.at[pl.ds(item.token, ROWS), item.head]
+                fetch_queries(queries, tools.q, scratch["q_full"].at[warpgroup])
                 rows = _rows(item, per_head, geometry)
                 state, count = attend_span(item.span, rows, count, tools, geometry)
                 _finish(state, item, per_head, out, lse, scratch, warpgroup, geometry)
@@ -139,7 +142,7 @@ def prefill(
 
             lax.fori_loop(0, num_items, attend, jnp.int32(0))
 
-        @pl.when(warpgroup == COMPUTE_WARPGROUPS)
+        @pl.when(warpgroup == warpgroups)
         def _():
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
             produce(lambda i: item_of(i).span, num_items, pages, table, scratch["ring"], geometry)
@@ -154,7 +157,7 @@ def prefill(
         scratch_types=scratch,
         grid=(geometry.num_blocks,),
         grid_names=("block",),
-        num_threads=COMPUTE_WARPGROUPS + 1,
+        num_threads=warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="paged_prefill",
@@ -165,20 +168,18 @@ def _item(index: Any, warpgroup: Any, tiles: Any, geometry: Geometry) -> Item:
     """A work item, as one of the warpgroups sees it."""
     units = jnp.int32(geometry.num_q_heads // geometry.prefill_heads)
     tile, unit = lax.div(index, units), lax.rem(index, units)
-    seq, kv_len, q_pos, token, count, first_tile, num_tiles = (
-        tiles[tile, column] for column in range(7)
+    seq, kv_len, before, token, begin, end, first_tile, num_tiles = (
+        tiles[tile, column] for column in range(8)
     )
-    head, ahead = unit, warpgroup * ROWS
+    head, first = unit, token + warpgroup * ROWS
     if geometry.pairs_heads:
-        head, ahead = unit * COMPUTE_WARPGROUPS + warpgroup, jnp.int32(0)
+        head, first = unit * geometry.prefill_heads + warpgroup, token
+    first = pl.multiple_of(first, CHUNK)
     kv_head = lax.div(unit * geometry.prefill_heads, jnp.int32(geometry.group))
-    num_rows = lax.min(lax.max(count - ahead, jnp.int32(0)), jnp.int32(ROWS))
-    # Rows past the batch's last token are not read: a tile at the end begins earlier.
-    last = jnp.int32(max(geometry.num_tokens, ROWS) - ROWS)
-    skipped = lax.max(token + ahead - last, jnp.int32(0))
+    skipped, stop = (lax.clamp(jnp.int32(0), x - first, jnp.int32(ROWS)) for x in (begin, end))
     return Item(
-        Span(seq, kv_head, kv_len, first_tile, num_tiles), tile, head, token + ahead - skipped,
-        skipped, num_rows, q_pos + ahead - skipped, q_pos,
+        Span(seq, kv_head, kv_len, first_tile, num_tiles), tile, head, first, skipped,
+        lax.max(stop - skipped, jnp.int32(0)), before + first, before + lax.max(begin, token),
     )  # fmt: skip
 
 

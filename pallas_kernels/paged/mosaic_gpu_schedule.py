@@ -11,16 +11,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged.mosaic_gpu_geometry import CHUNK, ROWS, Geometry
+from pallas_kernels.paged.mosaic_gpu_geometry import CHUNK, Geometry
 
 
 class Decode(NamedTuple):
     """Sequences that are decoded, one after another, and the pieces of the blocks.
 
     Attributes:
-        seqs: int32 [max_num_seqs, 8]: sequence, kv_len, position of its first query, first row of
-            its queries, their tokens, first tile of keys, tiles, tiles of all sequences before.
-        rows: int32 [max_num_seqs, 2]: its rows of partial results, and those of all before.
+        seqs: int32 [max_num_seqs, 8]: sequence, kv_len, position of its first query, its tokens,
+            first tile of keys, tiles, tiles of all sequences before, unused.
+        rows: int32 [max_num_seqs, 2]: its rows (tokens times heads of a unit, in chunks of 8), and
+            those of all sequences before.
         blocks: int32 [num_blocks, 4]: first item, items, first tile in the line, end of its piece.
         tokens: int32 [decode_tokens, 4]: row of `seqs` (-1 = of none), token within the sequence,
             token of the batch (num_tokens = none), and how many tiles a block has.
@@ -36,8 +37,9 @@ class Prefill(NamedTuple):
     """Tiles of queries.
 
     Attributes:
-        tiles: int32 [most tiles, 8]: sequence, kv_len, position of the first query, its token,
-            tokens, first tile of keys, tiles; the last is unused.
+        tiles: int32 [prefill_tiles, 8]: sequence, kv_len, position less token of its queries, the
+            token of the first row, the sequence's first token and its end, first tile of keys,
+            tiles.
         num_tiles: int32 [1].
         of_token: int32 [num_tokens]: which row of all tiles a token is, or anything.
         end: int32 []: tokens from here on are no sequence's.
@@ -67,22 +69,18 @@ def schedule_decode(
     tokens = jnp.where(exists, q_lens[of_place], 0)
     kv_len = jnp.where(exists, kv_lens[of_place], 0)
     q_pos = kv_len - tokens
-    keys = geometry.tiles.decode_keys
+    keys = geometry.tiles.decode.keys
     start, stop = geometry.masks.bounds(q_pos, kv_len - 1, kv_len)
     first = jnp.broadcast_to(start // keys, stop.shape)
     count = jnp.where(exists & (stop > start), -(-stop // keys) - first, 0)
     before = jnp.cumsum(count) - count
-    compact = geometry.decode_tokens < geometry.num_tokens
-    first_token = cu_q_lens[of_place]
-    row = jnp.arange(len(q_lens)) * geometry.decode_q_len if compact else first_token
-    row = jnp.where(exists, row, 0) * geometry.part_heads
     chunks = -(-tokens * geometry.part_heads // CHUNK) * CHUNK
-    seqs = jnp.stack([of_place, kv_len, q_pos, row, tokens, first, count, before], axis=1)
+    seqs = jnp.stack([of_place, kv_len, q_pos, tokens, first, count, before, before], axis=1)
     rows = jnp.stack([chunks, jnp.cumsum(chunks) - chunks], axis=1)
     blocks, per_block = _pieces(count, before, geometry)
     return Decode(
         seqs.astype(jnp.int32), rows.astype(jnp.int32), blocks,
-        _decoded_tokens(first_token, tokens, per_block, geometry),
+        _decoded_tokens(cu_q_lens[of_place], tokens, per_block, geometry),
     )  # fmt: skip
 
 
@@ -126,37 +124,37 @@ def schedule_prefill(
     cu_q_lens: jax.Array, kv_lens: jax.Array, num_seqs: jax.Array, geometry: Geometry
 ) -> Prefill:
     """Tiles of queries of all sequences that are not decoded, and of tokens of none."""
-    tokens, keys = geometry.prefill_tokens, geometry.tiles.prefill_keys
+    tokens, keys = geometry.prefill_tokens, geometry.tiles.prefill.keys
     q_lens = query_lengths(cu_q_lens, num_seqs)
     end = jnp.max(jnp.where(jnp.arange(len(cu_q_lens)) <= num_seqs, cu_q_lens, 0))
     is_prompt = q_lens > geometry.decode_q_len
     # One more sequence: the padding.
     q_lens = jnp.append(jnp.where(is_prompt, q_lens, 0), geometry.num_tokens - end)
-    first_token = jnp.append(cu_q_lens[:-1], end)
+    begin = jnp.append(cu_q_lens[:-1], end)
     kv_lens = jnp.append(kv_lens, 0)
-    of_seq = -(-q_lens // tokens)
+    # TMA reads queries from multiples of 8 on: a sequence's first tile may begin before it.
+    aligned = begin // CHUNK * CHUNK
+    of_seq = jnp.where(q_lens > 0, -(-(begin + q_lens - aligned) // tokens), 0)
     until = jnp.cumsum(of_seq)
-    index = jnp.arange(geometry.num_tokens // tokens + len(q_lens))
+    index = jnp.arange(geometry.prefill_tiles)
     seq = jnp.minimum(jnp.sum(until[None, :] <= index[:, None], axis=1), len(q_lens) - 1)
     # The last tile of a sequence comes first: it sees the most keys.
-    back = until[seq] - 1 - index
-    token = first_token[seq] + back * tokens
-    count = jnp.minimum(first_token[seq] + q_lens[seq] - token, tokens)
-    q_pos = kv_lens[seq] - q_lens[seq] + back * tokens
-    start, stop = geometry.masks.bounds(q_pos, q_pos + count - 1, kv_lens[seq])
+    token = aligned[seq] + (until[seq] - 1 - index) * tokens
+    before = kv_lens[seq] - q_lens[seq] - begin[seq]
+    first_row, stop_row = jnp.maximum(token, begin[seq]), (begin + q_lens)[seq]
+    last_row = jnp.minimum(token + tokens, stop_row) - 1
+    start, stop = geometry.masks.bounds(before + first_row, before + last_row, kv_lens[seq])
     first = jnp.broadcast_to(start // keys, stop.shape)
     of_keys = jnp.where(stop > start, -(-stop // keys) - first, 0)
-    tiles = [seq, kv_lens[seq], q_pos, token, count, first, of_keys, of_keys]
+    tiles = [seq, kv_lens[seq], before, token, begin[seq], stop_row, first, of_keys]
     batch_token = jnp.arange(geometry.num_tokens)
-    inside = (first_token <= batch_token[:, None]) & (batch_token[:, None] < first_token + q_lens)
+    inside = (begin <= batch_token[:, None]) & (batch_token[:, None] < begin + q_lens)
     mine = jnp.argmax(inside, axis=1)
-    of_token = until[mine] - 1 - (batch_token - first_token[mine]) // tokens
-    of_token = jnp.where(jnp.any(inside, axis=1), of_token, 0)
-    row = (batch_token - first_token[mine]) % tokens
-    # As the kernel has it: 64 rows that would reach past the last token begin earlier.
-    row += jnp.maximum(batch_token - row % ROWS - max(geometry.num_tokens - ROWS, 0), 0)
+    ahead = batch_token - aligned[mine]
+    row = (until[mine] - 1 - ahead // tokens) * tokens + ahead % tokens
     return Prefill(
-        jnp.stack(tiles, axis=1).astype(jnp.int32), until[-1:].astype(jnp.int32),
-        (of_token * tokens + row).astype(jnp.int32),
+        jnp.stack(tiles, axis=1).astype(jnp.int32),
+        until[-1:].astype(jnp.int32),
+        jnp.where(jnp.any(inside, axis=1), row, 0).astype(jnp.int32),
         end,
-    )  # fmt: skip
+    )
