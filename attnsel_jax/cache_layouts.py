@@ -43,6 +43,14 @@ LAYOUTS: dict[str, Layout] = {
         join=lambda k_pages, v_pages: jnp.stack([k_pages, v_pages]),
         stride_order=(0, 1, 2, 3, 4),
     ),
+    # [2, num_pages, num_kv_heads, page_size, head_dim]: a head's part of a page lies together.
+    "by_head": Layout(
+        shape=lambda pages, size, heads, head_dim: (2, pages, heads, size, head_dim),
+        dims=lambda shape: (shape[1], shape[3], shape[2], shape[4]),
+        split=lambda pages: tuple(jnp.swapaxes(pages, 2, 3)),
+        join=lambda k_pages, v_pages: jnp.swapaxes(jnp.stack([k_pages, v_pages]), 2, 3),
+        stride_order=(0, 1, 2, 3, 4),
+    ),
     # [num_pages, num_kv_heads, tiles, page_size, lanes]: a head's key and value side by side, 2 *
     # head_dim numbers, as tiles of 128 lanes where these divide them, as one tile elsewhere.
     "side_by_side": Layout(

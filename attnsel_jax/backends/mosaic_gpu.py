@@ -6,28 +6,28 @@ from attnsel_jax.config import AttentionType
 from attnsel_jax.constraints import EITHER, AtLeast, OneOf
 from attnsel_jax.platforms import DeviceCapability
 
-HEAD_SIZES_V = {192: (128, 192)}  # others: as head_size
+BOTH_OPS = {
+    "platform": OneOf("cuda"),
+    "compute_capability": OneOf(DeviceCapability(9, 0)),
+    "jax_version": AtLeast((0, 11)),
+    "dtype": OneOf("bfloat16", "float16"),
+    "head_size": OneOf(64, 80, 96, 128, 192, 256),
+    "attn_type": OneOf(*AttentionType),
+    **dict.fromkeys(("causal", "has_sink", "has_sliding_window", "has_attention_chunk"), EITHER),
+    **dict.fromkeys(("has_soft_cap", "has_alibi", "needs_lse"), EITHER),
+}
 DENSE = Capabilities(
-    platform=OneOf("cuda"),
-    compute_capability=OneOf(DeviceCapability(9, 0)),
-    jax_version=AtLeast((0, 11)),
-    dtype=OneOf("bfloat16", "float16"),
-    head_size=OneOf(64, 80, 96, 128, 192, 256),
+    **BOTH_OPS,
     head_size_v=OneOf(64, 80, 96, 128, 192, 256),
-    attn_type=OneOf(*AttentionType),
-    causal=EITHER,
-    has_sink=EITHER,
-    has_sliding_window=EITHER,
-    has_attention_chunk=EITHER,
-    has_soft_cap=EITHER,
-    has_bias=EITHER,
-    has_alibi=EITHER,
-    has_segment_ids=EITHER,
-    has_lens=EITHER,
-    has_q_offset=EITHER,
+    **dict.fromkeys(("has_bias", "has_segment_ids", "has_lens", "has_q_offset"), EITHER),
     needs_grad=EITHER,
-    needs_lse=EITHER,
 )
+PAGED = Capabilities(
+    **BOTH_OPS,
+    kv_cache_dtype=OneOf("bfloat16", "float16", "fp8_e4m3", "fp8_e5m2"),
+    block_size=OneOf(16, 32, 64, 128, 256),
+)
+HEAD_SIZES_V = {192: (128, 192)}  # others: as head_size
 
 
 class MosaicGpuBackend(AttentionBackend):
@@ -35,22 +35,25 @@ class MosaicGpuBackend(AttentionBackend):
 
     name = "MOSAIC_GPU"
     family = "standard"
-    capabilities = {"dense": DENSE}
-    kernels = {"dense": "pallas_kernels.dense.mosaic_gpu:dense_attention"}
+    capabilities = {"paged": PAGED, "dense": DENSE}
+    kernels = {op: f"pallas_kernels.{op}.mosaic_gpu:{op}_attention" for op in ("paged", "dense")}
+    layout = "by_head"
+    preferred_block_size = 64
 
     @classmethod
     def supports_combination(cls, config, device):
-        """Refuses gradients with a bias or slopes, and values of a size that goes with no key."""
-        if config.op != "dense":
-            return ()
-        added = ("has_bias", "has_alibi") if config.needs_grad else ()
-        reasons = [
-            Rejection(name, True, "False with needs_grad") for name in added
-            if getattr(config, name)
-        ]  # fmt: skip
-        size, size_v = config.head_size, config.head_size_v
-        allowed = HEAD_SIZES_V.get(size, (size,))
-        if size_v is not None and size in DENSE.head_size and size_v not in allowed:
-            must_be = f"{OneOf(*allowed)} with head_size {size}"
-            reasons.append(Rejection("head_size_v", size_v, must_be))
-        return tuple(reasons)
+        """No gradient beside a bias or slopes; v as k, or 128 by 192; float8 pages to head size 128."""
+        size, size_v, cache = config.head_size, config.head_size_v, str(config.cache_dtype)
+        if config.op == "dense":
+            added = ("has_bias", "has_alibi") if config.needs_grad else ()
+            for name in added:
+                if getattr(config, name):
+                    yield Rejection(name, True, "False with needs_grad")
+            sizes = OneOf(*HEAD_SIZES_V.get(size, (size,)))
+            if size_v is not None and size in DENSE.head_size and size_v not in sizes:
+                yield Rejection("head_size_v", size_v, f"{sizes} with head_size {size}")
+        elif cache == "bfloat16" and config.dtype == "float16":
+            yield Rejection("kv_cache_dtype", cache, OneOf("float16", "fp8_e4m3", "fp8_e5m2"),
+                            "bfloat16 would drop three bits of each float16 query")  # fmt: skip
+        elif cache.startswith("fp8") and size > 128:
+            yield Rejection("head_size", size, OneOf(64, 80, 96, 128), f"with a cache of {cache}")

@@ -1,0 +1,276 @@
+"""Paged attention on Hopper: Pallas Mosaic GPU kernels that bring pages by TMA.
+
+The contract (maths, arguments, edge cases) is `pallas_kernels/paged/__init__.py`. The cache is
+"by_head": [2, num_pages, num_kv_heads, page_size, head_dim], so that what one TMA brings, one
+head's part of a page, lies together. A step is four programs: `mosaic_gpu_write` puts this step's
+keys and values into the cache, `mosaic_gpu_decode` attends for sequences with few new tokens and
+`mosaic_gpu_merge` merges its partial results, `mosaic_gpu_prefill` attends for all others.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import gpu_chip
+from pallas_kernels.masks import Window, window_bounds
+from pallas_kernels.paged.mosaic_gpu_decode import decode
+from pallas_kernels.paged.mosaic_gpu_geometry import CHUNK, ROWS, Geometry, Masks, round_up
+from pallas_kernels.paged.mosaic_gpu_merge import merge
+from pallas_kernels.paged.mosaic_gpu_prefill import PerHead, prefill
+from pallas_kernels.paged.mosaic_gpu_schedule import Decode, schedule_decode, schedule_prefill
+from pallas_kernels.paged.mosaic_gpu_tiles import tiles_for_chip
+from pallas_kernels.paged.mosaic_gpu_write import write_kv
+from pallas_kernels.shape_checks import (
+    FLOAT32,
+    INT32,
+    check_arguments,
+    check_groups,
+    check_positive,
+    check_same_dtype,
+)
+
+DTYPES = ("bfloat16", "float16")
+CACHES = (*DTYPES, "float8_e4m3fn", "float8_e5m2")
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+PAGE_SIZES = (16, 32, 64, 128, 256)
+LOG2E = math.log2(math.e)
+
+
+def paged_attention(
+    q: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
+    kv_pages: jax.Array,
+    page_table: jax.Array,
+    kv_lens: jax.Array,
+    cu_q_lens: jax.Array,
+    num_seqs: jax.Array,
+    slot_mapping: jax.Array | None,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    sliding_window: Window = None,
+    attention_chunk_size: int | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attention of a ragged batch over a paged cache, as the contract of `paged` has it.
+
+    Args:
+        q, k, v, kv_pages, page_table, kv_lens, cu_q_lens, num_seqs, slot_mapping, scale, causal,
+            sliding_window, attention_chunk_size, soft_cap, alibi_slopes, sinks, k_scale, v_scale:
+            the contract's, see `pallas_kernels.paged`; the cache is "by_head".
+
+    Returns:
+        out [num_tokens, num_q_heads, head_dim] in q's dtype, lse float32 [num_tokens, num_q_heads],
+        and kv_pages with k and v written.
+
+    Numerics:
+        Operands of both products have the cache's dtype, or float16 over a float8 cache, the one
+        dtype that Hopper converts to; probabilities are rounded to it. bfloat16 queries that become
+        float16 are first divided by a power of two, each row by its own. Logits, softmax and sums
+        are float32.
+
+    Raises:
+        ValueError: a shape or dtype is not the contract's or not of those that these kernels take,
+            or some of k, v and slot_mapping are given and some are not.
+    """
+    _check(
+        {
+            "q": q, "kv_pages": kv_pages, "k": k, "v": v, "page_table": page_table,
+            "kv_lens": kv_lens, "cu_q_lens": cu_q_lens, "num_seqs": num_seqs,
+            "slot_mapping": slot_mapping, "alibi_slopes": alibi_slopes, "sinks": sinks,
+            "k_scale": k_scale, "v_scale": v_scale,
+        },
+        [
+            ("attention_chunk_size", attention_chunk_size),
+            ("soft_cap", soft_cap),
+            *(("sliding_window", side) for side in window_bounds(sliding_window)),
+        ],
+    )  # fmt: skip
+    if k is not None:
+        kv_pages = write_kv(kv_pages, k, v, slot_mapping, k_scale=k_scale, v_scale=v_scale)
+    masks = Masks(causal, sliding_window, attention_chunk_size)
+    geometry = _geometry(q, kv_pages, page_table, masks, soft_cap, alibi_slopes is not None)
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    queries, row_factor = _operands(q, geometry)
+    heads = _per_head(geometry, scale, soft_cap, k_scale, v_scale, alibi_slopes, sinks, row_factor)
+    batch = cu_q_lens, kv_lens, num_seqs, geometry
+    out, lse = _prompts(queries, kv_pages, page_table, schedule_prefill(*batch), heads, geometry)
+    few = schedule_decode(*batch)
+    rows = _packed(queries, row_factor, few, geometry)
+    few_out, few_lse = _decoded(*rows, kv_pages, page_table, few, heads, geometry)
+    token = few.tokens[:, 2]
+    out = out.at[token].set(few_out, mode="drop", unique_indices=True)
+    lse = lse.at[token].set(few_lse, mode="drop", unique_indices=True)
+    return out, lse, kv_pages
+
+
+def _geometry(q, kv_pages, page_table, masks, soft_cap, has_slopes) -> Geometry:
+    """The sizes of this call."""
+    num_tokens, num_q_heads, head_dim = q.shape
+    _, _, num_kv_heads, page_size, _ = kv_pages.shape
+    is_narrow = kv_pages.dtype.itemsize == 1
+    dtype = jnp.dtype(jnp.float16) if is_narrow else kv_pages.dtype
+    return Geometry(
+        num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
+        page_size=page_size, pages_per_seq=page_table.shape[1], num_tokens=num_tokens,
+        max_num_seqs=page_table.shape[0], cache_dtype=kv_pages.dtype, dtype=dtype,
+        out_dtype=q.dtype, tiles=tiles_for_chip(head_dim, kv_pages.dtype.itemsize), masks=masks,
+        soft_cap=None if soft_cap is None else float(soft_cap) * LOG2E, has_slopes=has_slopes,
+        has_row_factors=dtype != q.dtype, num_blocks=gpu_chip.current().num_cores,
+    )  # fmt: skip
+
+
+def _operands(q: jax.Array, geometry: Geometry) -> tuple[jax.Array, jax.Array | None]:
+    """Queries as they are multiplied, and what each row was divided by (None: by nothing)."""
+    if not geometry.has_row_factors:
+        return q, None
+    wide = q.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
+    _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1))
+    # Two steps: 2.0 ** 128 is no float32.
+    half = exponent // 2
+    power = jnp.exp2(half.astype(jnp.float32)), jnp.exp2((exponent - half).astype(jnp.float32))
+    scaled = (wide / power[0] / power[1]).astype(geometry.dtype)
+    return scaled, (power[0] * power[1])[..., 0]
+
+
+def _per_head(
+    geometry, scale, soft_cap, k_scale, v_scale, alibi_slopes, sinks, row_factor
+) -> PerHead:
+    """The numbers of each query head, in base 2 where they join the logits."""
+    heads = geometry.num_q_heads
+
+    def of_q_heads(x):
+        x = jnp.broadcast_to(
+            jnp.asarray(1.0 if x is None else x, jnp.float32), geometry.num_kv_heads
+        )
+        return jnp.repeat(x, geometry.group)
+
+    unit = LOG2E if soft_cap is None else 1 / float(soft_cap)
+    factor = of_q_heads(k_scale) * jnp.float32(scale * unit)
+    by_row = factor
+    if row_factor is not None:
+        by_row = jnp.pad(factor[:, None] * row_factor.T, ((0, 0), (0, 2 * ROWS)))
+    return PerHead(
+        row_factor=by_row,
+        factor=factor,
+        v_factor=of_q_heads(v_scale),
+        sinks=jnp.full(heads, -jnp.inf, jnp.float32) if sinks is None else sinks * LOG2E,
+        slopes=None if alibi_slopes is None else alibi_slopes * LOG2E,
+    )
+
+
+def _prompts(queries, kv_pages, page_table, schedule, heads, geometry):
+    """(out, lse) of tokens that are not decoded."""
+    # Copies of queries take 64 rows from multiples of 8 on, past the last one too.
+    fewer = max(ROWS, round_up(geometry.num_tokens, CHUNK)) - geometry.num_tokens
+    queries = jnp.pad(queries, ((0, fewer), (0, 0), (0, 0)))
+    out, lse = prefill(queries, kv_pages, page_table, schedule, heads, geometry)
+    out = out[: geometry.num_tokens]
+    lse = lse.reshape(geometry.num_q_heads, -1)[:, schedule.of_token].T
+    exists = jnp.arange(geometry.num_tokens)[:, None] < schedule.end
+    return out, jnp.where(exists, lse, -jnp.inf)  # a sink is no sequence either
+
+
+def _packed(
+    queries: jax.Array, row_factor: jax.Array | None, schedule: Decode, geometry: Geometry
+) -> tuple[jax.Array, jax.Array | None]:
+    """Queries (and their factors) as decoding has them: [units, rows, ...], 64 rows more."""
+    place, within, token = (schedule.tokens[:, column] for column in range(3))
+    heads = geometry.part_heads
+    row = (schedule.rows[place, 1] + within * heads)[:, None] + jnp.arange(heads)
+    row = jnp.where(place[:, None] < 0, geometry.decode_rows, row)
+    source = jnp.arange(row.size).reshape(row.shape)
+    of_row = jnp.zeros(geometry.decode_rows, jnp.int32).at[row].set(source, mode="drop")
+    of_row = jnp.pad(of_row, (0, ROWS))
+
+    def pack(x):
+        if geometry.decode_tokens < geometry.num_tokens:
+            x = x.at[token].get(mode="clip")
+        more = geometry.parts * heads - geometry.group
+        x = x.reshape(x.shape[0], geometry.num_kv_heads, geometry.group, -1)
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0)))
+        x = x.reshape(x.shape[0], geometry.units, heads, -1)
+        return jnp.moveaxis(x[of_row // heads, :, of_row % heads], 0, 1)
+
+    return pack(queries), None if row_factor is None else pack(row_factor)[..., 0]
+
+
+def _decoded(rows, row_factor, kv_pages, page_table, schedule, heads, geometry):
+    """(out, lse) of tokens that may be decoded."""
+    first_head = jnp.arange(geometry.num_kv_heads) * geometry.group
+    per_unit = jnp.repeat(first_head, geometry.parts)
+    if row_factor is None:
+        factor = heads.factor[per_unit]
+    else:
+        factor = row_factor * heads.factor[per_unit][:, None]
+    slopes = None
+    if heads.slopes is not None:
+        part = jnp.arange(geometry.units)[:, None] % geometry.parts * geometry.part_heads
+        of_group = part + jnp.arange(ROWS) % geometry.part_heads
+        head = per_unit[:, None] + jnp.minimum(of_group, geometry.group - 1)
+        slopes = heads.slopes[head]
+    partial = decode(rows, kv_pages, page_table, schedule, factor, slopes, geometry)
+    out, lse = merge(*partial, schedule, heads.v_factor, heads.sinks, geometry)
+    return out[..., : geometry.head_dim], lse[..., 0]
+
+
+def _check(arrays: dict[str, jax.Array | None], statics: list[tuple[str, float | None]]) -> None:
+    """Refuses what the contract does not allow, and what these kernels do not take."""
+    written = ("k", "v", "slot_mapping")
+    missing = [name for name in written if arrays[name] is None]
+    if missing and len(missing) < len(written):
+        given = [name for name in written if name not in missing]
+        raise ValueError(
+            f"{' and '.join(missing)} is None, must be given with {' and '.join(given)}: give all "
+            f"of k, v and slot_mapping to have them written, or none"
+        )
+    table = {name: (arrays[name], *spec) for name, spec in _ARGUMENTS.items()}
+    for name in ("k_scale", "v_scale"):
+        dims = "num_kv_heads" if getattr(arrays[name], "ndim", 0) else ""
+        table[name] = (arrays[name], dims, FLOAT32)
+    dims = check_arguments(table, required=_REQUIRED)
+    if dims["one_more"] != dims["max_num_seqs"] + 1:
+        raise ValueError(
+            f"cu_q_lens has {dims['one_more']} entries, must have {dims['max_num_seqs'] + 1}, one "
+            f"more than kv_lens: it starts with 0 and ends with the number of tokens"
+        )
+    for name in ("max_num_seqs", "pages_per_seq", "num_pages"):
+        if dims[name] < 1:
+            raise ValueError(f"{name} is 0, must be above 0: a cache holds at least one page")
+    for name, allowed in (("page_size", PAGE_SIZES), ("head_dim", HEAD_DIMS)):
+        if dims[name] not in allowed:
+            raise ValueError(
+                f"{name} is {dims[name]}, must be one of {', '.join(map(str, allowed))}"
+            )
+    check_groups(dims["num_q_heads"], dims["num_kv_heads"])
+    check_same_dtype(q=arrays["q"], k=arrays["k"], v=arrays["v"])
+    if arrays["q"].dtype == jnp.float16 and arrays["kv_pages"].dtype == jnp.bfloat16:
+        raise ValueError(
+            "kv_pages has dtype bfloat16, must be float16 or a float8 with q of float16: bfloat16 "
+            "would drop three bits of each query"
+        )
+    for name, value in statics:
+        check_positive(name, value)
+
+
+_REQUIRED = ("q", "kv_pages", "page_table", "kv_lens", "cu_q_lens", "num_seqs")
+_ARGUMENTS = {
+    "q": ("num_tokens num_q_heads head_dim", DTYPES),
+    "kv_pages": ("2 num_pages num_kv_heads page_size head_dim", CACHES),
+    "k": ("num_tokens num_kv_heads head_dim", DTYPES),
+    "v": ("num_tokens num_kv_heads head_dim", DTYPES),
+    "page_table": ("max_num_seqs pages_per_seq", INT32),
+    "kv_lens": ("max_num_seqs", INT32),
+    "cu_q_lens": ("one_more", INT32),
+    "num_seqs": ("", INT32),
+    "slot_mapping": ("num_tokens", INT32),
+    "alibi_slopes": ("num_q_heads", FLOAT32),
+    "sinks": ("num_q_heads", FLOAT32),
+}

@@ -1,0 +1,293 @@
+"""A compute warpgroup's part: 64 rows of queries over tiles of keys, with a running softmax.
+
+Every mask is an interval of keys for each row, so a tile is masked by two comparisons, and the
+tiles that lie within every row's interval by none.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.masks import window_bounds
+from pallas_kernels.paged.mosaic_gpu_geometry import ROWS, Geometry, Masks, swizzled_columns
+from pallas_kernels.paged.mosaic_gpu_pages import Ring, Span
+
+F32 = jnp.float32
+TILE = plgpu.Layout.WGMMA
+ROW = TILE.reduce(1)
+LOWEST = -1e30  # a running maximum before the first key: finite, so that differences are no NaN
+LOG2E = math.log2(math.e)
+
+
+class Rows(NamedTuple):
+    """What is known of a warpgroup's 64 rows.
+
+    Attributes:
+        q_pos: int32 [64] positions.
+        first_q_pos, last_q_pos: int32 scalars.
+        item_q_pos: the first position of the block's rows, the other warpgroup's too: both must
+            agree on which tiles have slots that hold no key.
+        factor: float32, scalar or [64]: of the logits, log2(e) included where no soft cap follows.
+        slopes: float32, scalar or [64], in units of log2; or None.
+    """
+
+    q_pos: Any
+    first_q_pos: Any
+    last_q_pos: Any
+    item_q_pos: Any
+    factor: Any
+    slopes: Any
+
+
+class State(NamedTuple):
+    """The running softmax: acc [64, head_dim], m and l [64], float32; m in units of log2."""
+
+    acc: Any
+    m: Any
+    l: Any
+
+
+class Tools(NamedTuple):
+    """Shared memory and barriers that a warpgroup works with.
+
+    Attributes:
+        ring: the tiles.
+        q: [64, head_dim], this warpgroup's.
+        wide: [keys, head_dim], where a float8 tile is converted to; or None.
+        patched: a barrier of both warpgroups, where they share tiles; or None.
+        warpgroup: its index.
+        stride: tiles from one that it takes to the next.
+    """
+
+    ring: Ring
+    q: Any
+    wide: Any
+    patched: Any
+    warpgroup: Any
+    stride: int
+
+
+def row_index() -> jax.Array:
+    """int32 [64]: each row's index; Mosaic lays out no vector of indices by itself."""
+    return plgpu.broadcasted_iota(jnp.int32, (ROWS, 8), 0, layout=TILE).max(axis=1)
+
+
+def fetch_queries(rows: Any, smem: Any, arrived: Any) -> None:
+    """Brings 64 rows of queries to where they are multiplied."""
+    plgpu.copy_gmem_to_smem(rows, smem, arrived)
+    plgpu.barrier_wait(arrived)
+
+
+def over_columns(values: Any, width: int) -> Any:
+    """A value for each row, to be combined with a tile of so many columns."""
+    if not getattr(values, "ndim", 0):
+        return values
+    return lax.broadcast_in_dim(values, (ROWS, width), [0])
+
+
+def bounds(q_pos: Any, kv_len: Any, masks: Masks) -> tuple[Any, Any]:
+    """Keys [start, stop) that the query at a position sees; start is None where it is 0."""
+    left, right = window_bounds(masks.sliding_window)
+    start, stop = None, kv_len
+    if masks.causal:
+        stop = jnp.minimum(stop, q_pos + 1)
+    elif right is not None:
+        stop = jnp.minimum(stop, q_pos + right)
+    if left is not None:
+        start = q_pos + (1 - left)
+    if masks.attention_chunk_size is not None:
+        size = masks.attention_chunk_size
+        # Queries before the first key have no chunk.
+        chunk = jnp.where(q_pos < 0, -size, q_pos - lax.rem(q_pos, _like(size, q_pos)))
+        start = chunk if start is None else jnp.maximum(start, chunk)
+        stop = jnp.minimum(stop, chunk + size)
+    return start, stop
+
+
+def _like(value: int, of: Any) -> Any:
+    if not getattr(of, "ndim", 0):
+        return jnp.int32(value)
+    return plgpu.layout_cast(jnp.full(of.shape, value, jnp.int32), ROW)
+
+
+def initial_state(geometry: Geometry) -> State:
+    """Nothing seen yet."""
+    return State(
+        plgpu.layout_cast(jnp.zeros((ROWS, geometry.head_dim), F32), TILE),
+        plgpu.layout_cast(jnp.full((ROWS,), LOWEST, F32), ROW),
+        plgpu.layout_cast(jnp.zeros((ROWS,), F32), ROW),
+    )
+
+
+def attend_span(
+    span: Span, rows: Rows, count: Any, tools: Tools, geometry: Geometry
+) -> tuple[State, Any]:
+    """Attends to all tiles of a span that are this warpgroup's.
+
+    Args:
+        span: the tiles.
+        rows: the queries, which lie in `tools.q`.
+        count: tiles that the ring has held before.
+        tools: what to work with.
+        geometry: the call's sizes.
+
+    Returns:
+        the softmax, and the tiles that the ring has held now.
+    """
+    stages, keys, _ = tools.ring.k.shape
+    interval = bounds(rows.q_pos, span.kv_len, geometry.masks)
+    _, first_stop = bounds(rows.first_q_pos, span.kv_len, geometry.masks)
+    last_start, _ = bounds(rows.last_q_pos, span.kv_len, geometry.masks)
+    item_start, _ = bounds(rows.item_q_pos, span.kv_len, geometry.masks)
+    valid = (jnp.int32(0) if item_start is None else item_start, span.kv_len)
+    # Tiles [0, plain) and [late, num_tiles) are masked, those between them are not.
+    plain = jnp.int32(0)
+    if last_start is not None:
+        above = lax.div(lax.max(last_start, jnp.int32(0)) + (keys - 1), jnp.int32(keys))
+        plain = lax.min(lax.max(above - span.first_tile, plain), span.num_tiles)
+    whole = lax.div(lax.max(first_stop, jnp.int32(0)), jnp.int32(keys)) - span.first_tile
+    late = lax.min(lax.max(whole, plain), span.num_tiles)
+    mine = lax.rem(count + tools.warpgroup, jnp.int32(tools.stride))
+
+    def over(begin, end, state, masked):
+        def step(turn, state):
+            i = mine + turn * tools.stride
+            first_key = (span.first_tile + i) * keys
+            slot = lax.rem(count + i, jnp.int32(stages))
+            seen = (interval, valid) if masked else None
+            return attend_tile(state, rows, slot, first_key, seen, tools, geometry)
+
+        turns = [
+            lax.div(x - mine + (tools.stride - 1), jnp.int32(tools.stride)) for x in (begin, end)
+        ]
+        return lax.fori_loop(*turns, step, state)
+
+    state = initial_state(geometry)
+    if last_start is not None:
+        state = over(jnp.int32(0), plain, state, True)
+    state = over(plain, late, state, False)
+    state = over(late, span.num_tiles, state, True)
+    return state, count + span.num_tiles
+
+
+def attend_tile(
+    state: State, rows: Rows, slot: Any, first_key: Any, seen: Any, tools: Tools,
+    geometry: Geometry,
+) -> State:  # fmt: skip
+    """One tile: logits, running softmax, product with the values."""
+    ring = tools.ring
+    plgpu.barrier_wait(ring.k_full.at[slot])
+    logits = _logits(slot, rows, first_key, tools, geometry)
+    plgpu.barrier_arrive(ring.k_empty.at[slot])
+    if seen is not None:
+        logits = jnp.where(_mask(seen[0], first_key, logits.shape), logits, -jnp.inf)
+    m = jnp.maximum(state.m, logits.max(axis=1))
+    fade = jnp.exp2(state.m - m)
+    p = jnp.exp2(logits - over_columns(m, logits.shape[1]))
+    total = state.l * fade + p.sum(axis=1)
+    acc = state.acc * over_columns(fade, geometry.head_dim)
+    plgpu.barrier_wait(ring.v_full.at[slot])
+    values = _values(slot, first_key, None if seen is None else seen[1], tools, geometry)
+    weights = p.astype(geometry.dtype)
+    acc = pl.run_state(lambda a: plgpu.wgmma(a, weights, values))(plgpu.ACC.init(acc))
+    plgpu.barrier_arrive(ring.v_empty.at[slot])
+    return State(acc, m, total)
+
+
+def _logits(slot: Any, rows: Rows, first_key: Any, tools: Tools, geometry: Geometry) -> jax.Array:
+    """[64, keys] in units of log2."""
+    keys = tools.ring.k.shape[1]
+    k = tools.ring.k.at[slot]
+    if geometry.converts:
+        _widen(k, tools.wide, None, first_key, geometry)
+        k = tools.wide
+
+    def product(acc):
+        plgpu.wgmma(acc, tools.q, k.transpose((1, 0)))
+        return acc[...]
+
+    logits = pl.run_scoped(product, plgpu.ACC((ROWS, keys), F32))
+    logits = logits * over_columns(rows.factor, keys)
+    if geometry.soft_cap is not None:
+        # The hardware's tanh is good to 11 bits only.
+        logits = jnp.exp2(logits * (2 * LOG2E))
+        logits = geometry.soft_cap - (2 * geometry.soft_cap) / (logits + 1)
+    if rows.slopes is not None:
+        columns = plgpu.broadcasted_iota(jnp.int32, (ROWS, keys), 1, layout=TILE) + first_key
+        distance = jnp.abs(over_columns(rows.q_pos, keys) - columns).astype(F32)
+        logits = logits - over_columns(rows.slopes, keys) * distance
+    return logits
+
+
+def _mask(interval: tuple[Any, Any], first_key: Any, shape: tuple[int, int]) -> jax.Array:
+    """Which keys each row sees."""
+    start, stop = interval
+    columns = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=TILE)
+    sees = columns < over_columns(stop - first_key, shape[1])
+    if start is not None:
+        sees = sees & (columns >= over_columns(start - first_key, shape[1]))
+    return sees
+
+
+def _values(slot: Any, first_key: Any, valid: Any, tools: Tools, geometry: Geometry) -> Any:
+    """The tile's values, with 0 in slots that hold no key: 0 times NaN would be NaN."""
+    v = tools.ring.v.at[slot]
+    if geometry.converts:
+        _widen(v, tools.wide, valid, first_key, geometry)
+        return tools.wide
+    if valid is not None:
+        keys = tools.ring.v.shape[1]
+        start, stop = valid
+
+        @pl.when((first_key < start) | (first_key + keys > stop))
+        def _():
+            for part in range(keys // ROWS):
+                if tools.patched is None:
+                    _patch(v, part, first_key, valid)
+                else:
+                    pl.when(tools.warpgroup == part % 2)(
+                        lambda part=part: _patch(v, part, first_key, valid)
+                    )
+            plgpu.commit_smem()
+            if tools.patched is not None:
+                plgpu.barrier_arrive(tools.patched)
+                plgpu.barrier_wait(tools.patched)
+
+    return v
+
+
+def _patch(v: Any, part: int, first_key: Any, valid: tuple[Any, Any]) -> None:
+    """Puts 0 in 64 rows of a tile where there is no key, few columns at a time: registers are."""
+    width = swizzled_columns(v.dtype, v.shape[-1])
+
+    def put(i, _):
+        columns = pl.ds(pl.multiple_of(i * width, width), width)
+        place = v.at[pl.ds(part * ROWS, ROWS), columns]
+        values = plgpu.load(place, layout=TILE)
+        place[...] = jnp.where(_exists(values.shape, first_key + part * ROWS, valid), values, 0)
+
+    lax.fori_loop(0, v.shape[-1] // width, put, None)
+
+
+def _exists(shape: tuple[int, int], first_key: Any, valid: tuple[Any, Any]) -> jax.Array:
+    keys = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=TILE)
+    return (keys >= valid[0] - first_key) & (keys < valid[1] - first_key)
+
+
+def _widen(narrow: Any, wide: Any, valid: Any, first_key: Any, geometry: Geometry) -> None:
+    """Converts a float8 tile to what is multiplied, few columns at a time."""
+    keys, head_dim = narrow.shape
+    width = swizzled_columns(geometry.cache_dtype, head_dim)
+    for begin in range(0, head_dim, width):
+        columns = pl.ds(0, keys), pl.ds(begin, width)
+        values = plgpu.load(narrow.at[columns], layout=plgpu.Layout.WGMMA_UPCAST_2X)
+        values = plgpu.layout_cast(values.astype(geometry.dtype), TILE)
+        if valid is not None:
+            values = jnp.where(_exists(values.shape, first_key, valid), values, 0)
+        wide.at[columns][...] = values
+    plgpu.commit_smem()

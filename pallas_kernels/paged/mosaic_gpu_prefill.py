@@ -1,0 +1,242 @@
+"""Prompts on a GPU: tiles of 64 queries of one head for each of two warpgroups, one ring of keys.
+
+The two warpgroups have two heads that share a kv head, or, where a group is odd, the two halves of
+128 queries. Blocks stay, and take work items in turn. A tile's rows past its sequence are computed
+and not stored.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.paged.mosaic_gpu_attend import (
+    ROW,
+    Rows,
+    State,
+    Tools,
+    attend_span,
+    fetch_queries,
+    over_columns,
+    row_index,
+)
+from pallas_kernels.paged.mosaic_gpu_geometry import (
+    CHUNK,
+    COMPUTE_REGISTERS,
+    PRODUCER_REGISTERS,
+    ROWS,
+    Geometry,
+    swizzled,
+)
+from pallas_kernels.paged.mosaic_gpu_pages import Span, produce, ring_scratch
+from pallas_kernels.paged.mosaic_gpu_schedule import Prefill
+
+F32 = jnp.float32
+
+
+class PerHead(NamedTuple):
+    """Numbers of each query head, float32 [num_q_heads], in units of log2 where they join logits.
+
+    Attributes:
+        factor: of the logits.
+        row_factor: the same, or [num_q_heads, num_tokens + 128] with `geometry.has_row_factors`.
+        v_factor: of the output.
+        sinks: -inf = none.
+        slopes: None = none.
+    """
+
+    factor: jax.Array
+    row_factor: jax.Array
+    v_factor: jax.Array
+    sinks: jax.Array
+    slopes: jax.Array | None
+
+
+class Item(NamedTuple):
+    """What a block does: int32 scalars.
+
+    Attributes:
+        span: tiles of keys.
+        tile: its index among the tiles of queries.
+        head: this warpgroup's.
+        token: of its first row.
+        skipped, num_rows: rows before the first that exists, and those that exist.
+        q_pos: position of its first row.
+        item_q_pos: of the first row that exists, of both warpgroups.
+    """
+
+    span: Span
+    tile: Any
+    head: Any
+    token: Any
+    skipped: Any
+    num_rows: Any
+    q_pos: Any
+    item_q_pos: Any
+
+
+def prefill(
+    q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, schedule: Prefill, heads: PerHead,
+    geometry: Geometry,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Attends to all prompts, and gives tokens of no sequence their zeros.
+
+    Args:
+        q: [num_tokens, num_q_heads, head_dim] in geometry.dtype.
+        kv_pages: the cache.
+        page_table: int32.
+        schedule: tiles of queries.
+        heads: numbers of each query head.
+        geometry: the call's sizes.
+
+    Returns:
+        out [num_tokens, num_q_heads, head_dim], nothing of use for tokens that are decoded; lse
+        float32 [num_q_heads, tiles, 64 or 128], natural.
+    """
+    keys, stages, warpgroups = geometry.tiles.prefill
+    tile = (warpgroups, ROWS, geometry.head_dim)
+    transforms = swizzled(geometry.dtype, geometry.head_dim)
+    scratch = {
+        "ring": ring_scratch(geometry, keys, stages, readers=warpgroups),
+        "q_smem": plgpu.SMEM(tile, geometry.dtype, transforms=transforms),
+        "q_full": plgpu.Barrier(num_barriers=warpgroups),
+        "out_smem": plgpu.SMEM(tile, geometry.out_dtype),
+        "lse_smem": plgpu.SMEM(tile[:2], F32),
+    }
+    if geometry.converts:
+        wide = (warpgroups, keys, geometry.head_dim)
+        scratch["wide"] = plgpu.SMEM(wide, geometry.dtype, transforms=transforms)
+    elif warpgroups > 1:
+        scratch["patched"] = plgpu.Barrier(num_arrivals=warpgroups)
+    arrays = [q, kv_pages, page_table, schedule.tiles, schedule.num_tiles, *heads[:4]]
+    arrays += [] if heads.slopes is None else [heads.slopes]
+
+    def kernel(*refs, **scratch):
+        q, pages, table, tiles, num_tiles, *per_head = refs[: len(arrays)]
+        per_head = PerHead(*per_head, *[None] * (5 - len(per_head)))
+        out, lse = refs[len(arrays) :]
+        block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+        units = geometry.num_q_heads // geometry.prefill_heads
+        left = num_tiles[0] * units - block + (geometry.num_blocks - 1)
+        num_items = lax.div(left, jnp.int32(geometry.num_blocks))
+
+        def item_of(i):
+            return _item(block + i * geometry.num_blocks, warpgroup, tiles, geometry)
+
+        @pl.when(warpgroup < warpgroups)
+        def _():
+            plgpu.set_max_registers(COMPUTE_REGISTERS[warpgroups], action="increase")
+            tools = _tools(scratch, warpgroup, geometry)
+
+            def attend(i, count):
+                item = item_of(i)
+                queries = q.at[pl.ds(item.token, ROWS), item.head]
+                fetch_queries(queries, tools.q, scratch["q_full"].at[warpgroup])
+                rows = _rows(item, per_head, geometry)
+                state, count = attend_span(item.span, rows, count, tools, geometry)
+                _finish(state, item, per_head, out, lse, scratch, warpgroup, geometry)
+                return count
+
+            lax.fori_loop(0, num_items, attend, jnp.int32(0))
+
+        @pl.when(warpgroup == warpgroups)
+        def _():
+            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+            produce(lambda i: item_of(i).span, num_items, pages, table, scratch["ring"], geometry)
+
+    lse_shape = (geometry.num_q_heads, schedule.tiles.shape[0], geometry.prefill_tokens)
+    return plgpu.kernel(
+        kernel,
+        out_type=[
+            jax.ShapeDtypeStruct(q.shape, geometry.out_dtype),
+            jax.ShapeDtypeStruct(lse_shape, F32),
+        ],
+        scratch_types=scratch,
+        grid=(geometry.num_blocks,),
+        grid_names=("block",),
+        num_threads=warpgroups + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="paged_prefill",
+    )(*arrays)
+
+
+def _item(index: Any, warpgroup: Any, tiles: Any, geometry: Geometry) -> Item:
+    """A work item, as one of the warpgroups sees it."""
+    units = jnp.int32(geometry.num_q_heads // geometry.prefill_heads)
+    tile, unit = lax.div(index, units), lax.rem(index, units)
+    seq, kv_len, before, token, begin, end, first_tile, num_tiles = (
+        tiles[tile, column] for column in range(8)
+    )
+    head, first = unit, token + warpgroup * ROWS
+    if geometry.pairs_heads:
+        head, first = unit * geometry.prefill_heads + warpgroup, token
+    first = pl.multiple_of(first, CHUNK)
+    kv_head = lax.div(unit * geometry.prefill_heads, jnp.int32(geometry.group))
+    skipped, stop = (lax.clamp(jnp.int32(0), x - first, jnp.int32(ROWS)) for x in (begin, end))
+    return Item(
+        Span(seq, kv_head, kv_len, first_tile, num_tiles), tile, head, first, skipped,
+        lax.max(stop - skipped, jnp.int32(0)), before + first, before + lax.max(begin, token),
+    )  # fmt: skip
+
+
+def _tools(scratch: dict[str, Any], warpgroup: Any, geometry: Geometry) -> Tools:
+    return Tools(
+        ring=scratch["ring"],
+        q=scratch["q_smem"].at[warpgroup],
+        wide=scratch["wide"].at[warpgroup] if geometry.converts else None,
+        patched=scratch.get("patched"),
+        warpgroup=warpgroup,
+        stride=1,
+    )
+
+
+def _rows(item: Item, heads: PerHead, geometry: Geometry) -> Rows:
+    """Positions and factors of the rows of an item."""
+    if geometry.has_row_factors:
+        source = heads.row_factor.at[item.head, pl.ds(item.token, ROWS)]
+        factor = plgpu.load(source, layout=ROW, optimized=False)
+    else:
+        factor = heads.factor[item.head]
+    return Rows(
+        q_pos=row_index() + item.q_pos,
+        first_q_pos=item.q_pos,
+        last_q_pos=item.q_pos + ROWS - 1,
+        item_q_pos=item.item_q_pos,
+        factor=factor,
+        slopes=None if heads.slopes is None else heads.slopes[item.head],
+    )
+
+
+def _finish(
+    state: State, item: Item, heads: PerHead, out: Any, lse: Any, scratch: dict[str, Any],
+    warpgroup: Any, geometry: Geometry,
+) -> None:  # fmt: skip
+    """Divides by the sum, the sink in it, and stores the rows that are the sequence's."""
+    out_smem, lse_smem = scratch["out_smem"].at[warpgroup], scratch["lse_smem"].at[warpgroup]
+    sink = heads.sinks[item.head]
+    m = jnp.maximum(state.m, sink)
+    fade = jnp.exp2(state.m - m)
+    total = state.l * fade + jnp.exp2(sink - m)
+    safe = jnp.where(total > 0, total, 1)
+    scaled = state.acc * over_columns(fade * heads.v_factor[item.head] / safe, geometry.head_dim)
+    plgpu.store(out_smem, scaled.astype(geometry.out_dtype), optimized=False)
+    lse_smem[...] = jnp.where(total > 0, (m + jnp.log2(safe)) * jnp.log(2.0), -jnp.inf)
+    plgpu.commit_smem()
+    place = pl.ds(0 if geometry.pairs_heads else warpgroup * ROWS, ROWS)
+    plgpu.copy_smem_to_gmem(lse_smem, lse.at[item.head, item.tile, place])
+    # The rows that exist, a power of two at a time.
+    size = ROWS
+    while size:
+        begin = item.skipped + (item.num_rows & jnp.int32(-2 * size))
+
+        @pl.when((item.num_rows & size) != 0)
+        def _(size=size, begin=begin):
+            there = out.at[pl.ds(item.token + begin, size), item.head]
+            plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(begin, size)], there)
+
+        size //= 2
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)

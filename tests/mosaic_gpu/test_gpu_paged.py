@@ -1,0 +1,312 @@
+"""Paged attention's GPU kernels in the Mosaic GPU interpreter, against the float64 oracle."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gpu_interpreter import gpu_interpreter, needs_gpu_interpreter
+
+from attnsel_jax.aot import compile_for, target_for
+from attnsel_jax.backends.mosaic_gpu import PAGED as DECLARED
+from attnsel_jax.backends.mosaic_gpu import MosaicGpuBackend
+from attnsel_jax.cache_layouts import LAYOUTS
+from attnsel_jax.compare.deviations import deviation
+from attnsel_jax.compare.expected import expected
+from attnsel_jax.compare.kernel_runs import run
+from attnsel_jax.config import AttentionSelectorConfig
+from attnsel_jax.kv_cache import KVCache
+from attnsel_jax.platforms import Device
+from attnsel_jax.problems import QUICK
+from attnsel_jax.problems.paged_inputs import paged_inputs
+from pallas_kernels import gpu_chip
+from pallas_kernels.paged import (
+    mosaic_gpu,
+    mosaic_gpu_attend,
+    mosaic_gpu_decode,
+    mosaic_gpu_merge,
+    mosaic_gpu_pages,
+    mosaic_gpu_tiles,
+)
+
+needs_gpu_interpreter()
+
+KERNEL = MosaicGpuBackend.get_kernel("paged")
+PAGED = [problem for problem in QUICK if problem.op == "paged"]
+
+
+@pytest.fixture(autouse=True)
+def few_cores(monkeypatch):
+    """Three cores: sequences are cut where they would be on a chip with many and long ones."""
+    chip = dataclasses.replace(gpu_chip.CHIPS["h200"], num_cores=3)
+    monkeypatch.setitem(gpu_chip.CHIPS, "h200", chip)
+
+
+def results_of(arguments):
+    with gpu_interpreter("h200"):
+        return run(KERNEL, "paged", arguments, layout="by_head")
+
+
+def check(arguments):
+    """Out, lse and the written cache, each within the oracle's budget."""
+    results = results_of(arguments)
+    for name, answer in expected("paged", arguments).items():
+        found = deviation(name, results[name], answer)
+        assert found.passed, str(found)
+    return results
+
+
+def batch(q_lens, kv_lens, *, seed=0, **options):
+    """Arguments of a ragged batch, NaN wherever nothing may be read."""
+    shape = {"heads": (4, 2), "head_size": 64, "page_size": 16, "pad_tokens": 3}
+    shape["dtype"] = "bfloat16"
+    rng = np.random.default_rng(seed)
+    return paged_inputs(rng, q_lens=q_lens, kv_lens=kv_lens, **shape | options)
+
+
+# What the mixed batches below do not reach; the others come with the sweep.
+SHARP = ("cross", "encoder-only", "page-128", "e4m3-unscaled", "bfloat16")
+
+
+def quick_problem(problem):
+    """In bfloat16 where it asks for float32, and without what is not declared."""
+    options = dict(problem.options)
+    if options.get("dtype") == "float32":
+        options["dtype"] = "bfloat16"
+    problem = dataclasses.replace(problem, options=options)
+    reasons = MosaicGpuBackend.validate_configuration(problem.config, Device.named("h200"))
+    if reasons:
+        pytest.skip("; ".join(map(str, reasons)))
+    check(problem.make())
+
+
+@pytest.mark.parametrize("name", SHARP)
+def test_quick_problems(name):
+    quick_problem(next(p for p in PAGED if p.name == f"quick.paged.{name}"))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("problem", PAGED, ids=lambda problem: problem.name)
+def test_every_quick_problem(problem):
+    quick_problem(problem)
+
+
+# A decode, a prompt over two tiles that begins off a multiple of 8, nothing, a speculative decode.
+LONG = ((1, 70, 0, 3), (150, 131, 7, 60))
+EVERYTHING = {"sinks": True, "alibi": True, "soft_cap": 8.0, "sliding_window": 37}
+
+
+@pytest.mark.parametrize(
+    ("heads", "options"),
+    [
+        ((4, 2), EVERYTHING),
+        ((3, 1), {"sliding_window": 20, "sinks": True, "page_size": 32}),
+        ((2, 2), {"causal": False, "sliding_window": (30, 3), "page_size": 128}),
+        ((2, 1), {"attention_chunk_size": 24, "head_size": 128, "page_size": 64}),
+        ((1, 1), {"cache_dtype": "float8_e4m3fn", "scales": "head", "alibi": True}),
+        ((2, 1), {"cache_dtype": "float8_e5m2", "scales": "tensor", "dtype": "float16"}),
+        ((2, 1), {"cache_dtype": "float16", "head_size": 80, "page_size": 256}),
+        ((1, 1), {"head_size": 256}),
+    ],
+    ids=["everything", "window", "two-sided", "chunked", "e4m3", "e5m2", "float16", "256"],
+)
+def test_mixed_batches(heads, options):
+    check(batch(*LONG, heads=heads, **options))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("head_size", DECLARED.head_size.values)
+@pytest.mark.parametrize("page_size", DECLARED.block_size.values)
+def test_every_size(head_size, page_size):
+    check(batch(*LONG, heads=(2, 1), head_size=head_size, page_size=page_size))
+
+
+def test_more_query_heads_than_rows():
+    """71 heads of one group: two tiles of rows, one head more than there is."""
+    check(batch((1,), (40,), heads=(71, 1), sinks=True, alibi=True))
+
+
+def test_more_queries_than_keys_see_nothing():
+    arguments = batch((5, 1, 70), (7, 3, 72), heads=(2, 1), writes=False)
+    sinks = np.array([0, -np.inf], np.float32)
+    arguments |= {"kv_lens": np.array([2, 0, 9, 10**6], np.int32), "sinks": sinks}
+    lse = check(arguments)["lse"]
+    assert np.isneginf(lse[[0, 1, 2, 5], 1]).all()
+
+
+def test_no_sequences():
+    arguments = batch((3, 1), (9, 4), heads=(1, 1))
+    arguments["slot_mapping"] = np.full_like(arguments["slot_mapping"], -1)
+    arguments["num_seqs"] = np.array(0, np.int32)
+    check(arguments)
+
+
+def test_expired_pages_may_be_gone():
+    """Pages before every query's window: their table entries are junk."""
+    arguments = batch((1, 70), (150, 171), heads=(2, 1), writes=False, sliding_window=6)
+    table = arguments["page_table"] = arguments["page_table"].copy()
+    table[0, : (150 - 6) // 16] = -7
+    table[1, : (171 - 75) // 16] = 2**30
+    results = results_of(arguments)
+    num_pages = arguments["kv_pages"].shape[1]
+    arguments["page_table"] = np.clip(table, 0, num_pages - 1)
+    for name, answer in expected("paged", arguments).items():
+        assert deviation(name, results[name], answer).passed
+
+
+def test_large_and_small_queries_over_a_float8_cache():
+    """bfloat16 reaches further than float16: rows are scaled by powers of two."""
+    arguments = batch((2, 70), (20, 90), heads=(2, 1), cache_dtype="float8_e4m3fn", scale=1.0)
+    q = arguments["q"].astype(np.float32)
+    arguments["q"] = (q * 2.0**-30).astype(arguments["q"].dtype)
+    check(arguments | {"scale": 2.0**28})
+    arguments["q"] = (q * 2.0**40).astype(arguments["q"].dtype)
+    check(arguments | {"scale": 2.0**-42})
+
+
+@pytest.mark.parametrize(
+    ("decode", "prefill"),
+    [((64, 2, 1), (64, 2, 1)), ((128, 4, 2), (128, 3, 2))],
+    ids=["one-warpgroup", "128"],
+)
+def test_tiles_change_speed_and_never_numbers(monkeypatch, decode, prefill):
+    phase = mosaic_gpu_tiles.Phase
+    tiles = mosaic_gpu_tiles.Tiles(phase(*decode), phase(*prefill))
+    monkeypatch.setitem(mosaic_gpu_tiles.TILES["h200"], 2, {256: tiles})
+    check(batch(*LONG, heads=(2, 1), **EVERYTHING))
+
+
+def test_a_result_comes_again_bit_for_bit():
+    arguments = batch((1, 3), (150, 60), heads=(2, 1))
+    first, second = results_of(arguments), results_of(arguments)
+    np.testing.assert_array_equal(first["out"], second["out"])
+    np.testing.assert_array_equal(first["lse"], second["lse"])
+
+
+FAULTS = {
+    "values of slots that hold no key": (mosaic_gpu_attend, "_patch", lambda *given: None),
+    "a partial result": (
+        mosaic_gpu_merge, "_places",
+        lambda *given, places=mosaic_gpu_merge._places: (
+            places(*given)[0], places(*given)[1] - 1, places(*given)[2],
+        ),
+    ),
+    "the mask": (
+        mosaic_gpu_attend, "_mask",
+        lambda interval, first_key, shape, mask=mosaic_gpu_attend._mask: mask(
+            (interval[0], interval[1] + 1), first_key, shape
+        ),
+    ),
+    "the second warpgroup": (
+        mosaic_gpu_decode, "_with_the_other",
+        lambda state, scratch, add=mosaic_gpu_decode._with_the_other: (
+            add(state, scratch), state
+        )[1],
+    ),
+    "the page table": (
+        mosaic_gpu_pages, "_pages_of",
+        lambda *given, pages=mosaic_gpu_pages._pages_of: pages(*given)[::-1],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_goes_red(monkeypatch, fault):
+    monkeypatch.setattr(*FAULTS[fault])
+    with pytest.raises(AssertionError, match="outside the budget"):
+        check(batch((1, 3), (150, 61), heads=(2, 1)))
+
+
+def test_the_layout_converts_both_ways():
+    rng = np.random.default_rng(0)
+    stacked = KVCache(jnp.asarray(rng.standard_normal((2, 5, 16, 3, 80)), jnp.bfloat16))
+    there = stacked.converted("by_head")
+    assert there.pages.shape == LAYOUTS["by_head"].shape(5, 16, 3, 80) == (2, 5, 3, 16, 80)
+    assert (there.num_pages, there.page_size, there.num_kv_heads) == (5, 16, 3)
+    np.testing.assert_array_equal(there.converted("stacked").pages, stacked.pages)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"v": None}, "v is None, must be given with k and slot_mapping"),
+        ({"q": None}, "q is None, must be an array ["),
+        ({"cu_q_lens": np.zeros(9, np.int32)}, "cu_q_lens has 9 entries, must have 4"),
+        ({"kv_pages": np.zeros((2, 5, 2, 16, 64))}, "kv_pages has dtype float64, must be one of"),
+        ({"kv_pages": np.zeros((2, 5, 2, 8, 64), np.float16)}, "page_size is 8, must be one of"),
+        (
+            {"kv_pages": np.zeros((2, 5, 2, 16, 72), np.float16)},
+            "kv_pages has head_dim 72, must be 64",
+        ),
+        ({"soft_cap": -1.0}, "soft_cap is -1.0, must be above 0"),
+    ],
+)
+def test_refuses(change, message):
+    arguments = batch((3, 1), (9, 4))
+    arguments["kv_pages"] = LAYOUTS["by_head"].join(*jnp.asarray(arguments["kv_pages"]))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        mosaic_gpu.paged_attention(**arguments | change)
+
+
+def test_refuses_what_does_not_combine():
+    arguments = batch((3, 1), (9, 4), dtype="float16", cache_dtype="bfloat16")
+    arguments["kv_pages"] = LAYOUTS["by_head"].join(*jnp.asarray(arguments["kv_pages"]))
+    with pytest.raises(ValueError, match="kv_pages has dtype bfloat16, must be float16 or a"):
+        mosaic_gpu.paged_attention(**arguments)
+    arguments = batch((3, 1), (9, 4), head_size=192, cache_dtype="float8_e4m3fn")
+    arguments["kv_pages"] = LAYOUTS["by_head"].join(*jnp.asarray(arguments["kv_pages"]))
+    with pytest.raises(ValueError, match="head_dim is 192, must be at most 128 with a cache of 1"):
+        mosaic_gpu.paged_attention(**arguments)
+
+
+def test_the_backend_refuses_with_reasons():
+    def reasons(chip="h200", **question):
+        asked = {"head_size": 128, "dtype": "bfloat16", "kv_cache_dtype": "auto", "op": "paged"}
+        config = AttentionSelectorConfig(**asked | question)
+        found = MosaicGpuBackend.validate_configuration(config, Device.named(chip))
+        return [reason.argument for reason in found]
+
+    assert reasons() == []
+    assert reasons("b200") == reasons("a100") == ["compute_capability"]
+    assert reasons(dtype="float32") == ["dtype", "kv_cache_dtype"]
+    assert reasons(dtype="float16", kv_cache_dtype="bfloat16") == ["kv_cache_dtype"]
+    assert reasons(head_size=192, kv_cache_dtype="fp8_e4m3") == ["head_size"]
+
+
+def compiled(cache_pages=None, **options):
+    """Lets ptxas have the kernels, with a cache in the backend's layout."""
+    missing = target_for("h200").missing()
+    if missing:
+        pytest.skip(f"no compiler for h200 here: {missing}")
+    arguments = batch((1, 40, 3), (70, 75, 9), pad_tokens=0, **options)
+    _, num_pages, page_size, num_heads, head_dim = arguments["kv_pages"].shape
+    shape = LAYOUTS["by_head"].shape(cache_pages or num_pages, page_size, num_heads, head_dim)
+    pages = jax.ShapeDtypeStruct(shape, arguments["kv_pages"].dtype)
+    report = compile_for("h200", MosaicGpuBackend.kernels["paged"], arguments | {"kv_pages": pages})
+    assert report.compiled, report.refusal
+    return report
+
+
+def test_a_sample_compiles_and_writes_the_cache_where_it_lies():
+    report = compiled(cache_pages=10_000, heads=(8, 2), head_size=128, **EVERYTHING)
+    cache_bytes = 2 * 10_000 * 2 * 16 * 128 * 2
+    assert report.memory["aliased"] >= cache_bytes
+    assert report.memory["temporaries"] < cache_bytes / 10
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("head_size", DECLARED.head_size.values)
+@pytest.mark.parametrize("page_size", DECLARED.block_size.values)
+@pytest.mark.parametrize("dtype", DECLARED.dtype.values)
+def test_every_size_compiles(head_size, page_size, dtype):
+    compiled(head_size=head_size, page_size=page_size, dtype=dtype)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("cache_dtype", ["float8_e4m3fn", "float8_e5m2", "float16"])
+@pytest.mark.parametrize("page_size", DECLARED.block_size.values)
+@pytest.mark.parametrize("head_size", [64, 80, 96, 128])
+def test_every_cache_compiles(cache_dtype, page_size, head_size):
+    compiled(head_size=head_size, page_size=page_size, cache_dtype=cache_dtype, **EVERYTHING)
