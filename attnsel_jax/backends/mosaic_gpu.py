@@ -42,7 +42,7 @@ class MosaicGpuBackend(AttentionBackend):
 
     @classmethod
     def supports_combination(cls, config, device):
-        """No gradient beside a bias or slopes; v as k, or 128 by 192; float8 pages to head size 128."""
+        """No gradient beside bias or slopes; v as k, or 128 by 192; float8 up to head size 128."""
         size, size_v, cache = config.head_size, config.head_size_v, str(config.cache_dtype)
         if config.op == "dense":
             added = ("has_bias", "has_alibi") if config.needs_grad else ()
