@@ -6,7 +6,9 @@
 jax has it from 0.11 on; test files that need it begin with `needs_gpu_interpreter()`. It does not
 see: races of wgmma's own reads, races between blocks other than overlapping writes, register and
 shared-memory limits, tilings that TMA or wgmma cannot take. Those are the compiler's to refuse
-(`benchmarks/gpu_static`). A deadlock hangs: run with a time limit.
+(`python -m benchmarks.gpu run --static`). A deadlock hangs: run with a time limit. So does a
+machine of two cores where XLA has no thread for each warpgroup that waits: conftest's eight devices
+bring enough of them, a script needs the same XLA_FLAGS.
 """
 
 import contextlib
