@@ -81,7 +81,7 @@ def plan_call(
     """How a call is shared out; None where no mesh is in sight.
 
     Args:
-        op: "dense", "paged", "mla" or "sparse_mla".
+        op: a key of `dimensions.ARGUMENTS`.
         arrays: the kernel's array arguments by the contract's names.
         mesh_axes: what the caller says; None = what `use_mesh_axes` says.
         layout: of the paged cache.

@@ -34,7 +34,7 @@ def check_shares(
     Raises:
         ValueError: the size, the axis and its size, and what it must divide.
     """
-    if op != "dense" and plan.batch and "groups" not in dims["num_seqs"]:
+    if plan.batch and "groups" not in dims.get("num_seqs", ("groups",)):
         raise ValueError(
             f"num_seqs has shape (), must be (groups,) with a multiple of {plan.size(plan.batch)} "
             f"groups, the size of {_named(plan.batch)}, over which tokens, sequences and pages are "
