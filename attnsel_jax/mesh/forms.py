@@ -99,11 +99,10 @@ def check_context(op: str, plan: Plan, arrays: Arrays, static: dict[str, Any]) -
         return
     axis = f"mesh axis {plan.context!r} cuts"
     if op != "dense":
+        why = f"{axis} the pages of a sequence: cut its heads, or groups of sequences, instead"
         for name in ("sliding_window", "attention_chunk_size"):
-            _refuse(
-                name, static.get(name), f"{axis} the pages: what a window shows fits one device"
-            )
-        _refuse("alibi_slopes", arrays.get("alibi_slopes"), f"{axis} the pages of a sequence")
+            _refuse(name, static.get(name), f"{why}, as what a window shows fits one device")
+        _refuse("alibi_slopes", arrays.get("alibi_slopes"), why)
         return
     if plan.form != "all_gather":
         for name in ("bias", "mask"):

@@ -45,7 +45,9 @@ def kernel_over_mesh(
         raise ValueError(
             f"needs_lse is True, must be {backend.capabilities[op].needs_lse} with backend "
             f"{backend.name}: mesh axis {plan.context!r} spreads a sequence's keys, and partial "
-            f"results are merged by lse"
+            f"results are merged by lse; "
+            + ("use form='all_gather' or 'all_to_all'" if op == "dense" else "cut heads or groups")
+            + ", or another backend"
         )
     if plan is None and op in ("dense", "topk_positions"):
         return jitted_kernel(backend, op)
