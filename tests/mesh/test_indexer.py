@@ -19,10 +19,13 @@ LENGTHS = [((1, 6, 0, 2), (35, 25, 7, 2)), ((6, 2, 1, 0), (7, 35, 2, 25))]
 def one_group(i):
     """Arguments of one group: NaN in every slot and every token that is not to be read."""
     q_lens, kv_lens = LENGTHS[i % 2]
-    return indexer_inputs(
+    part = indexer_inputs(
         np.random.default_rng(i), q_lens=q_lens, kv_lens=kv_lens, num_index_heads=8,
         index_head_dim=16, page_size=4, dtype="float32", pad_tokens=2,
     )  # fmt: skip
+    pages = part["index_pages"]
+    unused = np.full_like(pages[: len(pages) % 2], np.nan)  # two devices share them evenly
+    return part | {"index_pages": np.concatenate([pages, unused])}
 
 
 def problem(groups=1):
@@ -91,17 +94,31 @@ def test_scores_under_automatic_axes_as_the_caller_says(cut):
     close(jax.jit(score)(*arguments), want)
 
 
-@pytest.mark.parametrize("model", [None, "model"])
-def test_scores_of_pages_spread_over_devices(model):
-    call, want = problem()
-    pages = np.concatenate([call[2], np.full_like(call[2][: -len(call[2]) % 2], np.nan)])
-    on = mesh(seq=2, model=2)
-    arguments = placed((*call[:2], pages, call[3]), on, pages="seq", model=model)
-    with use_mesh_axes(MeshAxes(context="seq", heads=model, mesh=on)):
-        assert collectives(attnsel_jax.indexer_scores, *arguments) == ["all-reduce"] * (
-            2 if model else 1
-        )
+@pytest.mark.parametrize(("data", "model", "sums"), [
+    (None, None, 1), (None, "model", 2), ("data", "model", 2),
+])  # fmt: skip
+def test_scores_of_pages_spread_over_devices(data, model, sums):
+    call, want = problem(2 if data else 1)
+    on = mesh(data=2, seq=2, model=2)
+    arguments = placed(call, on, data, model, pages=("data", "seq") if data else "seq")
+    with use_mesh_axes(MeshAxes(batch=data, heads=model, context="seq", mesh=on)):
+        assert collectives(attnsel_jax.indexer_scores, *arguments) == ["all-reduce"] * sums
         close(jax.jit(attnsel_jax.indexer_scores)(*arguments), want)
+
+
+@pytest.mark.parametrize(("dtype", "cache"), [
+    ("bfloat16", "bfloat16"), ("bfloat16", "float8_e4m3fn"), ("float32", "bfloat16"),
+])  # fmt: skip
+def test_scores_of_other_dtypes(dtype, cache):
+    """The sum over devices is of float32 scores, as one device's is."""
+    (q, weights, pages, metadata), _ = problem(2)
+    call = jnp.asarray(q, dtype), weights, jnp.asarray(pages, cache), metadata
+    want = np.asarray(attnsel_jax.indexer_scores(*call))
+    got = jax.jit(attnsel_jax.indexer_scores)(
+        *placed(call, mesh(data=2, model=2), "data", "model")
+    )  # fmt: skip
+    assert got.dtype == np.float32
+    close(got, want)
 
 
 def test_scores_on_no_mesh_of_numpy_arrays_and_of_nothing():
