@@ -7,7 +7,7 @@ from meshes import mesh
 from test_context import DENSE, LATENT
 from test_context import check as check_context
 from test_heads_and_batch import check
-from test_indexer import close, placed, problem
+from test_indexer_over_mesh import close, placed, problem
 
 import attnsel_jax
 from attnsel_jax.mesh import groups, over_mesh
