@@ -31,9 +31,11 @@ _HOMES = {
         "allocate_kv_cache",
         "allocate_latent_cache",
         "dot_product_attention",
+        "indexer_scores",
         "mla_attention",
         "paged_attention",
         "sparse_mla_attention",
+        "topk_positions",
     ),
     "attnsel_jax.platforms": ("Device", "DeviceCapability", "current_device"),
     "attnsel_jax.registry": (

@@ -15,6 +15,7 @@ from attnsel_jax.backend import AttentionBackend
 
 _STATIC = {
     "scale", "causal", "sliding_window", "attention_chunk_size", "soft_cap", "kv_cache_dtype",
+    "topk",
 }  # fmt: skip
 
 

@@ -51,7 +51,7 @@ COMPANIONS = [
     "AttentionMetadata", "CommonAttentionMetadata", "AttentionMetadataBuilder", "AttentionImpl",
     "MLAAttentionImpl", "is_quantized_kv_cache", "CacheDType", "Selection", "select",
     "NoAttentionBackendError", "Device", "dot_product_attention", "paged_attention",
-    "mla_attention", "sparse_mla_attention",
+    "mla_attention", "sparse_mla_attention", "indexer_scores", "topk_positions",
 ]  # fmt: skip
 
 

@@ -54,14 +54,25 @@ ARGUMENTS: dict[str, dict[str, str]] = {
     },
     "mla": {**_LATENT, **_BATCH, "kv_scale": ""},
     "sparse_mla": {**_LATENT, "topk_indices": "tokens -", **_BATCH, "kv_scale": ""},
+    "indexer_scores": {
+        "q_index": "tokens heads -",
+        "weights": "tokens heads",
+        "index_pages": "pages - -",
+        **{name: dims for name, dims in _BATCH.items() if name != "slot_mapping"},
+    },
+    "topk_positions": {"scores": "tokens -"},
 }
 RESULTS: dict[str, tuple[str, ...]] = {
     "dense": ("batch q_len heads -", "batch q_len heads"),
     "paged": ("tokens heads -", "tokens heads", "kv_pages"),
     "mla": ("tokens heads -", "tokens heads", "latent_pages"),
     "sparse_mla": ("tokens heads -", "tokens heads", "latent_pages"),
+    "indexer_scores": ("tokens -",),
+    "topk_positions": ("tokens -",),
 }
-POSITIONAL = {"dense": 3, "paged": 9, "mla": 10, "sparse_mla": 11}
+POSITIONAL = {
+    "dense": 3, "paged": 9, "mla": 10, "sparse_mla": 11, "indexer_scores": 7, "topk_positions": 1,
+}  # fmt: skip
 
 Dims = tuple[str, ...]
 
@@ -103,6 +114,8 @@ def _cache_dims(shape: tuple[int, ...], layout: str) -> Dims:
 
 def page_counts(op: str, pages: jax.Array, layout: str) -> tuple[int, int]:
     """(num_pages, page_size) of a cache."""
+    if op == "indexer_scores":
+        return pages.shape[:2]
     of = layout_named(layout) if op == "paged" else latent_layout_named(layout)
     return of.dims(pages.shape)[:2]
 

@@ -14,7 +14,7 @@ from attnsel_jax.mesh import groups
 from attnsel_jax.mesh.dimensions import page_counts
 from attnsel_jax.mesh.plan import Plan
 from attnsel_jax.mesh.ring import ring_attention
-from attnsel_jax.mesh.spread_pages import spread_attention
+from attnsel_jax.mesh.spread_pages import spread_attention, spread_scores
 from attnsel_jax.mesh.whole_keys import all_gather_attention, all_to_all_attention
 
 Arrays = dict[str, jax.Array]
@@ -53,6 +53,20 @@ def attend_ragged(
     return groups.attend(kernel, op, arrays)
 
 
+def score_ragged(
+    kernel: Kernel, op: str, arrays: Arrays, plan: Plan, layout: str
+) -> tuple[jax.Array]:
+    """The indexer's scores of this device's tokens, summed over the heads of all devices."""
+    arrays = groups.with_own_pages(op, arrays, plan, layout)
+    if plan.context is not None:
+        counts = page_counts(op, arrays[groups.CACHES[op]], layout)
+        kernel = functools.partial(spread_scores, kernel, counts=counts)
+    (scores,) = groups.attend(kernel, op, arrays)
+    if plan.heads:
+        scores = jax.lax.psum(scores, plan.heads)
+    return (scores if plan.context is None else jax.lax.pmax(scores, plan.context),)
+
+
 def asked_of_kernel(
     op: str, plan: Plan | None, question: dict[str, Any], *, by_position: bool
 ) -> dict[str, Any]:
@@ -85,11 +99,10 @@ def check_context(op: str, plan: Plan, arrays: Arrays, static: dict[str, Any]) -
         return
     axis = f"mesh axis {plan.context!r} cuts"
     if op != "dense":
+        why = f"{axis} the pages of a sequence: cut its heads, or groups of sequences, instead"
         for name in ("sliding_window", "attention_chunk_size"):
-            _refuse(
-                name, static.get(name), f"{axis} the pages: what a window shows fits one device"
-            )
-        _refuse("alibi_slopes", arrays.get("alibi_slopes"), f"{axis} the pages of a sequence")
+            _refuse(name, static.get(name), f"{why}, as what a window shows fits one device")
+        _refuse("alibi_slopes", arrays.get("alibi_slopes"), why)
         return
     if plan.form != "all_gather":
         for name in ("bias", "mask"):

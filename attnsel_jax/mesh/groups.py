@@ -11,36 +11,44 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnsel_jax.mesh.dimensions import page_counts
+from attnsel_jax.mesh.dimensions import RESULTS, page_counts
 from attnsel_jax.mesh.plan import Plan
 from attnsel_jax.metadata import AttentionMetadata
 
 Arrays = dict[str, jax.Array]
-TOKENS = ("q", "k", "v", "ql_nope", "q_pe", "kv_c", "k_pe", "topk_indices", "slot_mapping")
+TOKENS = (
+    "q", "k", "v", "ql_nope", "q_pe", "kv_c", "k_pe", "topk_indices", "slot_mapping", "q_index",
+    "weights",
+)  # fmt: skip
 CUT = (*TOKENS, "page_table", "kv_lens", "cu_q_lens", "num_seqs")
-CACHES = {"paged": "kv_pages", "mla": "latent_pages", "sparse_mla": "latent_pages"}
+CACHES = {
+    "paged": "kv_pages", "mla": "latent_pages", "sparse_mla": "latent_pages",
+    "indexer_scores": "index_pages",
+}  # fmt: skip
 
 
 def attend(kernel: Callable[..., Any], op: str, arrays: Arrays) -> tuple[jax.Array, ...]:
-    """Out, lse and the cache of all groups, one after another.
+    """What the kernel returns, of all groups: rows one after another, then the cache as written.
 
     Args:
         kernel: takes the arrays of one group by name.
-        op: "paged", "mla" or "sparse_mla".
+        op: a key of `CACHES`.
         arrays: of all groups, one after another along their first dimension; num_seqs is
             [groups], or [] where there is one.
     """
     if arrays["num_seqs"].ndim == 0:
         return kernel(arrays)
     count, cache = arrays["num_seqs"].shape[0], CACHES[op]
-    pages, outs, lses = arrays[cache], [], []
+    pages, parts, writes = arrays[cache], [], cache in RESULTS[op]
     for i in range(count):
         mine = {n: _part(a, i, count) if n in CUT else a for n, a in arrays.items()}
         mine |= {"num_seqs": arrays["num_seqs"][i], cache: pages}
-        out, lse, pages = kernel(mine)
-        outs.append(out)
-        lses.append(lse)
-    return jnp.concatenate(outs), jnp.concatenate(lses), pages
+        part = kernel(mine)
+        if writes:
+            *part, pages = part
+        parts.append(part)
+    whole = tuple(jnp.concatenate(rows) for rows in zip(*parts, strict=True))
+    return (*whole, pages) if writes else whole
 
 
 def groups_of(metadata: AttentionMetadata) -> list[AttentionMetadata]:

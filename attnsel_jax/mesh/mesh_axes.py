@@ -43,13 +43,17 @@ class MeshAxes:
             axes = () if said is None else (said,) if isinstance(said, str) else tuple(said)
             object.__setattr__(self, name, axes)
         if self.form not in FORMS:
-            raise ValueError(f"form is {self.form!r}, must be one of {', '.join(FORMS)}")
+            raise ValueError(
+                f"form is {self.form!r}, must be one of {', '.join(FORMS)}: use 'ring', or "
+                f"'all_gather' where something needs all keys at once"
+            )
         twice = [axis for axis in self.named if self.named.count(axis) > 1]
         if twice:
             times = self.named.count(twice[0])
             raise ValueError(
                 f"mesh axis {twice[0]!r} is named {times} times, must be named at "
-                f"most once among batch {self.batch}, heads {self.heads}, context {self.context}"
+                f"most once among batch {self.batch}, heads {self.heads}, context {self.context}: "
+                f"leave it to one of them"
             )
 
     @property
@@ -92,5 +96,8 @@ def said_by(mesh_axes: MeshAxes | None) -> MeshAxes:
 
 def _checked(mesh_axes: MeshAxes | None) -> MeshAxes | None:
     if mesh_axes is not None and not isinstance(mesh_axes, MeshAxes):
-        raise ValueError(f"mesh_axes is {mesh_axes!r}, must be a MeshAxes, or None")
+        raise ValueError(
+            f"mesh_axes is {mesh_axes!r}, must be a MeshAxes, or None: say "
+            f"MeshAxes(batch=..., heads=..., context=...)"
+        )
     return mesh_axes

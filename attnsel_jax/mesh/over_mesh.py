@@ -19,7 +19,7 @@ from attnsel_jax.cache_layouts import layout_named
 from attnsel_jax.jitted_kernels import guarded, jitted_kernel, static_names
 from attnsel_jax.mesh import groups
 from attnsel_jax.mesh.dimensions import ARGUMENTS, POSITIONAL, RESULTS, by_name, dimensions
-from attnsel_jax.mesh.forms import attend_dense, attend_ragged, check_context
+from attnsel_jax.mesh.forms import attend_dense, attend_ragged, check_context, score_ragged
 from attnsel_jax.mesh.plan import Mesh, Plan
 from attnsel_jax.mesh.shares import own_heads
 
@@ -34,7 +34,7 @@ def kernel_over_mesh(
 
     Args:
         backend: the backend.
-        op: "dense", "paged", "mla" or "sparse_mla".
+        op: a key of `ARGUMENTS`.
         plan: of the call that follows; None = no mesh.
 
     Raises:
@@ -45,9 +45,11 @@ def kernel_over_mesh(
         raise ValueError(
             f"needs_lse is True, must be {backend.capabilities[op].needs_lse} with backend "
             f"{backend.name}: mesh axis {plan.context!r} spreads a sequence's keys, and partial "
-            f"results are merged by lse"
+            f"results are merged by lse; "
+            + ("use form='all_gather' or 'all_to_all'" if op == "dense" else "cut heads or groups")
+            + ", or another backend"
         )
-    if plan is None and op == "dense":
+    if plan is None and op in ("dense", "topk_positions"):
         return jitted_kernel(backend, op)
     layout = backend.latent_layout if backend.is_mla() else backend.layout
     call = guarded(backend, op, _jitted(backend.get_kernel(op), op, layout))
@@ -75,7 +77,8 @@ def _by_arrays(kernel: Kernel, op: str, static: dict[str, Any]) -> Callable[...,
 
     def of_arrays(arrays: Arrays, **changed: Any) -> tuple[jax.Array, ...]:
         others = {name: array for name, array in arrays.items() if name not in names}
-        return kernel(*(arrays.get(name) for name in names), **others, **{**static, **changed})
+        results = kernel(*(arrays.get(name) for name in names), **others, **{**static, **changed})
+        return results if isinstance(results, tuple) else (results,)
 
     return of_arrays
 
@@ -97,6 +100,10 @@ def _shared_out(
         mine = _with_own_kv_heads(mine, dims, plan, num_heads)
         if op == "dense":
             return attend_dense(of_arrays, mine, static, plan)
+        if op == "topk_positions":
+            return of_arrays(mine)
+        if op == "indexer_scores":
+            return score_ragged(of_arrays, op, mine, plan, layout)
         mine = _with_cached_heads(op, mine, layout)
         return attend_ragged(of_arrays, op, mine, static, plan, layout)
 

@@ -81,7 +81,7 @@ def plan_call(
     """How a call is shared out; None where no mesh is in sight.
 
     Args:
-        op: "dense", "paged", "mla" or "sparse_mla".
+        op: a key of `dimensions.ARGUMENTS`.
         arrays: the kernel's array arguments by the contract's names.
         mesh_axes: what the caller says; None = what `use_mesh_axes` says.
         layout: of the paged cache.
@@ -176,13 +176,14 @@ def _read(
     if len(context) > 1:
         raise ValueError(
             f"positions are sharded over {_axes_text(mesh, context)}, must be over one mesh axis: "
-            f"make one axis of these"
+            f"make one axis of these, or cut batch or heads by the others"
         )
     heads = heads or kv_heads
     if kv_heads and heads[: len(kv_heads)] != kv_heads:
         raise ValueError(
             f"k's heads are sharded over {_axes_text(mesh, kv_heads)}, must be over the first of "
-            f"{_axes_text(mesh, heads)}, as q's are, or over none"
+            f"{_axes_text(mesh, heads)}, as q's are, or over none: "
+            f"jax.sharding.reshard k and v"
         )
     return Plan(mesh, batch, heads, kv_heads, context[0] if context else None, said.form)
 
@@ -209,13 +210,14 @@ def _agreed(
         if axis not in mesh.shape:
             raise ValueError(
                 f"mesh_axes.{what} names {axis!r}, must be one of {', '.join(mesh.axis_names)}, "
-                f"the mesh's axes"
+                f"the mesh's axes: name one of these, or pass MeshAxes(mesh=...) with that axis"
             )
     if len(found) > 1:
         (first, where), (other, there) = list(found.items())[:2]
         raise ValueError(
             f"{there} is sharded over {_axes_text(mesh, other)}, must be over "
-            f"{_axes_text(mesh, first)}, as {where}, or over none"
+            f"{_axes_text(mesh, first)}, as {where}, or over none: "
+            f"jax.sharding.reshard it"
         )
     return next(iter(found), ())
 

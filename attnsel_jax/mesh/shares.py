@@ -16,7 +16,17 @@ if TYPE_CHECKING:
 _WORDS = {"heads": "num_heads", "cache_heads": "the cache's num_kv_heads", "pages": "num_pages",
           "seqs": "max_num_seqs", "tokens": "num_tokens", "groups": "the number of groups",
           "kv_heads": "num_kv_heads"}  # fmt: skip
+_POSITIONS = (
+    "pad them and pass query_seq_lengths and key_value_seq_lengths, or cut batch or heads instead"
+)
 _WAYS_OUT = {
+    "batch": "pad the batch, or cut it by fewer devices",
+    "heads": "cut heads by an axis whose size divides them, or batch or positions instead",
+    "q_len": _POSITIONS,
+    "kv_len": _POSITIONS,
+    "tokens": "build the batch with AttentionMetadata.from_lengths(num_tokens=...), which pads it",
+    "seqs": "build the batch with AttentionMetadata.from_lengths(max_num_seqs=...), which pads it",
+    "pages": "allocate the cache with more pages",
     "cache_heads": "allocate the cache with more kv heads; each of k and v is then repeated",
     "groups": "build the batch with AttentionMetadata.grouped, a group for each shard",
 }
@@ -34,7 +44,7 @@ def check_shares(
     Raises:
         ValueError: the size, the axis and its size, and what it must divide.
     """
-    if op != "dense" and plan.batch and "groups" not in dims["num_seqs"]:
+    if plan.batch and "groups" not in dims.get("num_seqs", ("groups",)):
         raise ValueError(
             f"num_seqs has shape (), must be (groups,) with a multiple of {plan.size(plan.batch)} "
             f"groups, the size of {_named(plan.batch)}, over which tokens, sequences and pages are "
@@ -47,8 +57,8 @@ def check_shares(
             if size % plan.size(axes):
                 raise ValueError(
                     f"{_WORDS.get(dim, dim)} of {name} is {size}, must be a multiple of "
-                    f"{plan.size(axes)}, the size of {_named(axes)}"
-                    f"{': ' + _WAYS_OUT[dim] if dim in _WAYS_OUT else ''}"
+                    f"{plan.size(axes)}, the size of {_named(axes)}: "
+                    f"{_WAYS_OUT.get(dim, _WAYS_OUT['groups'])}"
                 )
     if plan.heads and "kv_heads" in dims.get("k", ()):
         q, k = (arrays[x].shape[dims[x].index(d)] for x, d in (("q", "heads"), ("k", "kv_heads")))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from attnsel_jax.mesh.merging import Partial, merged_over, with_sinks
 
 Arrays = dict[str, jax.Array]
+QUERIES = ("q", "ql_nope", "q_index")
 
 
 def spread_attention(
@@ -49,9 +50,26 @@ def spread_attention(
     return whole.out.astype(out.dtype), whole.lse, pages
 
 
+def spread_scores(
+    kernel: Callable[..., Any], arrays: Arrays, counts: tuple[int, int]
+) -> tuple[jax.Array]:
+    """The indexer's scores of one group of sequences, -inf where a position's page lies elsewhere.
+
+    Args:
+        kernel: takes arrays by name.
+        arrays: this device's, page ids counted from the first page that lies here.
+        counts: pages that lie here, and tokens of a page.
+    """
+    mine, ranks = _own_pages(arrays, _visible_lengths(arrays, causal=True), counts)
+    (scores,) = kernel({n: a for n, a in arrays.items() if n != "num_seqs"} | mine)
+    by_page = scores.reshape(*ranks.shape, counts[1])
+    placed = jnp.take_along_axis(by_page, jnp.maximum(ranks, 0)[:, :, None], axis=1)
+    return (jnp.where(ranks[:, :, None] >= 0, placed, -jnp.inf).reshape(scores.shape),)
+
+
 def _visible_lengths(arrays: Arrays, causal: bool):
     """Of each token: whether it exists, its sequence, and how many positions it sees."""
-    num_tokens = next(arrays[name].shape[0] for name in ("q", "ql_nope") if name in arrays)
+    num_tokens = next(arrays[name].shape[0] for name in QUERIES if name in arrays)
     rows = arrays["kv_lens"].shape[0]
     starts = jnp.where(
         jnp.arange(rows + 1) <= arrays["num_seqs"], arrays["cu_q_lens"],

@@ -125,6 +125,33 @@ def check_latent(
     _check_groups_divide(dims)
 
 
+def check_indexer(
+    q_index: jax.Array, weights: jax.Array, index_pages: jax.Array, metadata: AttentionMetadata
+) -> None:
+    """Refuses what does not fit together; arguments as of `indexer_scores`.
+
+    Raises:
+        TypeError: an argument is no array, or the batch of another class.
+        ValueError: a rank, a dtype or a size that cannot be, or a batch that is not causal.
+    """
+    _check_given({"q_index": q_index, "weights": weights, "index_pages": index_pages})
+    dims = check_arguments(
+        {
+            "q_index": (q_index, "num_tokens num_index_heads index_head_dim", FLOATS),
+            "weights": (weights, "num_tokens num_index_heads", FLOAT32),
+            "index_pages": (index_pages, "num_pages page_size index_head_dim", LATENT_DTYPES[:-1]),
+            **_batch_table(metadata),
+        }
+    )
+    if not metadata.causal:
+        raise ValueError(
+            "metadata.causal is False, must be True: the indexer scores what a query may see, "
+            "which is nothing after it; build the batch with causal=True"
+        )
+    _check_not_empty(dims, "num_index_heads", "index_head_dim", *_CACHE_AND_BATCH)
+    _check_groups_divide(dims)
+
+
 def _logical(cache: LatentCache) -> jax.Array | jax.ShapeDtypeStruct:
     """What stands for the cache's array in the table: rows of one token each."""
     layout, pages = latent_layout_named(cache.layout), cache.pages

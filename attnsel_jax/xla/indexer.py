@@ -50,6 +50,9 @@ def indexer_scores(
     dims = check_arguments(table, required=table)
     starts = {"cu_q_lens": (cu_q_lens, str(dims["max_num_seqs"] + 1), INT32)}
     check_arguments(starts, required=starts)
+    q_index, weights, index_pages, page_table = map(
+        jnp.asarray, (q_index, weights, index_pages, page_table)
+    )  # tiles index them by traced numbers, which NumPy's arrays refuse
     num_tokens, page_size = dims["num_tokens"], dims["page_size"]
     most = BLOCK_ROWS // dims["num_index_heads"]
     widths = tile_widths(num_tokens, dims["max_num_seqs"], most)

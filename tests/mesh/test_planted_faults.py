@@ -7,8 +7,10 @@ from meshes import mesh
 from test_context import DENSE, LATENT
 from test_context import check as check_context
 from test_heads_and_batch import check
+from test_indexer_over_mesh import close, placed, problem
 
-from attnsel_jax.mesh import over_mesh
+import attnsel_jax
+from attnsel_jax.mesh import groups, over_mesh
 from attnsel_jax.mesh.merging import Partial
 from attnsel_jax.problems import Problem
 from attnsel_jax.problems.dense_inputs import dense_inputs
@@ -38,6 +40,16 @@ def spread():
     check_context(problem, mesh(seq=2), name="XLA_MLA", pages="seq")
 
 
+def indexer(groups, **cuts):
+    call, want = problem(groups)
+    arguments = placed(call, mesh(**dict.fromkeys(cuts, 2)), **cuts)
+    close(attnsel_jax.indexer_scores(*arguments), want)
+
+
+def not_summed(kernel, op, arrays, plan, layout):
+    return groups.attend(kernel, op, groups.with_own_pages(op, arrays, plan, layout))
+
+
 FAULTS = {
     "the first kv head for all": (
         "attnsel_jax.mesh.over_mesh", "_with_own_kv_heads",
@@ -62,6 +74,14 @@ FAULTS = {
     ),
     "partial results not merged": (
         "attnsel_jax.mesh.spread_pages", "merged_over", lambda part, axis: part, spread,
+    ),
+    "scores of one device's heads": (
+        "attnsel_jax.mesh.over_mesh", "score_ragged", not_summed,
+        lambda: indexer(1, model="model"),
+    ),
+    "index pages counted from the cache's first": (
+        "attnsel_jax.mesh.groups", "with_own_pages", lambda op, arrays, *_: arrays,
+        lambda: indexer(2, data="data"),
     ),
 }  # fmt: skip
 

@@ -1,6 +1,9 @@
 """Shardings that cannot work are refused: the axis, its size, and what it must divide."""
 
+import ast
 import dataclasses
+import functools
+import pathlib
 import re
 
 import jax
@@ -19,6 +22,7 @@ from attnsel_jax import (
 )
 from attnsel_jax.backends.xla import XLA_DENSE
 from attnsel_jax.constraints import NEVER
+from attnsel_jax.mesh import kernel_over_mesh, over_mesh, plan_call
 
 
 def ones(*shape):
@@ -41,7 +45,11 @@ def refused(call, message):
 def test_heads_that_the_axis_does_not_divide():
     on = mesh(False, model=4)
     call = dense(ones(2, 8, 6, 8), ones(2, 8, 2, 8), on, heads="model")
-    refused(call, r"^num_heads of q is 6, must be a multiple of 4, the size of mesh axis 'model'")
+    refused(
+        call,
+        r"^num_heads of q is 6, must be a multiple of 4, the size of mesh axis 'model': "
+        "cut heads by an axis whose size divides them",
+    )
 
 
 def test_kv_heads_whose_groups_would_be_torn():
@@ -49,57 +57,85 @@ def test_kv_heads_whose_groups_would_be_torn():
     call = dense(ones(2, 8, 6, 8), ones(2, 8, 3, 8), on, ((None, None, "model"), ()))
     refused(call, r"^num_kv_heads is 3, must divide, or be a multiple of, 2, the size of mesh "
                   r"axis 'model': each shard has 3 of 6 query heads, and a kv head serves "
-                  "2")  # fmt: skip
+                  "2; repeat k and v to 6 heads, or use fewer shards")  # fmt: skip
 
 
 def test_a_batch_that_the_axis_does_not_divide():
     on = mesh(False, data=2, model=4)
     call = dense(ones(3, 8, 4, 8), ones(3, 8, 4, 8), on, batch="data")
-    refused(call, r"^batch of q is 3, must be a multiple of 2, the size of mesh axis 'data'")
+    refused(
+        call,
+        r"^batch of q is 3, must be a multiple of 2, the size of mesh axis 'data': pad "
+        "the batch, or cut it by fewer devices",
+    )
 
 
 def test_positions_that_the_axis_does_not_divide():
     on = mesh(False, seq=4)
     call = dense(ones(1, 8, 4, 8), ones(1, 10, 4, 8), on, context="seq")
-    refused(call, r"^kv_len of k is 10, must be a multiple of 4, the size of mesh axis 'seq'")
+    refused(
+        call,
+        r"^kv_len of k is 10, must be a multiple of 4, the size of mesh axis 'seq': pad "
+        "them and pass query_seq_lengths and key_value_seq_lengths, or cut",
+    )
 
 
 def test_a_dimension_that_is_never_cut():
     on = mesh(model=4)
     call = dense(ones(1, 8, 4, 8), ones(1, 8, 4, 8), on, ((None, None, None, "model"), ()))
-    refused(call, r"^q is sharded over mesh axis 'model' of size 4 in a dimension that is never")
+    refused(
+        call,
+        r"^q is sharded over mesh axis 'model' of size 4 in a dimension that is never "
+        "shared out, .*: jax.sharding.reshard it",
+    )
 
 
 def test_arrays_that_disagree():
     on = mesh(data=2, model=4)
     call = dense(ones(8, 8, 4, 8), ones(8, 8, 4, 8), on, (("data",), ("model",)))
     refused(call, r"^k \(batch\) is sharded over mesh axis 'model' of size 4, must be over mesh "
-                  r"axis 'data' of size 2, as q \(batch\), or over none")  # fmt: skip
+                  r"axis 'data' of size 2, as q \(batch\), or over none: jax.sharding.reshard "
+                  "it")  # fmt: skip
 
 
 def test_what_is_said_and_what_the_arrays_show():
     on = mesh(data=2, model=4)
     call = dense(ones(8, 8, 4, 8), ones(8, 8, 4, 8), on, (("data",), ()), batch="model")
     refused(call, r"^q \(batch\) is sharded over mesh axis 'data' of size 2, must be over mesh "
-                  r"axis 'model' of size 4, as mesh_axes")  # fmt: skip
+                  r"axis 'model' of size 4, as mesh_axes, or over none: jax.sharding.reshard "
+                  "it")  # fmt: skip
 
 
 def test_an_axis_that_the_mesh_has_not():
     call = dense(ones(8, 8, 4, 8), ones(8, 8, 4, 8), mesh(False, data=2), heads="modle")
-    refused(call, r"^mesh_axes.heads names 'modle', must be one of data, the mesh's axes")
+    refused(
+        call,
+        r"^mesh_axes.heads names 'modle', must be one of data, the mesh's axes: name one of "
+        "these, or pass MeshAxes\\(mesh=...\\) with that axis",
+    )
 
 
 def test_axes_without_a_mesh():
     call = dense(ones(8, 8, 4, 8), ones(8, 8, 4, 8), None, heads="model")
-    refused(call, r"^mesh_axes names axes and no mesh, and the arrays show none, must have one")
+    refused(
+        call,
+        r"^mesh_axes names axes and no mesh, and the arrays show none, must have one: "
+        r"pass MeshAxes\(mesh=...\), or call under",
+    )
 
 
 def test_mesh_axes_that_cannot_be():
-    with pytest.raises(ValueError, match=r"^form is 'rings', must be one of ring, all_gather, all"):
+    with pytest.raises(
+        ValueError, match=r"^form is 'rings', must be one of ring, .*: use 'ring', or 'all_"
+    ):
         MeshAxes(form="rings")
-    with pytest.raises(ValueError, match=r"^mesh axis 'x' is named 2 times, must be named at most"):
+    with pytest.raises(
+        ValueError, match=r"^mesh axis 'x' is named 2 times, .*: leave it to one of them"
+    ):
         MeshAxes(batch=("x", "y"), heads="x")
-    with pytest.raises(ValueError, match=r"^mesh_axes is 'x', must be a MeshAxes, or None"):
+    with pytest.raises(
+        ValueError, match=r"^mesh_axes is 'x', must be a MeshAxes, or None: say MeshAxes"
+    ):
         attnsel_jax.dot_product_attention(*[ones(1, 8, 4, 8)] * 3, mesh_axes="x")
 
 
@@ -157,7 +193,11 @@ def test_heads_that_cannot_be_exchanged_for_positions():
     axes = MeshAxes(context="seq", form="all_to_all", mesh=mesh(False, seq=4))
     x = ones(1, 8, 6, 8)
     call = lambda: attnsel_jax.dot_product_attention(x, x, x, mesh_axes=axes)  # noqa: E731
-    refused(call, r"^num_heads of a shard is 6, must be a multiple of 4, the size of mesh axis")
+    refused(
+        call,
+        r"^num_heads of a shard is 6, must be a multiple of 4, the size of mesh axis "
+        "'seq': form 'all_to_all' exchanges .*; use form='ring' or 'all_gather'",
+    )
 
 
 def test_windows_over_spread_pages():
@@ -165,8 +205,43 @@ def test_windows_over_spread_pages():
     metadata = AttentionMetadata.from_lengths([1], [3], [[1]], 4)
     cache = KVCache(put(ones(2, 4, 4, 4, 8), on, None, "seq"))
     q = ones(1, 4, 8)
-    call = lambda: attnsel_jax.paged_attention(q, None, None, cache, metadata, sliding_window=2)  # noqa: E731
-    refused(call, r"^sliding_window is 2, must be None where mesh axis 'seq' cuts the pages")
+    for name, value, said in (
+        ("sliding_window", 2, "2"), ("attention_chunk_size", 4, "4"),
+        ("alibi_slopes", np.ones(4, np.float32), r"an array \(4,\)"),
+    ):  # fmt: skip
+        call = functools.partial(
+            attnsel_jax.paged_attention, q, None, None, cache, metadata, **{name: value}
+        )
+        refused(call, rf"^{name} is {said}, must be None where mesh axis 'seq' cuts the pages of a "
+                      "sequence: cut its heads, or groups of sequences, instead")  # fmt: skip
+
+
+def test_a_kernel_without_lse_that_is_called_by_itself_over_spread_keys():
+    x = jax.ShapeDtypeStruct((1, 8, 4, 8), "float32")
+    on = mesh(False, seq=4)
+    for form, fits in (("ring", False), ("all_gather", True)):
+        plan = plan_call("dense", dict.fromkeys("qkv", x),
+                         MeshAxes(context="seq", form=form, mesh=on))  # fmt: skip
+        if fits:
+            kernel_over_mesh(NoLseBackend, "dense", plan)
+            continue
+        with pytest.raises(ValueError, match=r"^needs_lse is True, must be .*; use form='all_gather"
+                                             "' or 'all_to_all', or another backend$"):  # fmt: skip
+            kernel_over_mesh(NoLseBackend, "dense", plan)
+
+
+SOURCES = sorted(pathlib.Path(over_mesh.__file__).parent.glob("*.py"))
+WAYS_OUT = r"\b(use|cut|pass|pad|reshard|leave|say|name|make|allocate|_WAYS_OUT|why)\b"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_every_refusal_names_a_way_out(path):
+    """What stands after what must be, in each message that the mesh's code raises."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Raise):
+            _, must, rest = ast.unparse(node.exc).partition("must")
+            assert must, ast.unparse(node)
+            assert re.search(WAYS_OUT, rest), ast.unparse(node)
 
 
 class NoLseBackend(AttentionBackend):

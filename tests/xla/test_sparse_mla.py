@@ -193,3 +193,8 @@ def test_the_best_positions_first_and_ties_to_the_lower():
     wide = topk_positions(jnp.asarray(scores), 8)
     np.testing.assert_array_equal(wide, oracle.topk_positions(scores, 8))
     assert wide.dtype == np.int32
+
+
+def test_scores_of_numpy_arrays_are_the_same():
+    given = index_problem(seed=3)
+    np.testing.assert_array_equal(indexer_scores(*given), score(*map(jnp.asarray, given)))
