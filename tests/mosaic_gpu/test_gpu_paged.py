@@ -98,17 +98,21 @@ LONG = ((1, 70, 0, 3), (150, 131, 7, 60))
 EVERYTHING = {"sinks": True, "alibi": True, "soft_cap": 8.0, "sliding_window": 37}
 
 
+def sweep(*values):
+    return pytest.param(*values, marks=pytest.mark.sweep)
+
+
 @pytest.mark.parametrize(
     ("heads", "options"),
     [
         ((4, 2), EVERYTHING),
         ((3, 1), {"sliding_window": 20, "sinks": True, "page_size": 32}),
-        ((2, 2), {"causal": False, "sliding_window": (30, 3), "page_size": 128}),
+        sweep((2, 2), {"causal": False, "sliding_window": (30, 3), "page_size": 128}),
         ((2, 1), {"attention_chunk_size": 24, "head_size": 128, "page_size": 64}),
         ((1, 1), {"cache_dtype": "float8_e4m3fn", "scales": "head", "alibi": True}),
-        ((2, 1), {"cache_dtype": "float8_e5m2", "scales": "tensor", "dtype": "float16"}),
-        ((2, 1), {"cache_dtype": "float16", "head_size": 80, "page_size": 256}),
-        ((1, 1), {"head_size": 256}),
+        sweep((2, 1), {"cache_dtype": "float8_e5m2", "scales": "tensor", "dtype": "float16"}),
+        sweep((2, 1), {"cache_dtype": "float16", "head_size": 80, "page_size": 256}),
+        sweep((1, 1), {"head_size": 256}),
     ],
     ids=["everything", "window", "two-sided", "chunked", "e4m3", "e5m2", "float16", "256"],
 )
@@ -168,7 +172,7 @@ def test_large_and_small_queries_over_a_float8_cache():
 
 @pytest.mark.parametrize(
     ("decode", "prefill"),
-    [((64, 2, 1), (64, 2, 1)), ((128, 4, 2), (128, 3, 2))],
+    [((64, 2, 1), (64, 2, 1)), sweep((128, 4, 2), (128, 3, 2))],
     ids=["one-warpgroup", "128"],
 )
 def test_tiles_change_speed_and_never_numbers(monkeypatch, decode, prefill):

@@ -99,8 +99,8 @@ def test_prompts(monkeypatch, heads, options):
     [
         # Kv heads in twos where the matrix unit is 256 wide, q and out by words.
         ((16, 2), {"sliding_window": 70, "sinks": True}),
-        ((8, 4), {"head_size": 128, "dtype": "float32"}),
-        ((16, 8), {"cache_dtype": "int8", "scales": "head"}),
+        pytest.param((8, 4), {"head_size": 128, "dtype": "float32"}, marks=pytest.mark.sweep),
+        pytest.param((16, 8), {"cache_dtype": "int8", "scales": "head"}, marks=pytest.mark.sweep),
     ],
     ids=["64", "float32", "int8"],
 )
