@@ -174,7 +174,7 @@ def own_block(me, sizes, shared, running, scores, first_key, walk, zero, sees) -
     shrink = shrink_to(running.m, m)
     l = running.l * shrink + weights.sum(axis=1)
     rounded = weights.astype(shared.q.dtype)
-    plgpu.store(shared.slots.rope(me, zero), rounded)
+    shared.slots.rope(me, zero)[...] = rounded
     shared.maxima[me] = m
     shared.slots.blank(me, sizes, walk.kv_len - first_key)
     plgpu.commit_smem()

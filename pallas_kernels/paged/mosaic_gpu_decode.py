@@ -219,7 +219,7 @@ def _load_row(ref: Any) -> jax.Array:
 def _hand_over(state: State, turn: Any, scratch: dict[str, Any]) -> None:
     """The second warpgroup leaves its softmax in shared memory."""
     pl.when(turn > 0)(lambda: plgpu.barrier_wait(scratch["taken"]))
-    plgpu.store(scratch["out_smem"], state.acc, optimized=False)
+    scratch["out_smem"][...] = state.acc
     scratch["lse_smem"][...] = state.m
     scratch["sum_smem"][...] = state.l
     plgpu.barrier_arrive(scratch["handed"])
@@ -245,7 +245,7 @@ def _leave(
     # Where nothing was seen the sum is 0, and so is acc.
     total = jnp.where(state.l > 0, state.l, 1)
     normalised = state.acc / over_columns(total, geometry.head_dim)
-    plgpu.store(out_smem, normalised, optimized=False)
+    out_smem[...] = normalised
     lse_smem[...] = jnp.where(state.l > 0, state.m + jnp.log2(total), -jnp.inf)
     plgpu.commit_smem()
 

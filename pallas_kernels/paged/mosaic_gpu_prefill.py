@@ -223,7 +223,7 @@ def _finish(
     total = state.l * fade + jnp.exp2(sink - m)
     safe = jnp.where(total > 0, total, 1)
     scaled = state.acc * over_columns(fade * heads.v_factor[item.head] / safe, geometry.head_dim)
-    plgpu.store(out_smem, scaled.astype(geometry.out_dtype), optimized=False)
+    out_smem[...] = scaled.astype(geometry.out_dtype)
     lse_smem[...] = jnp.where(total > 0, (m + jnp.log2(safe)) * jnp.log(2.0), -jnp.inf)
     plgpu.commit_smem()
     place = pl.ds(0 if geometry.pairs_heads else warpgroup * ROWS, ROWS)
