@@ -153,8 +153,7 @@ def _merge(writes, scratch, j, packed, rank, rope_dim) -> None:
     old = scratch.bundle[j].astype(jnp.float32)
     lane = jax.lax.broadcasted_iota(jnp.int32, old.shape, 1)
     is_odd = jnp.where(lane < 2 * rank, lane >= rank, lane >= 2 * rank + rope_dim)
-    even = 2 * jax.lax.broadcasted_iota(jnp.int32, old.shape, 0)
-    token_at = jnp.where(is_odd, even + 1, even)  # some libtpu cannot widen the mask itself
+    token_at = 2 * jax.lax.broadcasted_iota(jnp.int32, old.shape, 0) + is_odd.astype(jnp.int32)
 
     def one_row(i, values):
         latents = [scratch.rows[j, i, pl.ds(c, 1)] for c in range(rank // LANES)]
