@@ -73,7 +73,7 @@ def sparse_mla_attention(
     dims = check_latent(
         locals(),
         kv_cache_dtype,
-        {"topk_indices": (topk_indices, "num_tokens topk", INT32)},
+        {"topk_indices": ("num_tokens topk", INT32)},
         takes_bytes=True,
     )
     check_positive("soft_cap", soft_cap)
