@@ -100,6 +100,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.planted
 @pytest.mark.parametrize(("module", "name", "fault", "options"), FAULTS.values(), ids=FAULTS)
 def test_a_planted_fault_is_found(monkeypatch, module, name, fault, options):
     monkeypatch.setattr(module, name, fault)
