@@ -125,7 +125,7 @@ def slot_after(static: Static, slot: jax.Array) -> jax.Array:
     return (slot + 1) & (stages - 1)
 
 
-def _tile(static: Static, *shape: int, dtype) -> Any:
+def tile(*shape: int, dtype) -> Any:
     """A tile that TMA writes and wgmma reads: swizzled as far as its rows are long."""
     swizzle = plgpu.find_swizzle(shape[-1] * jnp.dtype(dtype).itemsize * 8)
     tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
@@ -137,9 +137,9 @@ def _scratch(static: Static, dtype) -> list[Any]:
     ring = functools.partial(plgpu.Barrier, num_barriers=stages)
     segments = plgpu.SMEM((stages, tiles.block_kv), jnp.int32)
     return [
-        _tile(static, tiles.consumers, CONSUMER_ROWS, static.head_dim, dtype=dtype),
-        _tile(static, stages, tiles.block_kv, static.head_dim, dtype=dtype),
-        _tile(static, stages, tiles.block_kv, static.head_dim_v, dtype=dtype),
+        tile(tiles.consumers, CONSUMER_ROWS, static.head_dim, dtype=dtype),
+        tile(stages, tiles.block_kv, static.head_dim, dtype=dtype),
+        tile(stages, tiles.block_kv, static.head_dim_v, dtype=dtype),
         plgpu.SMEM((tiles.consumers, CONSUMER_ROWS), jnp.float32),
         *([segments] if static.segments else []),
         plgpu.Barrier(num_barriers=tiles.consumers),
@@ -201,7 +201,7 @@ def produce(static: Static, x: Operands, shared: Shared, place: Place) -> None:
     stages, block_kv = static.tiles.stages, static.tiles.block_kv
     kv_head = lax.div(head, jnp.int32(static.group))
     for i in range(static.tiles.consumers):
-        rows = pl.ds(index * static.block_q + i * CONSUMER_ROWS, CONSUMER_ROWS)
+        rows = pl.ds(index * static.block_q + i * static.tiles.rows, static.tiles.rows)
         plgpu.copy_gmem_to_smem(x.q.at[b, rows, head], shared.q.at[i], shared.q_full.at[i])
 
     @pl.loop(tiles.first, tiles.stop)
