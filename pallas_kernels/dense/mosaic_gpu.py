@@ -12,7 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import gpu_chip, masks, shape_checks
-from pallas_kernels.dense import mosaic_gpu_backward, mosaic_gpu_blackwell, mosaic_gpu_forward
+from pallas_kernels.dense import (
+    mosaic_gpu_ampere,
+    mosaic_gpu_backward,
+    mosaic_gpu_blackwell,
+    mosaic_gpu_forward,
+)
 from pallas_kernels.dense.mosaic_gpu_forward import Operands
 from pallas_kernels.dense.mosaic_gpu_geometry import Static, in_whole_tiles_of_rows, seen_keys
 from pallas_kernels.dense.mosaic_gpu_tiles import forward_tiles
@@ -21,6 +26,7 @@ from pallas_kernels.dense.mosaic_gpu_weights import BLOCK, Arrays
 DTYPES = ("bfloat16", "float16")
 # Compute capability -> its forward.
 FORWARD = {
+    (8, 0): mosaic_gpu_ampere.forward,
     (9, 0): mosaic_gpu_forward.forward,
     (10, 0): mosaic_gpu_blackwell.forward,
 }

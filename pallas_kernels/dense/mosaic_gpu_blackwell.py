@@ -228,7 +228,9 @@ def consume(static: Static, x: Operands, out, lse, shared: Shared, place: Place,
         plgpu.barrier_wait(shared.s_full.at[i])
         n = tile - tiles.first
         slot = hopper.slot_of(static, n)
-        state = softmax.weigh(static, x, shared, at, i, tile, slot, state, masked=masked, first=n == 0)
+        state = softmax.weigh(
+            static, x, shared, at, i, tile, slot, state, masked=masked, first=n == 0
+        )
         if static.segments:
             plgpu.barrier_arrive(shared.k_empty.at[slot])
         plgpu.barrier_arrive(shared.p_full.at[i])

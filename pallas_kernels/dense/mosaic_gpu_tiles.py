@@ -34,6 +34,11 @@ class Tiles:
 PLAIN, CAPPED, SEGMENTED = "plain", "capped", "segmented"
 # Capability -> (head_dim, head_dim_v) -> shape class -> tiles; bfloat16 and float16 are alike.
 TILES = {
+    (8, 0): {
+        (64, 64): {PLAIN: Tiles(64, 2, 1, turns=False)},
+        (96, 96): {PLAIN: Tiles(64, 2, 1, turns=False)},
+        (128, 128): {PLAIN: Tiles(64, 2, 1, turns=False)},
+    },
     (9, 0): {
         (64, 64): {PLAIN: Tiles(128, 4)},
         (80, 80): {PLAIN: Tiles(128, 4)},
