@@ -12,13 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import contract_checks, gpu_chip, masks
-from pallas_kernels.dense import mosaic_gpu_backward, mosaic_gpu_forward
+from pallas_kernels.dense import (
+    mosaic_gpu_ampere,
+    mosaic_gpu_backward,
+    mosaic_gpu_blackwell,
+    mosaic_gpu_forward,
+)
 from pallas_kernels.dense.mosaic_gpu_forward import Operands
 from pallas_kernels.dense.mosaic_gpu_geometry import Static, in_whole_tiles_of_rows, seen_keys
 from pallas_kernels.dense.mosaic_gpu_tiles import forward_tiles
 from pallas_kernels.dense.mosaic_gpu_weights import BLOCK, Arrays
 
 DTYPES = ("bfloat16", "float16")
+# Compute capability -> its forward.
+FORWARD = {
+    (8, 0): mosaic_gpu_ampere.forward,
+    (9, 0): mosaic_gpu_forward.forward,
+    (10, 0): mosaic_gpu_blackwell.forward,
+}
 HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 
 
@@ -102,6 +113,7 @@ def dense_attention(
     contract_checks.check_logit_numbers(soft_cap, attention_chunk_size, sliding_window)
     scale = float(dims["head_dim"] ** -0.5 if scale is None else scale)
     offset, rows = _rows(dims, q_offset, q_lens, kv_lens)
+    chip = _chip()
     static = Static(
         scale=abs(scale) or 1.0,
         causal=causal,
@@ -122,25 +134,28 @@ def dense_attention(
         alibi=alibi_slopes is not None,
         sinks=sinks is not None,
         tiles=forward_tiles(
-            _hopper(),
+            chip,
             dims["head_dim"],
             dims["head_dim_v"],
             capped=soft_cap is not None,
             segmented=q_segment_ids is not None,
         ),
+        capability=chip.capability,
     )
     # The kernels' scale is above 0: a sign, or nothing at all, is q's.
     x = x._replace(q=q if scale > 0 else q * jnp.sign(scale).astype(q.dtype))
     return _attend(static, x, Masks(rows, q_segment_ids, kv_segment_ids))
 
 
-def _hopper() -> gpu_chip.GpuChip:
+def _chip() -> gpu_chip.GpuChip:
     """The chip that is traced for, which must be one that there is a kernel for."""
     chip = gpu_chip.current()
-    if chip.capability != (9, 0):
+    if chip.capability not in FORWARD:
+        known = ", ".join("{}.{}".format(*capability) for capability in sorted(FORWARD))
         major, minor = chip.capability
         raise ValueError(
-            f"compute_capability is {major}.{minor} ({chip.kind}), must be 9.0: use CUDNN or XLA"
+            f"compute_capability is {major}.{minor} ({chip.kind}), must be one of {known}: use "
+            f"CUDNN or XLA"
         )
     return chip
 
@@ -184,7 +199,7 @@ def _rows(dims, q_offset, q_lens, kv_lens) -> tuple[int | None, jax.Array | None
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(static: Static, x: Floats, who: Masks) -> tuple[jax.Array, jax.Array]:
     """The two results, in the contract's layout."""
-    out, lse = mosaic_gpu_forward.forward(static, _operands(static, x, who))
+    out, lse = FORWARD[static.capability](static, _operands(static, x, who))
     return out[:, : static.q_len], jnp.swapaxes(lse[:, :, : static.q_len], 1, 2)
 
 

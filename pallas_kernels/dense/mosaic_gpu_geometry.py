@@ -33,6 +33,7 @@ class Static:
         bias: which of its dimensions are full; None = no bias.
         segments, alibi, sinks: whether they are given.
         tiles: sizes of the pipeline.
+        capability: of the chip.
     """
 
     scale: float
@@ -54,6 +55,7 @@ class Static:
     alibi: bool
     sinks: bool
     tiles: Tiles
+    capability: tuple[int, int]
 
     @property
     def positional(self) -> bool:
@@ -64,7 +66,7 @@ class Static:
     @property
     def block_q(self) -> int:
         """Queries of a block of the grid: those of all its consumer warpgroups."""
-        return CONSUMER_ROWS * self.tiles.consumers
+        return self.tiles.rows * self.tiles.consumers
 
 
 class Row(NamedTuple):

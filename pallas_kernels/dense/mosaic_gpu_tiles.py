@@ -18,20 +18,27 @@ class Tiles:
     Attributes:
         block_kv: keys of a tile, a multiple of 64.
         stages: key tiles, and value tiles, in shared memory; at least 2.
-        consumers: warpgroups that multiply, 64 queries each.
-        turns: whether consumers issue their products in turn.
+        consumers: warpgroups of `rows` queries each.
+        turns: whether consumers issue their products in turn (Hopper).
+        rows: queries of a consumer: wgmma's M, tcgen05's.
     """
 
     block_kv: int
     stages: int
     consumers: int = 2
     turns: bool = True
+    rows: int = 64
 
 
 # Shape classes: a soft cap takes registers for its tanh, segment ids take shared memory.
 PLAIN, CAPPED, SEGMENTED = "plain", "capped", "segmented"
 # Capability -> (head_dim, head_dim_v) -> shape class -> tiles; bfloat16 and float16 are alike.
 TILES = {
+    (8, 0): {
+        (64, 64): {PLAIN: Tiles(64, 2, 1, turns=False)},
+        (96, 96): {PLAIN: Tiles(64, 2, 1, turns=False)},
+        (128, 128): {PLAIN: Tiles(64, 2, 1, turns=False)},
+    },
     (9, 0): {
         (64, 64): {PLAIN: Tiles(128, 4)},
         (80, 80): {PLAIN: Tiles(128, 4)},
@@ -40,7 +47,10 @@ TILES = {
         (192, 128): {PLAIN: Tiles(128, 2, turns=False), CAPPED: Tiles(64, 2, turns=False)},
         (192, 192): {PLAIN: Tiles(64, 2, turns=False)},
         (256, 256): {PLAIN: Tiles(64, 2, turns=False)},
-    }
+    },
+    (10, 0): {
+        (128, 128): {PLAIN: Tiles(128, 2, rows=128)},
+    },
 }
 
 
