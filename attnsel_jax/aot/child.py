@@ -38,12 +38,12 @@ def main() -> None:
     # Whatever the lowering or the compiler says, in whatever type it says it, is the answer.
     sys.excepthook = refuse
     task = json.load(sys.stdin)
-    program = _compile(task)
+    program = compiled(task)
     sent = sent_bytes(collectives_of(program.as_text())) if task["mesh"] else {}
     answer(memory=memory_of(program), cost=cost_of(program), sent=sent)
 
 
-def _compile(task: dict[str, Any]) -> Any:
+def compiled(task: dict[str, Any]) -> Any:
     """The program of a task, for one device of its target."""
     target = task["target"]
     devices = _devices(target)
