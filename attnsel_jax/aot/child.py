@@ -4,6 +4,7 @@ Run by `attnsel_jax.aot.compile_for`, with the environment that it sets.
 """
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import sys
@@ -39,8 +40,13 @@ def main() -> None:
     sys.excepthook = refuse
     task = json.load(sys.stdin)
     program = compiled(task)
-    sent = sent_bytes(collectives_of(program.as_text())) if task["mesh"] else {}
-    answer(memory=memory_of(program), cost=cost_of(program), sent=sent)
+    found = collectives_of(program.as_text()) if task["mesh"] else []
+    answer(
+        memory=memory_of(program),
+        cost=cost_of(program),
+        sent=sent_bytes(found),
+        collectives=[dataclasses.asdict(each) for each in found],
+    )
 
 
 def compiled(task: dict[str, Any]) -> Any:

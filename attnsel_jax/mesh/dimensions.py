@@ -1,7 +1,9 @@
 """What each dimension of each op's arguments is, as far as a mesh can share it out.
 
 The order of an op's arguments is its contract's, so the first ones are those that kernels take by
-position. A dimension called "-" is never shared out.
+position. A dimension called "-" is never shared out. "keys" is every key of a sequence, on each
+device, where a sequence's positions are shared out: what is added to a logit, or hides it, has both
+its query and its key, and one axis cuts one dimension.
 """
 
 from collections.abc import Mapping
@@ -11,7 +13,7 @@ import jax
 
 from attnsel_jax.cache_layouts import latent_layout_named, layout_named
 
-LOGITS = "batch heads q_len kv_len"
+LOGITS = "batch heads q_len keys"
 _BATCH = {
     "page_table": "seqs -",
     "kv_lens": "seqs",

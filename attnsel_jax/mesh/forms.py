@@ -104,12 +104,13 @@ def check_context(op: str, plan: Plan, arrays: Arrays, static: dict[str, Any]) -
             _refuse(name, static.get(name), f"{why}, as what a window shows fits one device")
         _refuse("alibi_slopes", arrays.get("alibi_slopes"), why)
         return
-    if plan.form != "all_gather":
-        for name in ("bias", "mask"):
-            _refuse(name, arrays.get(name), f"{axis} the keys: use form='all_gather'")
-    if plan.form == "ring":
-        why = f"{axis} the positions: use form='all_gather' or 'all_to_all'"
-        _refuse("attention_chunk_size", static.get("attention_chunk_size"), why)
+    chunk, n = static.get("attention_chunk_size"), plan.size(plan.context)
+    if plan.form == "ring" and chunk is not None and arrays["k"].shape[1] // n % chunk:
+        raise ValueError(
+            f"attention_chunk_size is {chunk}, must divide {arrays['k'].shape[1] // n}, the keys "
+            f"of each of {n} devices along mesh axis {plan.context!r}: use form='all_gather' or "
+            f"'all_to_all', or pad the keys"
+        )
     if plan.form == "all_to_all":
         _check_heads(arrays, plan)
 

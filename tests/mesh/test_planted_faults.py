@@ -12,6 +12,8 @@ from test_indexer_over_mesh import close, placed, problem
 import attnsel_jax
 from attnsel_jax.mesh import groups, over_mesh
 from attnsel_jax.mesh.merging import Partial
+from attnsel_jax.mesh.ring import _of_logits
+from attnsel_jax.mesh.zigzag import to_zigzag
 from attnsel_jax.problems import Problem
 from attnsel_jax.problems.dense_inputs import dense_inputs
 from attnsel_jax.problems.mla_inputs import mla_inputs
@@ -50,6 +52,10 @@ def not_summed(kernel, op, arrays, plan, layout):
     return groups.attend(kernel, op, groups.with_own_pages(op, arrays, plan, layout))
 
 
+def of_first_keys(x, rows, keys):
+    return _of_logits(x, rows, keys._replace(start=0))
+
+
 FAULTS = {
     "the first kv head for all": (
         "attnsel_jax.mesh.over_mesh", "_with_own_kv_heads",
@@ -65,6 +71,23 @@ FAULTS = {
     "gradients of unweighed parts": (
         "attnsel_jax.mesh.ring", "weight", lambda lse, of: jnp.ones_like(lse),
         lambda: around(gradients=True),
+    ),
+    "a bias of the first keys, whichever are here": (
+        "attnsel_jax.mesh.ring", "_of_logits", of_first_keys,
+        lambda: around(bias=(False, False, False, True), causal=False),
+    ),
+    "rows of a bias in their natural order": (
+        "attnsel_jax.mesh.ring", "to_zigzag",
+        lambda x, *args, axis=1: x if axis == 2 else to_zigzag(x, *args),
+        lambda: around(bias=(False, False, True, False)),
+    ),
+    "a bias of the first heads": (
+        "attnsel_jax.mesh.whole_keys", "LOGITS", (),
+        lambda: around("all_to_all", bias=(False, True, False, True)),
+    ),
+    "chunks that are torn": (
+        "attnsel_jax.mesh.ring", "in_zigzag", lambda *_: True,
+        lambda: around(attention_chunk_size=2),
     ),
     "queries of every device at 0": (
         "attnsel_jax.mesh.whole_keys", "met", lambda *_: {}, lambda: around("all_gather"),

@@ -178,15 +178,18 @@ def test_batches_that_are_no_groups():
             AttentionMetadata.grouped(batches)
 
 
-@pytest.mark.parametrize(("form", "name", "value"), [
-    ("ring", "bias", ones(1, 4, 8, 8)), ("all_to_all", "mask", np.ones((1, 4, 8, 8), bool)),
-    ("ring", "attention_chunk_size", 4),
-])  # fmt: skip
-def test_what_a_form_cannot_do(form, name, value):
-    axes = MeshAxes(context="seq", form=form, mesh=mesh(False, seq=4))
-    x = ones(1, 8, 4, 8)
-    call = lambda: attnsel_jax.dot_product_attention(x, x, x, **{name: value}, mesh_axes=axes)  # noqa: E731
-    refused(call, rf"^{name} is .*, must be None where mesh axis 'seq' cuts .*form='all_gather'")
+def test_chunks_in_a_ring():
+    axes = MeshAxes(context="seq", form="ring", mesh=mesh(False, seq=4))
+    x = ones(1, 24, 4, 8)
+
+    def call():
+        return attnsel_jax.dot_product_attention(x, x, x, attention_chunk_size=4, mesh_axes=axes)
+
+    refused(
+        call,
+        r"^attention_chunk_size is 4, must divide 6, the keys of each of 4 devices along mesh axis "
+        "'seq': use form='all_gather' or 'all_to_all', or pad the keys",
+    )
 
 
 def test_heads_that_cannot_be_exchanged_for_positions():
