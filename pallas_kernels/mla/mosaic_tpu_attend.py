@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.mla.mosaic_tpu_writes import token_of_value
 from pallas_kernels.tpu_chip import LANES
 
 MASKED = -1e30  # a logit that no query sees: finite, so that no difference of two is NaN
@@ -324,11 +325,8 @@ class _Pass:
 
     def _clear_from(self, slot: jax.Array, num_keys: jax.Array) -> None:
         """Zeroes what a buffer holds from a key on: NaN there would outlive a weight of 0."""
-        rank, packed = self.sizes.rank, 32 // self.sizes.cache_dtype.itemsize
-        width = self.scratch.latents.shape[-1]
-        lane = jax.lax.broadcasted_iota(jnp.int32, (packed, width), 1)
-        is_odd = jnp.where(lane < 2 * rank, lane >= rank, lane >= 2 * rank + self.sizes.rope_dim)
-        key = 2 * jax.lax.broadcasted_iota(jnp.int32, (packed, width), 0) + is_odd.astype(jnp.int32)
+        packed, width = 32 // self.sizes.cache_dtype.itemsize, self.scratch.latents.shape[-1]
+        key = token_of_value((packed, width), self.sizes.rank, self.sizes.rope_dim)
 
         def one(i, _):
             at = (slot, pl.ds(pl.multiple_of(i * packed, packed), packed))
