@@ -35,6 +35,7 @@ from pallas_kernels.tpu_chip import LANES
 MASKED = -1e30  # a logit that no query sees: finite, so that no difference of two is NaN
 LOG2_E, LN_2 = math.log2(math.e), math.log(2)
 OUTPUTS = 4  # tiles' outputs on their way
+AHEAD = 2  # steps whose blocks are on their way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +78,8 @@ class Sizes:
 
     @property
     def ring(self) -> int:
-        """Blocks of latents in VMEM: a step's, the lead, and those of a step on their way."""
-        return 2 * self.blocks + self.lead
+        """Blocks of latents in VMEM: a step's, the lead, and those of AHEAD steps on their way."""
+        return (AHEAD + 1) * self.blocks + self.lead
 
     @property
     def queries(self) -> int:
@@ -126,7 +127,6 @@ class Scratch(NamedTuple):
 
     ql_nope: Any  # [queries, block_q, num_heads, rank]
     q_pe: Any  # [queries, block_q, num_heads, rope_dim]
-    rope: Any  # [queries, rows, 2 * rope_dim]: q_pe twice
     latents: Any  # [ring, block_kv / 2, 2 * (rank + rope_dim)]
     logits: Any  # float32 [lead, rows, block_kv]: unscaled, of the blocks that are ahead
     m: Any  # float32 [blocks, rows, LANES]: the same in every lane
@@ -137,7 +137,7 @@ class Scratch(NamedTuple):
     tile_of: Any  # SMEM [ring]: which tile, and which of its blocks, a buffer has
     block_of: Any
     q_arrived: Any
-    latents_arrived: Any  # of even steps, of odd ones
+    latents_arrived: Any  # [AHEAD + 1]: of step k, k + AHEAD + 1, ...
     out_left: Any
 
 
@@ -148,7 +148,6 @@ def scratch_shapes(sizes: Sizes) -> Scratch:
     return Scratch(
         ql_nope=pltpu.VMEM((s.queries, s.block_q, s.num_heads, s.rank), s.q_dtype),
         q_pe=pltpu.VMEM((s.queries, s.block_q, s.num_heads, s.rope_dim), s.q_dtype),
-        rope=pltpu.VMEM((s.queries, s.rows, 2 * s.rope_dim), s.q_dtype),
         latents=pltpu.VMEM((s.ring, s.block_kv // 2, both), s.cache_dtype),
         logits=pltpu.VMEM((s.lead, s.rows, s.block_kv), jnp.float32),
         m=pltpu.VMEM((s.blocks, s.rows, LANES), jnp.float32),
@@ -159,7 +158,7 @@ def scratch_shapes(sizes: Sizes) -> Scratch:
         tile_of=pltpu.SMEM((s.ring,), jnp.int32),
         block_of=pltpu.SMEM((s.ring,), jnp.int32),
         q_arrived=pltpu.SemaphoreType.DMA((s.queries,)),
-        latents_arrived=pltpu.SemaphoreType.DMA((2,)),
+        latents_arrived=pltpu.SemaphoreType.DMA((AHEAD + 1,)),
         out_left=pltpu.SemaphoreType.DMA((OUTPUTS,)),
     )
 
@@ -193,10 +192,13 @@ class _Pass:
         jax.lax.fori_loop(0, ahead, lambda tile, _: self._start_queries(tile), None)
         coming = Cursor(zero, zero)
         for i in range(sizes.lead):
-            coming = self._start_block(coming, jnp.int32(i), 1)
-        self._wait_latents(sizes.lead, 1)
-        for i in range(sizes.blocks):
-            coming = self._start_block(coming, jnp.int32(sizes.lead + i), 0)
+            coming = self._start_block(coming, jnp.int32(i), AHEAD)
+        self._wait_latents(sizes.lead, AHEAD)
+
+        def prefetch(i, coming):
+            return self._start_block(coming, sizes.lead + i, i // sizes.blocks)
+
+        coming = jax.lax.fori_loop(0, AHEAD * sizes.blocks, prefetch, coming)
         received, cleaned = self._receive(zero, zero, zero + sizes.lead)
         for i in range(sizes.lead):
             scratch.logits[i] = self._logits(jnp.int32(i))
@@ -204,15 +206,16 @@ class _Pass:
         def step(k, state):
             coming, received, cleaned, finished = state
             first = k * sizes.blocks
-            self._wait_latents(sizes.blocks, k % 2)
+            self._wait_latents(sizes.blocks, k % (AHEAD + 1))
             received, cleaned = self._receive(received, cleaned, first + sizes.blocks + sizes.lead)
-            coming = self._straight(coming, first, (k + 1) % 2)
+            coming = self._straight(coming, first, (k + AHEAD) % (AHEAD + 1))
             finished = self._while_ends(finished, first + sizes.blocks, self._finish)
             return coming, received, cleaned, finished
 
         num_steps = pl.cdiv(self.num_blocks, sizes.blocks)
         jax.lax.fori_loop(0, num_steps, step, (coming, received, cleaned, zero))
-        self._wait_latents(sizes.blocks, num_steps % 2)
+        for k in range(AHEAD):
+            self._wait_latents(sizes.blocks, (num_steps + k) % (AHEAD + 1))
         for last in range(OUTPUTS, 0, -1):
             tile = self.num_tiles - last
             pl.when(tile >= 0)(functools.partial(self._wait_output, tile))
@@ -223,7 +226,8 @@ class _Pass:
         products = [logits[i] for i in range(sizes.lead)]
         for i in range(sizes.blocks):
             products.append(self._logits(first + sizes.lead + i))
-            coming = self._start_block(coming, first + sizes.blocks + sizes.lead + i, sem)
+            later = first + AHEAD * sizes.blocks + sizes.lead + i
+            coming = self._start_block(coming, later, sem)
             self._softmax_and_values(products[i], first + i)
         for i in range(sizes.lead):
             logits[i] = products[sizes.blocks + i]
@@ -353,31 +357,29 @@ class _Pass:
         return received, self._while_ends(cleaned, stop, self._clean)
 
     def _receive_queries(self, tile: jax.Array) -> None:
-        """Waits for a tile's queries, sets the rotary ones out, and calls for a later tile's."""
-        sizes = self.sizes
+        """Waits for a tile's queries, and calls for a later tile's."""
         self._each_query(tile, lambda copy: copy.wait())
-        later = tile + sizes.queries // 2
+        later = tile + self.sizes.queries // 2
         pl.when(later < self.num_tiles)(lambda: self._start_queries(later))
-        slot = jax.lax.rem(tile, sizes.queries)
-        q_pe = self.scratch.q_pe[slot].reshape(sizes.rows, sizes.rope_dim)
-        self.scratch.rope[slot] = jnp.concatenate([q_pe, q_pe], axis=-1)
 
     def _clean(self, tile: jax.Array) -> None:
         """Zeroes what follows the keys in a tile's last block: NaN would outlive a weight of 0."""
-        sizes, packed = self.sizes, 32 // self.sizes.cache_dtype.itemsize
-        key = token_of_value((packed, self.scratch.latents.shape[-1]), sizes.rank, sizes.rope_dim)
+        sizes, packed = self.sizes, 4 // self.sizes.cache_dtype.itemsize
+        block, width = self.scratch.latents.shape[1:]
         buffer = self._buffer(self.tiles.end[tile] - 1)
         num_keys = self._keys_of_tile(tile) - (self.tiles.blocks[tile] - 1) * sizes.block_kv
 
-        def one(i, _):
-            at = (buffer, pl.ds(pl.multiple_of(i * packed, packed), packed))
-            old = self.scratch.latents[at].astype(jnp.float32)
-            kept = jnp.where(key + 2 * packed * i < num_keys, old, 0)
-            self.scratch.latents[at] = kept.astype(sizes.cache_dtype)
-            return _
-
-        first = num_keys // (2 * packed)
-        jax.lax.fori_loop(first, sizes.block_kv // 2 // packed, one, 0)
+        @pl.when(num_keys < sizes.block_kv)
+        def _():
+            bits = 32 // packed
+            first = token_of_value((block // packed, width), sizes.rank, sizes.rope_dim, packed)
+            kept = jnp.zeros_like(first)
+            for row in range(packed):  # of those that share a word
+                is_kept = (first + (2 * row - num_keys)) >> 31
+                field = ((1 << bits) - 1) << (bits * row)
+                kept |= is_kept & jnp.int32(field - (field >> 31 << 32))
+            words = pltpu.bitcast(self.scratch.latents[buffer], jnp.int32) & kept
+            self.scratch.latents[buffer] = pltpu.bitcast(words, sizes.cache_dtype)
 
     # Phases of a block.
 
@@ -396,15 +398,12 @@ class _Pass:
         """Products of block i's keys with its tile's queries, unscaled."""
         sizes = self.sizes
         latents, ropes = self._parts(i)
-        # A row has two tokens' rotary keys, and the queries theirs twice: each key wants one half.
-        lane = jax.lax.broadcasted_iota(jnp.int32, (1, 2 * sizes.rope_dim), 1)
-        is_even = (lane - sizes.rope_dim) >> 31
-        words = pltpu.bitcast(ropes, jnp.int32)
-        of_both = [pltpu.bitcast(words & mask, sizes.q_dtype) for mask in (is_even, ~is_even)]
+        of_both = [ropes[:, : sizes.rope_dim], ropes[:, sizes.rope_dim :]]
         keys = jnp.concatenate([latents, jnp.concatenate(of_both, axis=0)], axis=1)
         slot = jax.lax.rem(self.scratch.tile_of[self._buffer(i)], sizes.queries)
         q = self.scratch.ql_nope[slot].reshape(sizes.rows, sizes.rank)
-        q = jnp.concatenate([q, self.scratch.rope[slot]], axis=1)
+        q_pe = self.scratch.q_pe[slot].reshape(sizes.rows, sizes.rope_dim)
+        q = jnp.concatenate([q, q_pe], axis=1)
         return _dot(q, keys, contract=(1, 1), precision=sizes.precision)
 
     def _softmax_and_values(self, products: jax.Array, i: jax.Array) -> None:

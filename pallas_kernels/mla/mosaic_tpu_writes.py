@@ -47,8 +47,10 @@ def stored_rows(latents: jax.Array, ropes: jax.Array) -> jax.Array:
     return jnp.pad(rows, ((0, 0), (0, missing))).reshape(-1, SUBLANES, LANES)
 
 
-def token_of_value(shape: tuple[int, int], rank: int, rope_dim: int) -> jax.Array:
+def token_of_value(shape: tuple[int, int], rank: int, rope_dim: int, stride: int = 1) -> jax.Array:
     """int32: which token, counted from the first row's even one, each value of paired rows is of.
+
+    Of every `stride`th row.
 
     No boolean vector is widened: the Mosaic of libtpu 0.0.50 gives those no layout.
     """
@@ -58,7 +60,7 @@ def token_of_value(shape: tuple[int, int], rank: int, rope_dim: int) -> jax.Arra
 
     lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
     is_odd = from_lane(rank) - from_lane(2 * rank) + from_lane(2 * rank + rope_dim)
-    return 2 * jax.lax.broadcasted_iota(jnp.int32, shape, 0) + is_odd
+    return 2 * stride * jax.lax.broadcasted_iota(jnp.int32, shape, 0) + is_odd
 
 
 def write_rows(writes: Writes, *, rank: int, rope_dim: int) -> None:
@@ -116,8 +118,9 @@ def _gather_runs(writes, scratch, token, size) -> tuple[jax.Array, jax.Array]:
         joins = (runs > 0) & (scratch.at[last] == bundle)
         joins &= scratch.first[last] + scratch.count[last] == token
         joins &= scratch.count[last] < size
+        searched = jnp.where(joins, 0, runs)
         taken = jax.lax.fori_loop(
-            0, runs, lambda j, found: found | (scratch.at[j] == bundle), jnp.bool_(False)
+            0, searched, lambda j, found: found | (scratch.at[j] == bundle), jnp.bool_(False)
         )
         ends = exists & ~joins & (taken | (runs == GROUP))
         begins = exists & ~joins & ~ends
