@@ -113,7 +113,7 @@ def _call(
             jax.ShapeDtypeStruct(pages.shape, pages.dtype),
         ],
         input_output_aliases={len(scalars) + len(arrays) - 1: 2},
-        compiler_params=tpu_chip.compiler_params(["arbitrary"]),
+        compiler_params=tpu_chip.compiler_params(["arbitrary"], checks_bounds=False),
         name="mla_attention",
     )(*scalars, *arrays)
 
@@ -155,7 +155,8 @@ def _passes(ql_nope, q_pe, pages, max_num_seqs: int, scale: float, soft_cap) -> 
         return attending.Sizes(
             block_q=1 if is_decode else max(2, chosen.rows // num_heads),
             block_kv=max(chosen.block_kv, page_size),
-            buffers=chosen.buffers,
+            blocks=chosen.blocks,
+            lead=chosen.lead,
             num_heads=num_heads, rank=rank, rope_dim=q_pe.shape[2], page_size=page_size,
             q_dtype=ql_nope.dtype, cache_dtype=pages.dtype, scale=scale, soft_cap=soft_cap,
         )  # fmt: skip

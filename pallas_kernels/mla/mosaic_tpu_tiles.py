@@ -11,31 +11,33 @@ class Tiles(NamedTuple):
 
     Attributes:
         rows: queries times heads of a tile, where queries are many; a decode's tile is one query.
-        block_kv: keys of a step, where pages are no larger.
-        buffers: blocks of latents in VMEM.
+        block_kv: keys of a block, where pages are no larger.
+        blocks: blocks of a step, which the compiler schedules as one.
+        lead: blocks that the products with the keys are ahead of the softmax.
     """
 
     rows: int
     block_kv: int
-    buffers: int
+    blocks: int
+    lead: int
 
 
 TILES = {
-    ("v4", "bfloat16", "decode"): Tiles(rows=128, block_kv=256, buffers=4),
-    ("v4", "bfloat16", "prefill"): Tiles(rows=512, block_kv=256, buffers=4),
-    ("v5e", "bfloat16", "decode"): Tiles(rows=128, block_kv=512, buffers=4),
-    ("v5e", "bfloat16", "prefill"): Tiles(rows=512, block_kv=256, buffers=4),
-    ("v5p", "bfloat16", "decode"): Tiles(rows=128, block_kv=512, buffers=4),
-    ("v5p", "bfloat16", "prefill"): Tiles(rows=512, block_kv=256, buffers=4),
-    ("v6e", "bfloat16", "decode"): Tiles(rows=128, block_kv=1024, buffers=3),
-    ("v6e", "bfloat16", "prefill"): Tiles(rows=512, block_kv=256, buffers=4),
-    ("7x", "bfloat16", "decode"): Tiles(rows=128, block_kv=1024, buffers=3),
-    ("7x", "bfloat16", "prefill"): Tiles(rows=512, block_kv=256, buffers=4),
+    ("v4", "bfloat16", "decode"): Tiles(rows=128, block_kv=256, blocks=8, lead=4),
+    ("v4", "bfloat16", "prefill"): Tiles(rows=512, block_kv=256, blocks=2, lead=1),
+    ("v5e", "bfloat16", "decode"): Tiles(rows=128, block_kv=256, blocks=8, lead=4),
+    ("v5e", "bfloat16", "prefill"): Tiles(rows=512, block_kv=256, blocks=2, lead=1),
+    ("v5p", "bfloat16", "decode"): Tiles(rows=128, block_kv=256, blocks=8, lead=4),
+    ("v5p", "bfloat16", "prefill"): Tiles(rows=512, block_kv=256, blocks=2, lead=1),
+    ("v6e", "bfloat16", "decode"): Tiles(rows=128, block_kv=256, blocks=8, lead=4),
+    ("v6e", "bfloat16", "prefill"): Tiles(rows=512, block_kv=256, blocks=2, lead=1),
+    ("7x", "bfloat16", "decode"): Tiles(rows=128, block_kv=256, blocks=8, lead=4),
+    ("7x", "bfloat16", "prefill"): Tiles(rows=512, block_kv=256, blocks=2, lead=1),
 }
 # Of a cache dtype without entries of its own.
 OTHERS = {
-    "decode": Tiles(rows=128, block_kv=256, buffers=4),
-    "prefill": Tiles(rows=512, block_kv=256, buffers=4),
+    "decode": Tiles(rows=128, block_kv=256, blocks=8, lead=4),
+    "prefill": Tiles(rows=512, block_kv=256, blocks=2, lead=1),
 }
 
 

@@ -47,6 +47,22 @@ def stored_rows(latents: jax.Array, ropes: jax.Array) -> jax.Array:
     return jnp.pad(rows, ((0, 0), (0, missing))).reshape(-1, SUBLANES, LANES)
 
 
+def token_of_value(shape: tuple[int, int], rank: int, rope_dim: int, stride: int = 1) -> jax.Array:
+    """int32: which token, counted from the first row's even one, each value of paired rows is of.
+
+    Of every `stride`th row.
+
+    No boolean vector is widened: the Mosaic of libtpu 0.0.50 gives those no layout.
+    """
+
+    def from_lane(first):  # 0 before the lane, 1 from there on
+        return 1 + ((lane - first) >> 31)
+
+    lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    is_odd = from_lane(rank) - from_lane(2 * rank) + from_lane(2 * rank + rope_dim)
+    return 2 * stride * jax.lax.broadcasted_iota(jnp.int32, shape, 0) + is_odd
+
+
 def write_rows(writes: Writes, *, rank: int, rope_dim: int) -> None:
     """Puts every token's row at its slot; returns when all of them are there."""
     packed = 32 // writes.pages.dtype.itemsize
@@ -102,8 +118,9 @@ def _gather_runs(writes, scratch, token, size) -> tuple[jax.Array, jax.Array]:
         joins = (runs > 0) & (scratch.at[last] == bundle)
         joins &= scratch.first[last] + scratch.count[last] == token
         joins &= scratch.count[last] < size
+        searched = jnp.where(joins, 0, runs)
         taken = jax.lax.fori_loop(
-            0, runs, lambda j, found: found | (scratch.at[j] == bundle), jnp.bool_(False)
+            0, searched, lambda j, found: found | (scratch.at[j] == bundle), jnp.bool_(False)
         )
         ends = exists & ~joins & (taken | (runs == GROUP))
         begins = exists & ~joins & ~ends
@@ -151,9 +168,7 @@ def _each_copy(writes, scratch, runs, packed, act, *, into: bool) -> None:
 def _merge(writes, scratch, j, packed, rank, rope_dim) -> None:
     """Puts a run's rows into its bundle."""
     old = scratch.bundle[j].astype(jnp.float32)
-    lane = jax.lax.broadcasted_iota(jnp.int32, old.shape, 1)
-    is_odd = jnp.where(lane < 2 * rank, lane >= rank, lane >= 2 * rank + rope_dim)
-    token_at = 2 * jax.lax.broadcasted_iota(jnp.int32, old.shape, 0) + is_odd.astype(jnp.int32)
+    token_at = token_of_value(old.shape, rank, rope_dim)
 
     def one_row(i, values):
         latents = [scratch.rows[j, i, pl.ds(c, 1)] for c in range(rank // LANES)]

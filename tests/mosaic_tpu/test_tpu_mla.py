@@ -54,7 +54,7 @@ MORE = {
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
     """Tiles of a size that a small problem has several of."""
-    monkeypatch.setattr(mosaic_tpu, "tiles_for", lambda *_, **__: Tiles(64, 128, 3))
+    monkeypatch.setattr(mosaic_tpu, "tiles_for", lambda *_, **__: Tiles(64, 128, 3, 2))
 
 
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
