@@ -6,6 +6,8 @@ each other in tiles of 128 lanes (`mosaic_tpu_geometry`). One kernel writes this
 values (`mosaic_tpu_write`), then attends (`mosaic_tpu_attend`).
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -27,6 +29,7 @@ from pallas_kernels.shape_checks import (
 DTYPES = ("float32", "bfloat16")
 CACHES = (*DTYPES, "float8_e4m3fn", "float8_e5m2", "int8")
 LOG2E = 1.4426950408889634
+MOST_ROWS = 64  # of a page that one copy brings
 
 
 def paged_attention(
@@ -102,7 +105,10 @@ def paged_attention(
 def _geometry(q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, tiles: Tiles) -> Geometry:
     """The sizes of this call."""
     num_tokens, num_q_heads, head_dim = q.shape
-    _, num_kv_heads, lane_tiles, page_size, lanes = kv_pages.shape
+    _, num_kv_heads, lane_tiles, rows, lanes = kv_pages.shape
+    # Of a sequence's last page only what holds keys is brought.
+    page_size = math.gcd(rows, MOST_ROWS)
+    parts = rows // page_size
     page_bytes = num_kv_heads * lane_tiles * page_size * round_up(lanes, LANES)
     page_bytes *= kv_pages.dtype.itemsize
     # The buffers take a third of VMEM: many heads, or wide ones, have fewer keys in a block.
@@ -113,8 +119,8 @@ def _geometry(q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, tiles: T
     chunks = 1 << (chunks.bit_length() - 1)
     return Geometry(
         num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
-        page_size=page_size, pages_per_seq=page_table.shape[1], num_tokens=num_tokens,
-        tile_tokens=_tile_tokens(q, tiles),
+        page_size=page_size, page_parts=parts, pages_per_seq=parts * page_table.shape[1],
+        num_tokens=num_tokens, tile_tokens=_tile_tokens(q, tiles),
         block_pages=chunks * chunk_pages, chunk_pages=chunk_pages, num_buffers=tiles.num_buffers,
     )  # fmt: skip
 

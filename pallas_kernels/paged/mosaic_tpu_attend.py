@@ -146,7 +146,8 @@ def attend(
             ],
             scratch_shapes=[
                 pltpu.VMEM(
-                    (geometry.num_buffers, geometry.block_pages, *kv_pages.shape[1:]),
+                    (geometry.num_buffers, geometry.block_pages, *kv_pages.shape[1:3],
+                     geometry.page_size, kv_pages.shape[4]),
                     kv_pages.dtype,
                 ),
                 pltpu.SemaphoreType.DMA((geometry.num_buffers,)),

@@ -153,6 +153,13 @@ def test_groups(heads):
 
 
 @pytest.mark.usefixtures("small_tiles")
+def test_large_pages_come_in_parts(monkeypatch):
+    """Four parts a page, the last page's only as far as there are keys."""
+    monkeypatch.setattr(mosaic_tpu, "MOST_ROWS", 8)
+    check(batch((1, 3), (49, 40), heads=(2, 1), page_size=32, sliding_window=20))
+
+
+@pytest.mark.usefixtures("small_tiles")
 def test_more_queries_than_keys_see_nothing():
     arguments = batch((5, 1, 20), (7, 3, 22), writes=False)
     arguments["kv_lens"] = np.array([2, 0, 9, 10**6], np.int32)
