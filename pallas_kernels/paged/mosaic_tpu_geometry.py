@@ -95,6 +95,7 @@ class Geometry(NamedTuple):
     block_pages: int  # pages of a block: what one buffer holds
     chunk_pages: int  # pages that prefill computes at once
     num_buffers: int
+    in_columns: bool  # whether q and out come as [num_q_heads, head_dim, num_tokens]
 
     @property
     def group(self) -> int:
