@@ -102,18 +102,28 @@ def _work(computations: Computations, lines: Sequence[str]) -> Work:
 
 def _collective(kind: str, result: str, started: bool, line: str, times: int) -> Collective:
     """A collective with what one device sends in it."""
-    arrays = [
+    if started and kind != "all-reduce":  # operands, results, what the synchronisation keeps
+        result = _parts(result)[1]
+    received = sum(
         _element(dtype) * math.prod(int(n) for n in sizes.split(",") if n)
         for dtype, sizes in _ARRAY.findall(result)
-    ]
+    )
     group = _group(line)
-    if kind == "collective-permute":
-        return Collective(kind, group, times, arrays[0])
-    if kind == "all-gather" and started:  # operands, then results
-        arrays = arrays[len(arrays) // 2 :]
     share = (group - 1) / group
-    factor = {"all-reduce": 2 * share, "reduce-scatter": group - 1}.get(kind, share)
-    return Collective(kind, group, times, factor * sum(arrays))
+    factors = {"all-reduce": 2 * share, "reduce-scatter": group - 1, "collective-permute": 1}
+    return Collective(kind, group, times, factors.get(kind, share) * received)
+
+
+def _parts(result: str) -> list[str]:
+    """The parts of a tuple's type, each of which may be a tuple."""
+    parts, depth = [""], 0
+    for letter in result:
+        if letter == "," and depth == 1:
+            parts.append("")
+            continue
+        depth += (letter in "([{") - (letter in ")]}")
+        parts[-1] += letter
+    return parts
 
 
 def _element(dtype: str) -> int:

@@ -26,7 +26,7 @@ _LATENT = {
     "q_pe": "tokens heads -",
     "kv_c": "tokens -",
     "k_pe": "tokens -",
-    "latent_pages": "pages - -",
+    "latent_pages": "pages ...",  # a layout has as many dimensions as it likes
 }
 ARGUMENTS: dict[str, dict[str, str]] = {
     "dense": {
@@ -96,6 +96,8 @@ def _dims(op: str, name: str, array: jax.Array, layout: str) -> Dims:
     if name == "kv_pages":
         return _cache_dims(array.shape, layout)
     dims = tuple(ARGUMENTS[op][name].split()) if array.ndim else ()
+    if dims[1:] == ("...",):
+        dims = (dims[0], *"-" * (array.ndim - 1))
     if ARGUMENTS[op][name] == LOGITS:  # a size of 1 stands for all
         dims = tuple("-" if size == 1 else d for d, size in zip(dims, array.shape, strict=True))
     return dims

@@ -16,13 +16,18 @@ PAGED = "pallas_kernels.paged.mosaic_tpu:paged_attention"
 SHAPE = {"num_heads": 8, "num_kv_heads": 4, "head_size": 128, "dtype": "bfloat16"}
 
 
-def over_v5e(kernel, arguments, over, gradients=False):
-    missing = target_for("v5e").missing()
+def compiled(chip, kernel, arguments, over, gradients=False):
+    """Bytes that one device sends, by kind of collective, in the compiled program."""
+    missing = target_for(chip).missing()
     if missing:
-        pytest.skip(f"no compiler for v5e here: {missing}")
-    report = compile_for("v5e", kernel, arguments, over=over, gradients=gradients)
+        pytest.skip(f"no compiler for {chip} here: {missing}")
+    report = compile_for(chip, kernel, arguments, over=over, gradients=gradients)
     assert report.compiled, report.refusal
     return report.sent
+
+
+def over_v5e(kernel, arguments, over, gradients=False):
+    return compiled("v5e", kernel, arguments, over, gradients)
 
 
 def dense(length, batch):
