@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import gpu_chip, masks, shape_checks
+from pallas_kernels import contract_checks, gpu_chip, masks
 from pallas_kernels.dense import (
     mosaic_gpu_ampere,
     mosaic_gpu_backward,
@@ -110,10 +110,7 @@ def dense_attention(
     if mask is not None:
         raise ValueError("mask is given, must be None: give a bias of 0 and -inf, or use XLA")
     dims = _check(x, q_segment_ids, kv_segment_ids, q_lens, kv_lens)
-    for name, value in (("attention_chunk_size", attention_chunk_size), ("soft_cap", soft_cap)):
-        shape_checks.check_positive(name, value)
-    for side in masks.window_bounds(sliding_window):
-        shape_checks.check_positive("sliding_window", side)
+    contract_checks.check_logit_numbers(soft_cap, attention_chunk_size, sliding_window)
     scale = float(dims["head_dim"] ** -0.5 if scale is None else scale)
     offset, rows = _rows(dims, q_offset, q_lens, kv_lens)
     chip = _chip()
@@ -125,7 +122,7 @@ def dense_attention(
         soft_cap=soft_cap,
         offset=offset,
         lengths=q_lens is not None or kv_lens is not None,
-        group=shape_checks.check_groups(dims["num_q_heads"], dims["num_kv_heads"]),
+        group=dims["num_q_heads"] // dims["num_kv_heads"],
         batch=dims["batch"],
         num_q_heads=dims["num_q_heads"],
         q_len=dims["q_len"],
@@ -165,27 +162,9 @@ def _chip() -> gpu_chip.GpuChip:
 
 def _check(x: Floats, q_segment_ids, kv_segment_ids, q_lens, kv_lens) -> dict[str, int]:
     """The contract's shapes and dtypes, as far as this lowering takes them; sizes by name."""
-    full = "~batch ~num_q_heads ~q_len ~kv_len"
-    if (q_segment_ids is None) != (kv_segment_ids is None):
-        raise ValueError(
-            "q_segment_ids and kv_segment_ids: one is given and one is None, must be both or "
-            "neither: give each token of q and of k the id of its segment"
-        )
-    dims = shape_checks.check_arguments(
-        {
-            "q": (x.q, "batch q_len num_q_heads head_dim", DTYPES),
-            "k": (x.k, "batch kv_len num_kv_heads head_dim", DTYPES),
-            "v": (x.v, "batch kv_len num_kv_heads head_dim_v", DTYPES),
-            "bias": (x.bias, full, shape_checks.FLOATS),
-            "alibi_slopes": (x.alibi_slopes, "num_q_heads", shape_checks.FLOAT32),
-            "q_segment_ids": (q_segment_ids, "batch q_len", shape_checks.INT32),
-            "kv_segment_ids": (kv_segment_ids, "batch kv_len", shape_checks.INT32),
-            "q_lens": (q_lens, "batch", shape_checks.INT32),
-            "kv_lens": (kv_lens, "batch", shape_checks.INT32),
-            "sinks": (x.sinks, "num_q_heads", shape_checks.FLOAT32),
-        }
-    )
-    shape_checks.check_same_dtype(q=x.q, k=x.k, v=x.v)
+    masked = {"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids}
+    masked |= {"q_lens": q_lens, "kv_lens": kv_lens}
+    dims = contract_checks.check_dense(x._asdict() | masked, DTYPES)
     if (sizes := (dims["head_dim"], dims["head_dim_v"])) not in HEAD_DIMS:
         allowed = ", ".join(f"{d}/{dv}" for d, dv in HEAD_DIMS)
         raise ValueError(
@@ -205,14 +184,7 @@ def _rows(dims, q_offset, q_lens, kv_lens) -> tuple[int | None, jax.Array | None
     batch, offset = dims["batch"], q_offset
     static = offset is None or isinstance(offset, int | np.integer)
     if not static:
-        offset = jnp.asarray(q_offset)
-        if not jnp.issubdtype(offset.dtype, jnp.integer) or offset.shape not in (
-            (), (1,), (batch,)
-        ):  # fmt: skip
-            raise ValueError(
-                f"q_offset is {offset.dtype.name}{list(offset.shape)}, must be an integer, or "
-                f"int32 [] or [{batch}] (batch): the position of query 0"
-            )
+        offset = contract_checks.check_offset(q_offset, batch)
     if static and q_lens is None and kv_lens is None:
         return int(offset or 0), None
     columns = (0 if offset is None else offset, q_lens, kv_lens)
@@ -257,6 +229,11 @@ def _forward(static: Static, x: Floats, who: Masks):
 def _backward(static: Static, residuals, cotangents):
     x, who, out, lse = residuals
     dout, dlse = cotangents
+    if static.capability != (9, 0):
+        raise ValueError(
+            "compute_capability is {}.{}, must be 9.0 where gradients are taken with MOSAIC_GPU: "
+            "use CUDNN or XLA".format(*static.capability)
+        )
     for name, value in (("bias", x.bias), ("alibi_slopes", x.alibi_slopes)):
         if value is not None:
             raise ValueError(

@@ -63,14 +63,9 @@ def mla_attention(
             other than 64, fp8_ds_mla.
     """
     check_paired(
-        {
-            "ql_nope": ql_nope, "q_pe": q_pe, "kv_c": kv_c, "k_pe": k_pe,
-            "latent_pages": latent_pages, "page_table": page_table, "kv_lens": kv_lens,
-            "cu_q_lens": cu_q_lens, "num_seqs": num_seqs, "slot_mapping": slot_mapping,
-            "kv_scale": kv_scale,
-        },
+        locals(),
         kv_cache_dtype,
-    )  # fmt: skip
+    )
     check_positive("soft_cap", soft_cap)
     num_heads = ql_nope.shape[1]
     kv_scale_or_1 = jnp.ones((1,), jnp.float32) if kv_scale is None else kv_scale.reshape(1)

@@ -172,7 +172,7 @@ def test_the_table_says_how_often_sequences_are_split():
 REFUSED = {
     "fp8_ds_mla": ({"kv_cache_dtype": "fp8_ds_mla"}, "kv_cache_dtype is 'fp8_ds_mla', must be"),
     "soft cap": ({"soft_cap": -1.0}, "soft_cap is -1.0, must be above 0"),
-    "half a step": ({"k_pe": None}, "k_pe is None, must be given with the rest of kv_c, k_pe and"),
+    "half a step": ({"k_pe": None}, "k_pe is None, must be given with kv_c and slot_mapping: "),
     "other rows": ({"latent_pages": jnp.zeros((9, 64, 200), jnp.bfloat16)},
                    "latent_pages has rows of 200, must be 192: kv_lora_rank 128 and rope_dim 64"),
     "pages of 8": ({"latent_pages": jnp.zeros((9, 8, 192), jnp.bfloat16)},

@@ -103,6 +103,7 @@ def test_what_faults_are_planted_in_agrees_without_them(name):
     assert row.verdict == PASS, str(row)
 
 
+@pytest.mark.planted
 @pytest.mark.parametrize(("fault", "options"), FAULTS.values(), ids=FAULTS)
 def test_a_planted_fault_is_seen(monkeypatch, fault, options):
     monkeypatch.setattr(*fault)
@@ -120,7 +121,7 @@ def arguments_of(**options):
 REFUSED = {
     "fp8_ds_mla": ({"kv_cache_dtype": "fp8_ds_mla"}, "kv_cache_dtype is 'fp8_ds_mla', must be"),
     "soft cap": ({"soft_cap": -1.0}, "soft_cap is -1.0, must be above 0"),
-    "half a step": ({"k_pe": None}, "k_pe is None, must be given with the rest of kv_c, k_pe and"),
+    "half a step": ({"k_pe": None}, "k_pe is None, must be given with kv_c and slot_mapping: "),
     "plain rows": (
         {"latent_pages": jnp.zeros((9, 64, 192))}, "latent_pages has rows of 192, must be 384",
     ),

@@ -25,6 +25,8 @@ from pallas_kernels.paged.mosaic_tpu_geometry import Masks
 from pallas_kernels.paged.mosaic_tpu_tiles import Tiles
 from pallas_kernels.paged.mosaic_tpu_walk import Walk
 
+pytestmark = pytest.mark.planted
+
 Q_LENS, KV_LENS = (1, 3, 66), (30, 21, 75)
 SPANS = {"decode": slice(0, 1), "few": slice(1, 4), "prompt": slice(4, 70)}
 
