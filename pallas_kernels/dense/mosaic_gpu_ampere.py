@@ -123,6 +123,16 @@ def bring(source: Any, target: Any) -> None:
     plgpu.copy_gmem_to_smem(source, target, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
 
 
+def arrived(groups: int) -> None:
+    """Waits until no more than so many groups are in flight, those sent for last."""
+    plgpu.wait_gmem_to_smem(groups)
+
+
+def free_slot(static: Static, slot: Any) -> Any:
+    """The slot that no tile is in or on its way to, while this one is read."""
+    return lax.rem(slot + (static.tiles.stages - 1), jnp.int32(static.tiles.stages))
+
+
 def block(static: Static, x: Operands, out: Any, lse: Any, shared: Shared) -> None:
     """One block of the grid: its queries of a head against every key tile that they see."""
     row, b, head, index = Place.here(static, x.rows)
@@ -203,7 +213,7 @@ def _bring_first(static: Static, tiles: KeyTiles, bring_tile) -> None:
         def _(i=i):
             bring_tile(tiles.first + i, i)
 
-    plgpu.wait_gmem_to_smem(2)
+    arrived(2)
 
 
 def _bring_ahead(static: Static, tiles: KeyTiles, tile, slot, bring_tile) -> None:
@@ -213,13 +223,12 @@ def _bring_ahead(static: Static, tiles: KeyTiles, tile, slot, bring_tile) -> Non
 
     @pl.when(more)
     def _():
-        free = slot_after(static, slot) if ahead == 1 else lax.rem(slot + ahead, ahead + 1)
-        bring_tile(tile + ahead, free)
-        plgpu.wait_gmem_to_smem(2 * ahead)
+        bring_tile(tile + ahead, free_slot(static, slot))
+        arrived(2 * ahead)
 
     @pl.when(jnp.logical_not(more))
     def _():
-        plgpu.wait_gmem_to_smem(0)
+        arrived(0)
 
 
 # Products.
