@@ -16,8 +16,10 @@ BOTH_OPS = {
     **dict.fromkeys(("causal", "has_sink", "has_sliding_window", "has_attention_chunk"), EITHER),
     **dict.fromkeys(("has_soft_cap", "has_alibi", "needs_lse"), EITHER),
 }
+AMPERE = DeviceCapability(8, 0)
+AMPERE_HEAD_SIZES = OneOf(64, 96, 128)
 DENSE = Capabilities(
-    **BOTH_OPS,
+    **BOTH_OPS | {"compute_capability": OneOf(AMPERE, DeviceCapability(9, 0))},
     head_size_v=OneOf(64, 80, 96, 128, 192, 256),
     **dict.fromkeys(("has_bias", "has_segment_ids", "has_lens", "has_q_offset"), EITHER),
     needs_grad=EITHER,
@@ -42,8 +44,16 @@ class MosaicGpuBackend(AttentionBackend):
 
     @classmethod
     def supports_combination(cls, config, device):
-        """No gradient beside bias or slopes; v as k, or 128 by 192; float8 up to head size 128."""
+        """No gradient beside bias or slopes; v as k, or 128 by 192; float8 up to head size 128.
+
+        On Ampere the forward of three head sizes only.
+        """
         size, size_v, cache = config.head_size, config.head_size_v, str(config.cache_dtype)
+        if config.op == "dense" and device.compute_capability == AMPERE:
+            if size not in AMPERE_HEAD_SIZES:
+                yield Rejection("head_size", size, AMPERE_HEAD_SIZES, "with compute_capability 8.0")
+            if config.needs_grad:
+                yield Rejection("needs_grad", True, "False with compute_capability 8.0")
         if config.op == "dense":
             added = ("has_bias", "has_alibi") if config.needs_grad else ()
             for name in added:

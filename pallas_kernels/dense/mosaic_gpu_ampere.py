@@ -34,6 +34,7 @@ from pallas_kernels.dense.mosaic_gpu_geometry import KeyTiles, Static, key_tiles
 
 SWIZZLE = 64  # bytes: 32 columns of 16 bits are what a product takes at a time
 MMA_K = 16  # of a 16-bit mma
+LINE = 64  # 16-bit numbers of a line of the cache
 
 
 class Shared(NamedTuple):
@@ -53,7 +54,7 @@ def forward(static: Static, x: Operands) -> tuple[jax.Array, jax.Array]:
     """
     tiles, dtype = static.tiles, x.q.dtype
     blocks = pl.cdiv(static.q_len, static.block_q)
-    rows = blocks * static.block_q
+    rows, width = blocks * static.block_q, _stored_width(static)
     x = _as_matrices(static, x)
     given = Operands(*(field is not None for field in x))
 
@@ -66,13 +67,11 @@ def forward(static: Static, x: Operands) -> tuple[jax.Array, jax.Array]:
     out, lse = plgpu.kernel(
         body,
         out_type=(
-            jax.ShapeDtypeStruct(
-                (static.batch * rows, static.num_q_heads * static.head_dim_v), dtype
-            ),
+            jax.ShapeDtypeStruct((static.batch * rows, static.num_q_heads * width), dtype),
             jax.ShapeDtypeStruct((static.batch, static.num_q_heads, rows), jnp.float32),
         ),
         scratch_types=[
-            swizzled(tiles.rows, static.head_dim, dtype=dtype),
+            swizzled(tiles.rows, width, dtype=dtype),
             swizzled(tiles.stages, tiles.block_kv, static.head_dim, dtype=dtype),
             swizzled(tiles.stages, tiles.block_kv, static.head_dim_v, dtype=dtype),
         ],
@@ -84,7 +83,13 @@ def forward(static: Static, x: Operands) -> tuple[jax.Array, jax.Array]:
         ),
         kernel_name="attnsel_dense_forward_ampere",
     )(*(field for field in x if field is not None))
-    return out.reshape(static.batch, rows, static.num_q_heads, static.head_dim_v), lse
+    out = out.reshape(static.batch, rows, static.num_q_heads, width)
+    return out[..., : static.head_dim_v], lse
+
+
+def _stored_width(static: Static) -> int:
+    """Columns of a head's results: Mosaic GPU stores whole lines of 128 bytes of 16-bit numbers."""
+    return pl.cdiv(static.head_dim_v, LINE) * LINE
 
 
 def _as_matrices(static: Static, x: Operands) -> Operands:
@@ -118,6 +123,16 @@ def bring(source: Any, target: Any) -> None:
     plgpu.copy_gmem_to_smem(source, target, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
 
 
+def arrived(groups: int) -> None:
+    """Waits until no more than so many groups are in flight, those sent for last."""
+    plgpu.wait_gmem_to_smem(groups)
+
+
+def free_slot(static: Static, slot: Any) -> Any:
+    """The slot that no tile is in or on its way to, while this one is read."""
+    return lax.rem(slot + (static.tiles.stages - 1), jnp.int32(static.tiles.stages))
+
+
 def block(static: Static, x: Operands, out: Any, lse: Any, shared: Shared) -> None:
     """One block of the grid: its queries of a head against every key tile that they see."""
     row, b, head, index = Place.here(static, x.rows)
@@ -126,7 +141,7 @@ def block(static: Static, x: Operands, out: Any, lse: Any, shared: Shared) -> No
     _bring_queries(static, x, shared, b, head, first_row)
     bring_tile = functools.partial(_bring_tile, static, x, shared, b, head)
     _bring_first(static, tiles, bring_tile)
-    q = left_strips(shared.q)
+    q = left_strips(shared.q, static.head_dim)
     weigh = functools.partial(logits, static, x, row, b, head, first_row)
 
     def step(tile, carry, *, masked):
@@ -150,7 +165,7 @@ def block(static: Static, x: Operands, out: Any, lse: Any, shared: Shared) -> No
     acc, state, _ = lax.fori_loop(tiles.inner_stop, tiles.stop, masked, carry)
     o, log_sum = normalised(static, x, acc, state, row, head, first_row)
     lse[b, head, pl.ds(first_row, static.block_q)] = log_sum
-    shared.q[...] = o  # the queries are done with
+    shared.q.at[:, pl.ds(0, static.head_dim_v)][...] = o  # the queries are done with
     _store_queries(static, shared, out, b, head, first_row)
 
 
@@ -165,14 +180,15 @@ def _rows_of(static: Static, b: Any, first_row: Any) -> Any:
 
 def _bring_queries(static: Static, x: Operands, shared: Shared, b, head, first_row) -> None:
     columns = pl.ds(head * static.head_dim, static.head_dim)
-    bring(x.q.at[_rows_of(static, b, first_row), columns], shared.q)
+    target = shared.q.at[:, pl.ds(0, static.head_dim)]
+    bring(x.q.at[_rows_of(static, b, first_row), columns], target)
 
 
 def _store_queries(static: Static, shared: Shared, out: Any, b, head, first_row) -> None:
     """The results as rows of 16 bytes a thread."""
-    shape = (static.block_q, static.head_dim_v)
-    layout = plgpu.Layout.SMEM_GMEM_COPY(shape, shared.q.dtype, SWIZZLE)
-    columns = pl.ds(head * static.head_dim_v, static.head_dim_v)
+    width = shared.q.shape[1]
+    layout = plgpu.Layout.SMEM_GMEM_COPY(shared.q.shape, shared.q.dtype, SWIZZLE)
+    columns = pl.ds(head * width, width)
     out[_rows_of(static, b, first_row), columns] = plgpu.load(shared.q, layout=layout)
 
 
@@ -197,7 +213,7 @@ def _bring_first(static: Static, tiles: KeyTiles, bring_tile) -> None:
         def _(i=i):
             bring_tile(tiles.first + i, i)
 
-    plgpu.wait_gmem_to_smem(2)
+    arrived(2)
 
 
 def _bring_ahead(static: Static, tiles: KeyTiles, tile, slot, bring_tile) -> None:
@@ -207,13 +223,12 @@ def _bring_ahead(static: Static, tiles: KeyTiles, tile, slot, bring_tile) -> Non
 
     @pl.when(more)
     def _():
-        free = slot_after(static, slot) if ahead == 1 else lax.rem(slot + ahead, ahead + 1)
-        bring_tile(tile + ahead, free)
-        plgpu.wait_gmem_to_smem(2 * ahead)
+        bring_tile(tile + ahead, free_slot(static, slot))
+        arrived(2 * ahead)
 
     @pl.when(jnp.logical_not(more))
     def _():
-        plgpu.wait_gmem_to_smem(0)
+        arrived(0)
 
 
 # Products.
@@ -225,14 +240,11 @@ def sums(rows: int, columns: int, dtype) -> jax.Array:
     return plgpu.layout_cast(zeros, plgpu.Layout.MMA_ACC(dtype))
 
 
-def left_strips(ref: Any) -> list[jax.Array]:
-    """[rows, n] of shared memory as left operands, a swizzle's columns each."""
+def left_strips(ref: Any, n: int) -> list[jax.Array]:
+    """The first n columns of shared memory as left operands, a swizzle's columns each."""
     width = SWIZZLE // jnp.dtype(ref.dtype).itemsize
     layout = plgpu.Layout.MMA_LHS(ref.dtype)
-    return [
-        plgpu.load(ref.at[:, pl.ds(i, width)], layout=layout)
-        for i in range(0, ref.shape[-1], width)
-    ]
+    return [plgpu.load(ref.at[:, pl.ds(i, width)], layout=layout) for i in range(0, n, width)]
 
 
 def products(q: list[jax.Array], k: Any) -> jax.Array:
@@ -246,7 +258,7 @@ def products(q: list[jax.Array], k: Any) -> jax.Array:
 
 
 def weighted_sum(acc: jax.Array, p: jax.Array, v: Any, seen: tuple[Any, Any] | None):
-    """Adds p @ v to acc; of values outside [low, high) of the tile, where given, nothing is read.
+    """The sums, and p @ v; of values outside [low, high) of the tile, where given, nothing is read.
 
     An unseen value's weight is 0, and 0 * NaN is NaN.
     """
