@@ -188,6 +188,49 @@ def test_pages_of_a_sequence_spread_over_devices(name, options):
     check(problem, mesh(seq=2), name=name, pages="seq")
 
 
+# Pages of 4: windows and chunks that begin with a page, within one, and within the last one; of
+# the longest sequence, too short to reach from device to device, and longer than all of it.
+BOUNDED = {
+    "window": {"sliding_window": 7},
+    "window of whole pages": {"sliding_window": 8, "writes": False},
+    "own key alone": {"sliding_window": 1, "sinks": True},
+    "window longer than all": {"sliding_window": 99},
+    "chunks": {"attention_chunk_size": 6},
+    "chunks of whole pages": {"attention_chunk_size": 8, "sinks": True},
+    "chunks and a window": {"attention_chunk_size": 10, "sliding_window": 5},
+    "two-sided window": {"causal": False, "writes": False, "sliding_window": (6, 3)},
+    "alibi": {"alibi": True},
+    "alibi, window, sinks": {"alibi": True, "sliding_window": 11, "sinks": True},
+    "quantised": {
+        "sliding_window": 9, "alibi": True, "cache_dtype": "int8", "scales": "head",
+        "dtype": "bfloat16", "soft_cap": 5.0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("features", BOUNDED)
+def test_windows_chunks_and_alibi_over_spread_pages(features):
+    """NaN stands in every slot that is not seen, and pages are shuffled."""
+    options = PAGED | BOUNDED[features]
+    attn_type = "encoder_decoder" if options.get("causal") is False else None
+    problem = Problem(features, "paged", "", paged_inputs, options, attn_type=attn_type)
+    cuts = {"pages": "seq", "heads": "model", "kv_heads": "model", "cache_heads": "model"}
+    check(problem, mesh(seq=4, model=2), name="XLA_REFERENCE", **cuts)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("features", BOUNDED)
+@pytest.mark.parametrize("page_size", [2, 5, 16])
+def test_bounded_over_spread_pages_of_other_sizes(features, page_size):
+    # Pages that 2 devices share: an even number, two of them nobody's.
+    lens = {"kv_lens": (35, 25, 7, 61) if page_size != 5 else (35, 25, 7, 60)}
+    options = PAGED | {"page_size": page_size} | lens | BOUNDED[features]
+    attn_type = "encoder_decoder" if options.get("causal") is False else None
+    problem = Problem(features, "paged", "", paged_inputs, options, attn_type=attn_type)
+    pages = sum(-(-n // page_size) for n in options["kv_lens"]) + 2
+    check(problem, mesh(seq=next(n for n in (4, 3, 2, 5) if pages % n == 0)), pages="seq")
+
+
 @pytest.mark.parametrize("topk", [None, 16])
 def test_latents_of_a_sequence_spread_over_devices(topk):
     op, name = ("mla", "XLA_MLA") if topk is None else ("sparse_mla", "XLA_MLA_SPARSE")

@@ -4,19 +4,22 @@ import jax
 import jax.numpy as jnp
 import pytest
 from meshes import mesh
-from test_context import DENSE, LATENT
+from test_context import DENSE, LATENT, PAGED
 from test_context import check as check_context
 from test_heads_and_batch import check
 from test_indexer_over_mesh import close, placed, problem
 
 import attnsel_jax
+from attnsel_jax.cache_layouts import layout_named
 from attnsel_jax.mesh import groups, over_mesh
-from attnsel_jax.mesh.merging import Partial
+from attnsel_jax.mesh.merging import Partial, nothing
 from attnsel_jax.mesh.ring import _of_logits
+from attnsel_jax.mesh.spread_pages import _whole_pages
 from attnsel_jax.mesh.zigzag import to_zigzag
 from attnsel_jax.problems import Problem
 from attnsel_jax.problems.dense_inputs import dense_inputs
 from attnsel_jax.problems.mla_inputs import mla_inputs
+from attnsel_jax.problems.paged_inputs import paged_inputs
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +45,11 @@ def spread():
     check_context(problem, mesh(seq=2), name="XLA_MLA", pages="seq")
 
 
+def spread_keys(**options):
+    problem = Problem("p", "paged", "", paged_inputs, PAGED | options)
+    check_context(problem, mesh(seq=2), name="XLA_REFERENCE", pages="seq")
+
+
 def indexer(groups, **cuts):
     call, want = problem(groups)
     arguments = placed(call, mesh(**dict.fromkeys(cuts, 2)), **cuts)
@@ -54,6 +62,18 @@ def not_summed(kernel, op, arrays, plan, layout):
 
 def of_first_keys(x, rows, keys):
     return _of_logits(x, rows, keys._replace(start=0))
+
+
+class Unturned:
+    """A layout whose pages are split into what no turn changes: each slot is the page's first."""
+
+    def __init__(self, name):
+        self.join = layout_named(name).join
+        self.split = lambda pages: [x[:, :1].repeat(4, 1) for x in layout_named(name).split(pages)]
+
+
+def with_edges(arrays, seen, counts):
+    return _whole_pages(arrays, seen._replace(start=seen.start // 4 * 4), counts)
 
 
 FAULTS = {
@@ -97,6 +117,23 @@ FAULTS = {
     ),
     "partial results not merged": (
         "attnsel_jax.mesh.spread_pages", "merged_over", lambda part, axis: part, spread,
+    ),
+    "windows begin with a page": (
+        "attnsel_jax.mesh.spread_pages", "_edge_pages",
+        lambda kernel, arrays, *_: nothing(arrays["q"].shape[:2], arrays["q"].shape[2]),
+        lambda: spread_keys(sliding_window=7),
+    ),
+    "the edge page from its first slot": (
+        "attnsel_jax.mesh.spread_pages", "layout_named", Unturned,
+        lambda: spread_keys(sliding_window=7),
+    ),
+    "windows reach whole pages back": (
+        "attnsel_jax.mesh.spread_pages", "_whole_pages", with_edges,
+        lambda: spread_keys(sliding_window=7),
+    ),
+    "distances between pages that lie here": (
+        "attnsel_jax.mesh.spread_pages", "_from_afar", lambda lse, *_: lse,
+        lambda: spread_keys(alibi=True),
     ),
     "scores of one device's heads": (
         "attnsel_jax.mesh.over_mesh", "score_ragged", not_summed,
