@@ -19,100 +19,28 @@ A block lies in its buffer as the cache has it, two tokens a row ("paired"): eve
 odd tokens' latents, both rotary keys. Logits are therefore [rows, even keys then odd keys].
 """
 
-import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mla.mosaic_tpu_writes import token_of_value
+from pallas_kernels.mla.mosaic_tpu_scratch import (
+    AHEAD,
+    OUTPUTS,
+    Arrays,
+    Scratch,
+    Sizes,
+    Tiles,
+    scratch_shapes,
+)
 from pallas_kernels.tpu_chip import LANES
 
 MASKED = -1e30  # a logit that no query sees: finite, so that no difference of two is NaN
 LOG2_E, LN_2 = math.log2(math.e), math.log(2)
-OUTPUTS = 4  # tiles' outputs on their way
-AHEAD = 2  # steps whose blocks are on their way
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """What is static of a pass.
-
-    Attributes:
-        block_q: queries of a tile.
-        block_kv: keys of a block; whole pages.
-        blocks: blocks of a step.
-        lead: blocks that products with the keys are ahead of the softmax; at most `blocks`.
-        num_heads, rank, rope_dim, page_size: of the arrays.
-        q_dtype: of queries and output.
-        cache_dtype: of the latents as they are stored.
-        scale, soft_cap: of the logits.
-    """
-
-    block_q: int
-    block_kv: int
-    blocks: int
-    lead: int
-    num_heads: int
-    rank: int
-    rope_dim: int
-    page_size: int
-    q_dtype: jnp.dtype
-    cache_dtype: jnp.dtype
-    scale: float
-    soft_cap: float | None
-
-    @property
-    def rows(self) -> int:
-        """Rows of the matrix products: queries times heads."""
-        return self.block_q * self.num_heads
-
-    @property
-    def pages_of_block(self) -> int:
-        """Pages of a block."""
-        return self.block_kv // self.page_size
-
-    @property
-    def ring(self) -> int:
-        """Blocks of latents in VMEM: a step's, the lead, and those of AHEAD steps on their way."""
-        return (AHEAD + 1) * self.blocks + self.lead
-
-    @property
-    def queries(self) -> int:
-        """Tiles' queries in VMEM: as many tiles as a step may begin, and as many on their way."""
-        return 2 * (self.blocks + self.lead)
-
-    @property
-    def precision(self) -> jax.lax.Precision | None:
-        """Of both products."""
-        return jax.lax.Precision.HIGHEST if self.q_dtype == jnp.float32 else None
-
-
-class Arrays(NamedTuple):
-    """The arrays in HBM, and the cache's scale and page table in SMEM."""
-
-    ql_nope: Any
-    q_pe: Any
-    pages: Any
-    out: Any
-    lse: Any
-    page_table: Any
-    kv_scale: Any
-
-
-class Tiles(NamedTuple):
-    """What is known of each tile, in SMEM: int32 [num_tiles]."""
-
-    seq: Any  # row of page_table
-    token: Any  # its first query's row in the arrays
-    count: Any  # queries in it, at most block_q
-    q_pos: Any  # position of its first query; negative where the sequence is too short for it
-    blocks: Any  # blocks that it takes, at least one
-    end: Any  # blocks of this tile and of those before it
 
 
 class Cursor(NamedTuple):
@@ -120,47 +48,6 @@ class Cursor(NamedTuple):
 
     tile: jax.Array
     block: jax.Array
-
-
-class Scratch(NamedTuple):
-    """What a pass has in VMEM, and its semaphores; rings by tile are [tiles, ...]."""
-
-    ql_nope: Any  # [queries, block_q, num_heads, rank]
-    q_pe: Any  # [queries, block_q, num_heads, rope_dim]
-    latents: Any  # [ring, block_kv / 2, 2 * (rank + rope_dim)]
-    logits: Any  # float32 [lead, rows, block_kv]: unscaled, of the blocks that are ahead
-    m: Any  # float32 [blocks, rows, LANES]: the same in every lane
-    l: Any
-    acc: Any  # float32 [blocks, rows, rank]
-    out: Any  # [OUTPUTS, block_q, num_heads, rank]
-    lse: Any  # float32 [OUTPUTS, block_q, 1, num_heads]
-    tile_of: Any  # SMEM [ring]: which tile, and which of its blocks, a buffer has
-    block_of: Any
-    q_arrived: Any
-    latents_arrived: Any  # [AHEAD + 1]: of step k, k + AHEAD + 1, ...
-    out_left: Any
-
-
-def scratch_shapes(sizes: Sizes) -> Scratch:
-    """The shapes of a pass's scratch."""
-    s = sizes
-    both = 2 * (s.rank + s.rope_dim)
-    return Scratch(
-        ql_nope=pltpu.VMEM((s.queries, s.block_q, s.num_heads, s.rank), s.q_dtype),
-        q_pe=pltpu.VMEM((s.queries, s.block_q, s.num_heads, s.rope_dim), s.q_dtype),
-        latents=pltpu.VMEM((s.ring, s.block_kv // 2, both), s.cache_dtype),
-        logits=pltpu.VMEM((s.lead, s.rows, s.block_kv), jnp.float32),
-        m=pltpu.VMEM((s.blocks, s.rows, LANES), jnp.float32),
-        l=pltpu.VMEM((s.blocks, s.rows, LANES), jnp.float32),
-        acc=pltpu.VMEM((s.blocks, s.rows, s.rank), jnp.float32),
-        out=pltpu.VMEM((OUTPUTS, s.block_q, s.num_heads, s.rank), s.q_dtype),
-        lse=pltpu.VMEM((OUTPUTS, s.block_q, 1, s.num_heads), jnp.float32),
-        tile_of=pltpu.SMEM((s.ring,), jnp.int32),
-        block_of=pltpu.SMEM((s.ring,), jnp.int32),
-        q_arrived=pltpu.SemaphoreType.DMA((s.queries,)),
-        latents_arrived=pltpu.SemaphoreType.DMA((AHEAD + 1,)),
-        out_left=pltpu.SemaphoreType.DMA((OUTPUTS,)),
-    )
 
 
 def attend_tiles(
@@ -198,36 +85,39 @@ class _Pass:
         def prefetch(i, coming):
             return self._start_block(coming, sizes.lead + i, i // sizes.blocks)
 
-        coming = jax.lax.fori_loop(0, AHEAD * sizes.blocks, prefetch, coming)
+        num_steps = pl.cdiv(self.num_blocks, sizes.blocks)
+        first_steps = jnp.minimum(num_steps, AHEAD)
+        coming = jax.lax.fori_loop(0, first_steps * sizes.blocks, prefetch, coming)
         received, cleaned = self._receive(zero, zero, zero + sizes.lead)
         for i in range(sizes.lead):
             scratch.logits[i] = self._logits(jnp.int32(i))
 
-        def step(k, state):
+        def step(k, state, *, starts):
             coming, received, cleaned, finished = state
             first = k * sizes.blocks
             self._wait_latents(sizes.blocks, k % (AHEAD + 1))
             received, cleaned = self._receive(received, cleaned, first + sizes.blocks + sizes.lead)
-            coming = self._straight(coming, first, (k + AHEAD) % (AHEAD + 1))
+            later = (k + AHEAD) % (AHEAD + 1) if starts else None
+            coming = self._straight(coming, first, later)
             finished = self._while_ends(finished, first + sizes.blocks, self._finish)
             return coming, received, cleaned, finished
 
-        num_steps = pl.cdiv(self.num_blocks, sizes.blocks)
-        jax.lax.fori_loop(0, num_steps, step, (coming, received, cleaned, zero))
-        for k in range(AHEAD):
-            self._wait_latents(sizes.blocks, (num_steps + k) % (AHEAD + 1))
+        # The last steps start no copies: nothing would wait for them but the kernel's end.
+        state, border = (coming, received, cleaned, zero), num_steps - first_steps
+        state = jax.lax.fori_loop(0, border, functools.partial(step, starts=True), state)
+        jax.lax.fori_loop(border, num_steps, functools.partial(step, starts=False), state)
         for last in range(OUTPUTS, 0, -1):
             tile = self.num_tiles - last
             pl.when(tile >= 0)(functools.partial(self._wait_output, tile))
 
-    def _straight(self, coming: Cursor, first: jax.Array, sem: jax.Array) -> Cursor:
-        """The run without branches: `blocks` blocks from `first` on."""
+    def _straight(self, coming: Cursor, first: jax.Array, sem: jax.Array | None) -> Cursor:
+        """The run without branches: `blocks` blocks from `first` on; with a semaphore, copies."""
         sizes, logits = self.sizes, self.scratch.logits
         products = [logits[i] for i in range(sizes.lead)]
         for i in range(sizes.blocks):
             products.append(self._logits(first + sizes.lead + i))
             later = first + AHEAD * sizes.blocks + sizes.lead + i
-            coming = self._start_block(coming, later, sem)
+            coming = coming if sem is None else self._start_block(coming, later, sem)
             self._softmax_and_values(products[i], first + i)
         for i in range(sizes.lead):
             logits[i] = products[sizes.blocks + i]
@@ -365,20 +255,30 @@ class _Pass:
     def _clean(self, tile: jax.Array) -> None:
         """Zeroes what follows the keys in a tile's last block: NaN would outlive a weight of 0."""
         sizes, packed = self.sizes, 4 // self.sizes.cache_dtype.itemsize
-        block, width = self.scratch.latents.shape[1:]
+        block = sizes.block_kv // 2
         buffer = self._buffer(self.tiles.end[tile] - 1)
         num_keys = self._keys_of_tile(tile) - (self.tiles.blocks[tile] - 1) * sizes.block_kv
 
+        def kept(is_odd):
+            """Bits of the words of a register's lanes; `packed` rows share a word."""
+            row = jax.lax.broadcasted_iota(jnp.int32, (block // packed, LANES), 0)
+            words = jnp.zeros_like(row)
+            for i in range(packed):
+                key = 2 * (packed * row + i) + is_odd
+                words |= ((key - num_keys) >> 31) & field(i)
+            return words
+
+        def field(i):
+            bits = ((1 << 32 // packed) - 1) << (i * 32 // packed)
+            return jnp.int32(bits - (bits >> 31 << 32))
+
         @pl.when(num_keys < sizes.block_kv)
         def _():
-            bits = 32 // packed
-            first = token_of_value((block // packed, width), sizes.rank, sizes.rope_dim, packed)
-            kept = jnp.zeros_like(first)
-            for row in range(packed):  # of those that share a word
-                is_kept = (first + (2 * row - num_keys)) >> 31
-                field = ((1 << bits) - 1) << (bits * row)
-                kept |= is_kept & jnp.int32(field - (field >> 31 << 32))
-            words = pltpu.bitcast(self.scratch.latents[buffer], jnp.int32) & kept
+            lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+            even, odd = ([kept(i)] * (sizes.rank // LANES) for i in (0, 1))
+            ropes = kept(1 + ((lane - sizes.rope_dim) >> 31))
+            mask = jnp.concatenate([*even, *odd, ropes], axis=1)
+            words = pltpu.bitcast(self.scratch.latents[buffer], jnp.int32) & mask
             self.scratch.latents[buffer] = pltpu.bitcast(words, sizes.cache_dtype)
 
     # Phases of a block.
@@ -398,12 +298,22 @@ class _Pass:
         """Products of block i's keys with its tile's queries, unscaled."""
         sizes = self.sizes
         latents, ropes = self._parts(i)
-        of_both = [ropes[:, : sizes.rope_dim], ropes[:, sizes.rope_dim :]]
-        keys = jnp.concatenate([latents, jnp.concatenate(of_both, axis=0)], axis=1)
         slot = jax.lax.rem(self.scratch.tile_of[self._buffer(i)], sizes.queries)
         q = self.scratch.ql_nope[slot].reshape(sizes.rows, sizes.rank)
         q_pe = self.scratch.q_pe[slot].reshape(sizes.rows, sizes.rope_dim)
-        q = jnp.concatenate([q, q_pe], axis=1)
+        # A row has two tokens' rotary keys. On 256-wide matrix units they are laid under one
+        # another; on 128-wide ones that delays the products (v5e 310 us for 284): there each half
+        # is masked, and the queries have theirs twice.
+        if sizes.rolls_ropes:
+            of_both = [ropes[:, : sizes.rope_dim], ropes[:, sizes.rope_dim :]]
+            q = jnp.concatenate([q, q_pe], axis=1)
+        else:
+            lane = jax.lax.broadcasted_iota(jnp.int32, (1, 2 * sizes.rope_dim), 1)
+            is_even = (lane - sizes.rope_dim) >> 31
+            words = pltpu.bitcast(ropes, jnp.int32)
+            of_both = [pltpu.bitcast(words & mask, sizes.q_dtype) for mask in (is_even, ~is_even)]
+            q = jnp.concatenate([q, q_pe, q_pe], axis=1)
+        keys = jnp.concatenate([latents, jnp.concatenate(of_both, axis=0)], axis=1)
         return _dot(q, keys, contract=(1, 1), precision=sizes.precision)
 
     def _softmax_and_values(self, products: jax.Array, i: jax.Array) -> None:
@@ -458,7 +368,7 @@ class _Pass:
         lse = jnp.where(seen, (m + jnp.log2(l)) * LN_2, -jnp.inf)
         for i in range(sizes.block_q):
             of_query = lse[i * sizes.num_heads : (i + 1) * sizes.num_heads]
-            scratch.lse[slot, i] = of_query.T[:1]
+            scratch.lse[slot, i] = _as_row(of_query)
         self._each_output(tile, lambda copy: copy.start())
         self._reset(state)
 
@@ -479,3 +389,15 @@ def _dot(a, b, *, contract, precision) -> jax.Array:
 def _widened(x: jax.Array, width: int) -> jax.Array:
     """[rows, LANES] with equal lanes as [rows, width]."""
     return x[:, :width] if width <= LANES else jnp.tile(x, (1, width // LANES))
+
+
+def _as_row(x: jax.Array) -> jax.Array:
+    """[n, LANES] with equal lanes as [1, n]: off the diagonals, which takes no transposition."""
+    parts = []
+    for at in range(0, x.shape[0], LANES):
+        part = x[at : at + LANES]
+        row = jax.lax.broadcasted_iota(jnp.int32, part.shape, 0)
+        lane = jax.lax.broadcasted_iota(jnp.int32, part.shape, 1)
+        diagonal = jnp.where(row == lane, part, 0)
+        parts.append(jnp.sum(diagonal, axis=0, keepdims=True)[:, : part.shape[0]])
+    return jnp.concatenate(parts, axis=1)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mla.mosaic_tpu_attend import Arrays, Tiles
+from pallas_kernels.mla.mosaic_tpu_scratch import Arrays, Tiles
 
 
 class Batch(NamedTuple):

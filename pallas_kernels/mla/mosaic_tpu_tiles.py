@@ -23,13 +23,13 @@ class Tiles(NamedTuple):
 
 
 TILES = {
-    ("v4", "bfloat16", "decode"): Tiles(rows=128, block_kv=256, blocks=8, lead=4),
+    ("v4", "bfloat16", "decode"): Tiles(rows=128, block_kv=256, blocks=8, lead=2),
     ("v4", "bfloat16", "prefill"): Tiles(rows=512, block_kv=256, blocks=2, lead=1),
-    ("v5e", "bfloat16", "decode"): Tiles(rows=128, block_kv=256, blocks=8, lead=4),
+    ("v5e", "bfloat16", "decode"): Tiles(rows=128, block_kv=256, blocks=8, lead=2),
     ("v5e", "bfloat16", "prefill"): Tiles(rows=512, block_kv=256, blocks=2, lead=1),
-    ("v5p", "bfloat16", "decode"): Tiles(rows=128, block_kv=256, blocks=8, lead=4),
+    ("v5p", "bfloat16", "decode"): Tiles(rows=128, block_kv=256, blocks=8, lead=2),
     ("v5p", "bfloat16", "prefill"): Tiles(rows=512, block_kv=256, blocks=2, lead=1),
-    ("v6e", "bfloat16", "decode"): Tiles(rows=128, block_kv=256, blocks=8, lead=4),
+    ("v6e", "bfloat16", "decode"): Tiles(rows=128, block_kv=256, blocks=8, lead=2),
     ("v6e", "bfloat16", "prefill"): Tiles(rows=512, block_kv=256, blocks=2, lead=1),
     ("7x", "bfloat16", "decode"): Tiles(rows=128, block_kv=256, blocks=8, lead=4),
     ("7x", "bfloat16", "prefill"): Tiles(rows=512, block_kv=256, blocks=2, lead=1),

@@ -47,22 +47,6 @@ def stored_rows(latents: jax.Array, ropes: jax.Array) -> jax.Array:
     return jnp.pad(rows, ((0, 0), (0, missing))).reshape(-1, SUBLANES, LANES)
 
 
-def token_of_value(shape: tuple[int, int], rank: int, rope_dim: int, stride: int = 1) -> jax.Array:
-    """int32: which token, counted from the first row's even one, each value of paired rows is of.
-
-    Of every `stride`th row.
-
-    No boolean vector is widened: the Mosaic of libtpu 0.0.50 gives those no layout.
-    """
-
-    def from_lane(first):  # 0 before the lane, 1 from there on
-        return 1 + ((lane - first) >> 31)
-
-    lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    is_odd = from_lane(rank) - from_lane(2 * rank) + from_lane(2 * rank + rope_dim)
-    return 2 * stride * jax.lax.broadcasted_iota(jnp.int32, shape, 0) + is_odd
-
-
 def write_rows(writes: Writes, *, rank: int, rope_dim: int) -> None:
     """Puts every token's row at its slot; returns when all of them are there."""
     packed = 32 // writes.pages.dtype.itemsize
@@ -168,7 +152,10 @@ def _each_copy(writes, scratch, runs, packed, act, *, into: bool) -> None:
 def _merge(writes, scratch, j, packed, rank, rope_dim) -> None:
     """Puts a run's rows into its bundle."""
     old = scratch.bundle[j].astype(jnp.float32)
-    token_at = token_of_value(old.shape, rank, rope_dim)
+    # No boolean vector is widened here: the Mosaic of libtpu 0.0.50 gives those no layout.
+    lane = jax.lax.broadcasted_iota(jnp.int32, old.shape, 1)
+    evens, odds, ropes = (1 + ((lane - at) >> 31) for at in (rank, 2 * rank, 2 * rank + rope_dim))
+    token_at = 2 * jax.lax.broadcasted_iota(jnp.int32, old.shape, 0) + evens - odds + ropes
 
     def one_row(i, values):
         latents = [scratch.rows[j, i, pl.ds(c, 1)] for c in range(rank // LANES)]
