@@ -210,7 +210,8 @@ def test_a_slot_that_is_still_read_is_not_overwritten(monkeypatch, cut_tiles):
     check(case)
     x = case.make()
     monkeypatch.setattr(mosaic_gpu_forward, "slot_of", lambda static, n: n * 0)
-    with pytest.raises(RACE, match="RACE DETECTED"), gpu_interpreter():
+    seen = "RACE DETECTED|already at phase"  # newer jax; older, where the ring breaks first
+    with pytest.raises(RACE, match=seen), gpu_interpreter():
         mosaic_gpu.dense_attention(**x)
 
 
