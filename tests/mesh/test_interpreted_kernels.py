@@ -90,10 +90,7 @@ FORMS = {
     "pages and heads": ({"seq": 2, "model": 2}, {"pages": "seq", "model": "model"}),
     "all": ({"data": 2, "seq": 2, "model": 2}, BOTH | {"pages": "seq"}),
 }
-DEFAULT = {
-    ("paged", "groups and heads"), ("paged", "pages"), ("mla", "pages and heads"),
-    ("sparse", "groups and heads"), ("indexer", "all"),
-}  # fmt: skip
+DEFAULT = {("paged", "groups and heads"), ("mla", "pages and heads"), ("sparse", "heads")}
 RAGGED = [
     pytest.param(name, form, marks=[] if (name, form) in DEFAULT else pytest.mark.sweep)
     for name in INPUTS

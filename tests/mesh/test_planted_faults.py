@@ -1,5 +1,7 @@
 """Each of these faults makes a test of this folder's kind fail: the checks can see them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -11,7 +13,8 @@ from test_indexer_over_mesh import close, placed, problem
 
 import attnsel_jax
 from attnsel_jax.cache_layouts import layout_named
-from attnsel_jax.mesh import groups, over_mesh
+from attnsel_jax.mesh import groups, over_mesh, spread_pages
+from attnsel_jax.mesh.dimensions import page_counts
 from attnsel_jax.mesh.merging import Partial, nothing
 from attnsel_jax.mesh.ring import _of_logits
 from attnsel_jax.mesh.spread_pages import _whole_pages
@@ -54,6 +57,32 @@ def indexer(groups, **cuts):
     call, want = problem(groups)
     arguments = placed(call, mesh(**dict.fromkeys(cuts, 2)), **cuts)
     close(attnsel_jax.indexer_scores(*arguments), want)
+
+
+def spread_indexer():
+    call, want = problem()
+    close(attnsel_jax.indexer_scores(*placed(call, mesh(seq=2), pages="seq")), want)
+
+
+def scores_by_rank(kernel, arrays, counts):
+    """The scores of what lies here, first page first, wherever in the sequence that page is."""
+    mine, _ = spread_pages._own_pages(
+        arrays, spread_pages._visible_lengths(arrays, causal=True), counts
+    )
+    return kernel({n: a for n, a in arrays.items() if n != "num_seqs"} | mine)
+
+
+def zeros_elsewhere(kernel, arrays, counts):
+    (scores,) = spread_pages.spread_scores(kernel, arrays, counts)
+    return (jnp.where(jnp.isneginf(scores), 0, scores),)
+
+
+def not_put_together(kernel, op, arrays, plan, layout):
+    arrays = groups.with_own_pages(op, arrays, plan, layout)
+    counts = page_counts(op, arrays["index_pages"], layout)
+    return groups.attend(
+        functools.partial(spread_pages.spread_scores, kernel, counts=counts), op, arrays
+    )
 
 
 def not_summed(kernel, op, arrays, plan, layout):
@@ -142,6 +171,15 @@ FAULTS = {
     "index pages counted from the cache's first": (
         "attnsel_jax.mesh.groups", "with_own_pages", lambda op, arrays, *_: arrays,
         lambda: indexer(2, data="data"),
+    ),
+    "scores where a page lies, not where it belongs": (
+        "attnsel_jax.mesh.forms", "spread_scores", scores_by_rank, spread_indexer,
+    ),
+    "positions elsewhere score 0": (
+        "attnsel_jax.mesh.forms", "spread_scores", zeros_elsewhere, spread_indexer,
+    ),
+    "one device's scores for all": (
+        "attnsel_jax.mesh.over_mesh", "score_ragged", not_put_together, spread_indexer,
     ),
 }  # fmt: skip
 
