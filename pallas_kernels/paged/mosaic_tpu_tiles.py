@@ -54,7 +54,7 @@ TILES = {
     ("v5e", "bfloat16", "decode"): Tiles(128, 512, 512, 3),
     ("v5e", "bfloat16", "decode_64"): Tiles(128, 1024, 512, 3),
     ("v5e", "bfloat16", "prefill"): Tiles(256, 512, 512, 3),
-    ("v5e", "bfloat16", "prefill_64"): Tiles(128, 512, 512, 3),
+    ("v5e", "bfloat16", "prefill_64"): Tiles(256, 512, 256, 3),
     ("v5e", "float32", "decode"): Tiles(128, 256, 512, 3),
     ("v5e", "float32", "decode_64"): Tiles(128, 512, 512, 3),
     ("v5e", "float32", "prefill"): Tiles(256, 512, 512, 3),
