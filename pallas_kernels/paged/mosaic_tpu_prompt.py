@@ -162,7 +162,8 @@ def _load_q(step, first_products=None) -> None:
             first_products()
     m[...] = jnp.full_like(m, softmax.START)
     l[...] = jnp.zeros_like(l)
-    acc[...] = jnp.zeros_like(acc)
+    if first_products is None:
+        acc[...] = jnp.zeros_like(acc)
 
 
 def _is_joined(step) -> bool:
@@ -320,9 +321,11 @@ def _step_head(
         v = v.astype(q.dtype).T[geometry.v_offset :]
         part = _dot(v, weights.reshape(end - begin, -1).astype(q.dtype), (1, 0))
         values = part if values is None else values + part
-    m[head], l[head] = m_next, total
-    old = acc[head].reshape(-1, 8, acc.shape[2]) * shrink[None]
+    # What lies in acc before the first keys is no number.
+    old = jnp.where(m[head][None] > softmax.START, acc[head].reshape(-1, 8, acc.shape[2]), 0.0)
+    old = old * shrink[None]
     acc[head] = old.reshape(acc.shape[1:]) + values
+    m[head], l[head] = m_next, total
 
 
 def _join(step, span: Span, keys: _Keys, head, slot: int) -> None:
