@@ -102,10 +102,9 @@ def test_few_heads_on_each_device(case, chip):
     cache = layout_named("side_by_side").shape(512, 32, cached, size)
     given = paged_arguments(batch=8, q_len=1, kv_len=1024, cache_dtype=dtype, cache_shape=cache,
                             page_size=32, scale=0.1, **shape)  # fmt: skip
-    over = MeshCall(BACKEND, "paged", {"model": 4}, (), ("model",))
-    assert compiled(chip, PAGED, given, over) == {}
-    given = dense_arguments(batch=1, q_len=200, kv_len=200, causal=True, **shape)
-    over = MeshCall(BACKEND, "dense", {"model": 4}, (), ("model",))
+    cuts = {"data": 2, "model": 4}, ("data",), ("model",)
+    assert compiled(chip, PAGED, given, MeshCall(BACKEND, "paged", *cuts)) == {}
+    given = dense_arguments(batch=2, q_len=200, kv_len=200, causal=True, **shape)
     # K and v of fewer heads than shards are whole on each: their gradients are summed.
-    sent = compiled(chip, DENSE, given, over, gradients=True)
+    sent = compiled(chip, DENSE, given, MeshCall(BACKEND, "dense", *cuts), gradients=True)
     assert set(sent) == ({"all-reduce"} if kv_heads < 4 else set())
