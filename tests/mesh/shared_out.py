@@ -37,7 +37,8 @@ def check_shared_out(name, op, parts, on, data=None, model=None, pages=None):
     layout = backend.latent_layout if backend.is_mla() else backend.layout
     shards = on.shape[data] if data else 1
     shards *= on.shape[pages] if pages else 1
-    parts = [_padded(op, part, shards) for part in parts]
+    whole = {n: x for n, x in parts[0].items() if n in WHOLE}  # of the model, so of every group
+    parts = [_padded(op, part | whole, shards) for part in parts]
     arrays, static = _side_by_side(op, parts)
     arrays = {n: _placed(x, dims, on, data, model, pages)
               for (n, x), dims in _with_dims(op, arrays, layout)}  # fmt: skip
