@@ -158,6 +158,7 @@ def _passes(ql_nope, q_pe, pages, max_num_seqs: int, scale: float, soft_cap) -> 
             block_kv=max(chosen.block_kv, page_size),
             blocks=chosen.blocks,
             lead=chosen.lead,
+            starts_within=chosen.starts_within,
             num_heads=num_heads, rank=rank, rope_dim=q_pe.shape[2], page_size=page_size,
             q_dtype=ql_nope.dtype, cache_dtype=pages.dtype, scale=scale, soft_cap=soft_cap,
             rolls_ropes=tpu_chip.current().mxu == 256,

@@ -82,12 +82,9 @@ class _Pass:
             coming = self._start_block(coming, jnp.int32(i), AHEAD)
         self._wait_latents(sizes.lead, AHEAD)
 
-        def prefetch(i, coming):
-            return self._start_block(coming, sizes.lead + i, i // sizes.blocks)
-
         num_steps = pl.cdiv(self.num_blocks, sizes.blocks)
-        first_steps = jnp.minimum(num_steps, AHEAD)
-        coming = jax.lax.fori_loop(0, first_steps * sizes.blocks, prefetch, coming)
+        for k in range(AHEAD):
+            coming = self._start_step(coming, jnp.int32(k), num_steps)
         received, cleaned = self._receive(zero, zero, zero + sizes.lead)
         for i in range(sizes.lead):
             scratch.logits[i] = self._logits(jnp.int32(i))
@@ -97,14 +94,18 @@ class _Pass:
             first = k * sizes.blocks
             self._wait_latents(sizes.blocks, k % (AHEAD + 1))
             received, cleaned = self._receive(received, cleaned, first + sizes.blocks + sizes.lead)
+            if not sizes.starts_within:
+                coming = self._start_step(coming, k + AHEAD, num_steps)
             later = (k + AHEAD) % (AHEAD + 1) if starts else None
             coming = self._straight(coming, first, later)
             finished = self._while_ends(finished, first + sizes.blocks, self._finish)
             return coming, received, cleaned, finished
 
         # The last steps start no copies: nothing would wait for them but the kernel's end.
-        state, border = (coming, received, cleaned, zero), num_steps - first_steps
-        state = jax.lax.fori_loop(0, border, functools.partial(step, starts=True), state)
+        border = jnp.maximum(num_steps - AHEAD, 0) if sizes.starts_within else 0
+        state = (coming, received, cleaned, zero)
+        if sizes.starts_within:
+            state = jax.lax.fori_loop(0, border, functools.partial(step, starts=True), state)
         jax.lax.fori_loop(border, num_steps, functools.partial(step, starts=False), state)
         for last in range(OUTPUTS, 0, -1):
             tile = self.num_tiles - last
@@ -181,22 +182,31 @@ class _Pass:
         """Notes where block i is, and starts the copies of its pages; returns the next.
 
         All its pages are copied without a branch: in place of those past the tile's last key that
-        one again, in place of blocks past the last tile ones of the last tile.
+        one again (page 0 if it has none), in place of blocks past the last tile ones of that tile.
         """
         sizes, buffer = self.sizes, self._buffer(i)
         self.scratch.tile_of[buffer] = at.tile
         self.scratch.block_of[buffer] = at.block
         tile = self._listed(at.tile)
         seq, last = self.tiles.seq[tile], self._keys_of_tile(tile) - 1
-        last = jnp.maximum(last, 0) // sizes.page_size
+        has_keys, last = last >= 0, jnp.maximum(last, 0) // sizes.page_size
         for j in range(sizes.pages_of_block):
             column = jnp.minimum(at.block * sizes.pages_of_block + j, last)
-            page = jnp.clip(self.arrays.page_table[seq, column], 0, self.arrays.pages.shape[0] - 1)
+            page = jnp.where(has_keys, self.arrays.page_table[seq, column], 0)
             half = sizes.page_size // 2
             target = self.scratch.latents.at[buffer, pl.ds(j * half, half)]
             arrived = self.scratch.latents_arrived.at[sem]
             pltpu.make_async_copy(self.arrays.pages.at[page], target, arrived).start()
         return self._after(at)
+
+    def _start_step(self, coming: Cursor, k: jax.Array, num_steps: jax.Array) -> Cursor:
+        """Starts the copies of step k, if there is such a step, in a loop of their own."""
+        sizes = self.sizes
+
+        def one(i, coming):
+            return self._start_block(coming, k * sizes.blocks + sizes.lead + i, k % (AHEAD + 1))
+
+        return jax.lax.fori_loop(0, jnp.where(k < num_steps, sizes.blocks, 0), one, coming)
 
     def _wait_latents(self, count: int, sem: jax.Array | int) -> None:
         """Waits for as many blocks, by their bytes together."""

@@ -22,6 +22,7 @@ class Sizes:
         block_kv: keys of a block; whole pages.
         blocks: blocks of a step.
         lead: blocks that products with the keys are ahead of the softmax; at most `blocks`.
+        starts_within: whether copies are started among a step's products, or before them.
         num_heads, rank, rope_dim, page_size: of the arrays.
         q_dtype: of queries and output.
         cache_dtype: of the latents as they are stored.
@@ -33,6 +34,7 @@ class Sizes:
     block_kv: int
     blocks: int
     lead: int
+    starts_within: bool
     num_heads: int
     rank: int
     rope_dim: int

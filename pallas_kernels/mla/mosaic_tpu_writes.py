@@ -90,11 +90,11 @@ def _gather_runs(writes, scratch, token, size) -> tuple[jax.Array, jax.Array]:
     num_slots = 2 * writes.pages.shape[0] * writes.pages.shape[1]
 
     def is_open(state):
-        token, _, ended = state
+        token, _, ended, _ = state
         return (token < num_tokens) & ~ended
 
     def one_token(state):
-        token, runs, _ = state
+        token, runs, _, seen = state
         slot = writes.slot_mapping[token]
         exists = (slot >= 0) & (slot < num_slots)
         bundle = slot // size
@@ -102,7 +102,9 @@ def _gather_runs(writes, scratch, token, size) -> tuple[jax.Array, jax.Array]:
         joins = (runs > 0) & (scratch.at[last] == bundle)
         joins &= scratch.first[last] + scratch.count[last] == token
         joins &= scratch.count[last] < size
-        searched = jnp.where(joins, 0, runs)
+        # A set of the group's bundles, by their last five bits: most are found to be new at once.
+        bit = jnp.left_shift(1, bundle & 31)
+        searched = jnp.where(joins | (seen & bit == 0), 0, runs)
         taken = jax.lax.fori_loop(
             0, searched, lambda j, found: found | (scratch.at[j] == bundle), jnp.bool_(False)
         )
@@ -119,9 +121,12 @@ def _gather_runs(writes, scratch, token, size) -> tuple[jax.Array, jax.Array]:
             scratch.first[runs] = token
             scratch.count[runs] = 1
 
-        return token + (~ends).astype(jnp.int32), runs + begins.astype(jnp.int32), ends
+        seen |= jnp.where(begins, bit, 0)
+        return token + (~ends).astype(jnp.int32), runs + begins.astype(jnp.int32), ends, seen
 
-    token, runs, _ = jax.lax.while_loop(is_open, one_token, (token, jnp.int32(0), jnp.bool_(False)))
+    none = jnp.int32(0)
+    start = token, none, jnp.bool_(False), none
+    token, runs, _, _ = jax.lax.while_loop(is_open, one_token, start)
     return token, runs
 
 

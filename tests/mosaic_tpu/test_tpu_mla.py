@@ -63,6 +63,12 @@ def test_it_agrees_with_the_oracle(options):
     assert row.verdict == PASS, str(row)
 
 
+def test_it_agrees_where_copies_are_started_between_the_products(monkeypatch):
+    monkeypatch.setattr(mosaic_tpu, "tiles_for", lambda *_, **__: Tiles(64, 128, 2, 2, False))
+    row = row_of(mla_attention, generation="v6e", **CASES["e4m3"])
+    assert row.verdict == PASS, str(row)
+
+
 @pytest.mark.sweep
 @pytest.mark.parametrize("options", MORE.values(), ids=MORE)
 def test_it_agrees_with_the_oracle_on_more_shapes(options):
