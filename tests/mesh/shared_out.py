@@ -19,6 +19,7 @@ from attnsel_jax.compare.kernel_runs import RESULTS
 from attnsel_jax.mesh import kernel_over_mesh, plan_call
 from attnsel_jax.mesh.dimensions import dimensions
 from attnsel_jax.mesh.groups import CACHES, TOKENS
+from attnsel_jax.problems.paged_inputs import unused
 
 WHOLE = ("sinks", "alibi_slopes", "k_scale", "v_scale", "kv_scale")
 
@@ -63,8 +64,9 @@ def check_shared_out(name, op, parts, on, data=None, model=None, pages=None):
 def _padded(op, part, shards):
     """As many pages as the shards share evenly; what is added is as empty as the rest."""
     pages, axis = part[CACHES[op]], int(op == "paged")
-    missing = -pages.shape[axis] % shards
-    empty = np.full_like(np.take(pages, range(missing), axis), np.nan)
+    shape = list(pages.shape)
+    shape[axis] = -pages.shape[axis] % shards
+    empty = unused(tuple(shape), pages.dtype.name)
     return part | {CACHES[op]: np.concatenate([pages, empty], axis)}
 
 
