@@ -162,7 +162,7 @@ def _passes(ql_nope, q_pe, pages, max_num_seqs: int, scale: float, soft_cap) -> 
             block_q=1 if is_decode else max(2, chosen.rows // num_heads),
             block_kv=max(chosen.block_kv, page_size),
             blocks=chosen.blocks,
-            lead=chosen.lead,
+            lead=min(chosen.lead, chosen.blocks),
             starts_within=chosen.starts_within,
             num_heads=num_heads, rank=rank, rope_dim=q_pe.shape[2], page_size=page_size,
             q_dtype=ql_nope.dtype, cache_dtype=pages.dtype, scale=scale, soft_cap=soft_cap,
