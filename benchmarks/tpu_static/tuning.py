@@ -118,9 +118,12 @@ def search(
 
 
 def neighbours(sizes: Sizes) -> list[Sizes]:
-    """The sizes with one of them doubled or halved; of buffers one more or one less."""
+    """The sizes with one doubled or halved; of buffers one more or one less; a choice the other."""
     found = []
     for field, size in sizes.items():
+        if isinstance(size, bool):
+            found.append(sizes | {field: not size})
+            continue
         others = (size + 1, size - 1) if "buffers" in field else (size * 2, size // 2)
         found += [sizes | {field: other} for other in others if other > 0]
     return found

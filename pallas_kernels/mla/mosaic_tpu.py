@@ -152,12 +152,13 @@ def _passes(ql_nope, q_pe, pages, max_num_seqs: int, scale: float, soft_cap) -> 
     page_size = 2 * pages.shape[1]
 
     def sizes(is_decode: bool) -> Sizes:
-        chosen = tiles_for(tpu_chip.current().generation, pages.dtype.name, is_decode=is_decode)
+        dtype = "float32" if ql_nope.dtype == jnp.float32 else pages.dtype.name
+        chosen = tiles_for(tpu_chip.current().generation, dtype, is_decode=is_decode)
         return Sizes(
             block_q=1 if is_decode else max(2, chosen.rows // num_heads),
             block_kv=max(chosen.block_kv, page_size),
             blocks=chosen.blocks,
-            lead=chosen.lead,
+            lead=min(chosen.lead, chosen.blocks),
             starts_within=chosen.starts_within,
             num_heads=num_heads, rank=rank, rope_dim=q_pe.shape[2], page_size=page_size,
             q_dtype=ql_nope.dtype, cache_dtype=pages.dtype, scale=scale, soft_cap=soft_cap,

@@ -44,7 +44,15 @@ OTHERS = {
 }
 
 
-def tiles_for(generation: str, cache_dtype: str, *, is_decode: bool) -> Tiles:
-    """The tile sizes for a chip, a cache dtype and a kind of tile."""
+# The same where VMEM is 16 MiB (v4).
+SMALL = {
+    "decode": Tiles(rows=128, block_kv=256, blocks=2, lead=1),
+    "prefill": Tiles(rows=256, block_kv=256, blocks=1, lead=1),
+}
+
+
+def tiles_for(generation: str, dtype: str, *, is_decode: bool) -> Tiles:
+    """The tile sizes for a chip, a dtype (the cache's, or float32 queries') and a kind of tile."""
     shape_class = "decode" if is_decode else "prefill"
-    return TILES.get((generation, cache_dtype, shape_class), OTHERS[shape_class])
+    others = SMALL if generation == "v4" else OTHERS
+    return TILES.get((generation, dtype, shape_class), others[shape_class])
