@@ -44,7 +44,13 @@ TILES = {
         (256, 256): {PLAIN: Tiles(64, 2, turns=False)},
     },
     (10, 0): {
+        (64, 64): {PLAIN: Tiles(128, 4, rows=128)},
+        (80, 80): {PLAIN: Tiles(128, 3, rows=128)},
+        (96, 96): {PLAIN: Tiles(128, 3, rows=128)},
         (128, 128): {PLAIN: Tiles(128, 2, rows=128)},
+        (192, 128): {PLAIN: Tiles(64, 3, rows=128)},
+        (192, 192): {PLAIN: Tiles(64, 2, rows=128)},
+        (256, 256): {PLAIN: Tiles(64, 2, consumers=1, rows=128)},
     },
 }
 

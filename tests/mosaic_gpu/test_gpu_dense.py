@@ -156,7 +156,7 @@ def unscaled():
 
 FAULTS = {
     "unseen values stay": (
-        lambda: (mosaic_gpu_forward, "_clear_unseen", lambda *_: None),
+        lambda: (mosaic_gpu_forward, "clear_unseen", lambda *_: None),
         problem("keys end inside a tile", q_len=20, kv_len=80, kv_lens=(70,), heads=(1, 1)),
     ),
     "causal, one key more": (
