@@ -8,7 +8,6 @@ from attnsel_jax.platforms import DeviceCapability
 
 BOTH_OPS = {
     "platform": OneOf("cuda"),
-    "compute_capability": OneOf(DeviceCapability(9, 0)),
     "jax_version": AtLeast((0, 11)),
     "dtype": OneOf("bfloat16", "float16"),
     "head_size": OneOf(64, 80, 96, 128, 192, 256),
@@ -18,12 +17,15 @@ BOTH_OPS = {
 }
 DENSE = Capabilities(
     **BOTH_OPS,
+    compute_capability=OneOf(DeviceCapability(9, 0), DeviceCapability(10, 0)),
     head_size_v=OneOf(64, 80, 96, 128, 192, 256),
-    **dict.fromkeys(("has_bias", "has_segment_ids", "has_lens", "has_q_offset"), EITHER),
-    needs_grad=EITHER,
+    **dict.fromkeys(
+        ("has_bias", "has_segment_ids", "has_lens", "has_q_offset", "needs_grad"), EITHER
+    ),
 )
 PAGED = Capabilities(
     **BOTH_OPS,
+    compute_capability=OneOf(DeviceCapability(9, 0)),
     kv_cache_dtype=OneOf("bfloat16", "float16", "fp8_e4m3", "fp8_e5m2"),
     block_size=OneOf(16, 32, 64, 128, 256),
 )
@@ -45,10 +47,11 @@ class MosaicGpuBackend(AttentionBackend):
         """No gradient beside bias or slopes; v as k, or 128 by 192; float8 up to head size 128."""
         size, size_v, cache = config.head_size, config.head_size_v, str(config.cache_dtype)
         if config.op == "dense":
-            added = ("has_bias", "has_alibi") if config.needs_grad else ()
-            for name in added:
-                if getattr(config, name):
+            for name in ("has_bias", "has_alibi"):
+                if config.needs_grad and getattr(config, name):
                     yield Rejection(name, True, "False with needs_grad")
+            if config.needs_grad and device.compute_capability == DeviceCapability(10, 0):
+                yield Rejection("needs_grad", True, "False with compute_capability 10.0")
             sizes = OneOf(*HEAD_SIZES_V.get(size, (size,)))
             if size_v is not None and size in DENSE.head_size and size_v not in sizes:
                 yield Rejection("head_size_v", size_v, f"{sizes} with head_size {size}")

@@ -15,7 +15,7 @@ from pallas_kernels import gpu_chip, masks, shape_checks
 from pallas_kernels.dense import mosaic_gpu_backward, mosaic_gpu_blackwell, mosaic_gpu_forward
 from pallas_kernels.dense.mosaic_gpu_forward import Operands
 from pallas_kernels.dense.mosaic_gpu_geometry import Static, in_whole_tiles_of_rows, seen_keys
-from pallas_kernels.dense.mosaic_gpu_tiles import forward_tiles
+from pallas_kernels.dense.mosaic_gpu_tiles import TILES, forward_tiles
 from pallas_kernels.dense.mosaic_gpu_weights import BLOCK, Arrays
 
 DTYPES = ("bfloat16", "float16")
@@ -24,7 +24,6 @@ FORWARD = {
     (9, 0): mosaic_gpu_forward.forward,
     (10, 0): mosaic_gpu_blackwell.forward,
 }
-HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 
 
 class Floats(NamedTuple):
@@ -77,7 +76,7 @@ def dense_attention(
         q, k, v, scale, causal, q_offset, sliding_window, attention_chunk_size, soft_cap, bias,
             alibi_slopes, q_segment_ids, kv_segment_ids, q_lens, kv_lens, sinks: the contract's,
             see `pallas_kernels.dense`; q, k and v bfloat16 or float16; (head_dim, head_dim_v) one
-            of `HEAD_DIMS`.
+            of those that `mosaic_gpu_tiles.TILES` has for the chip.
         mask: must be None.
 
     Returns:
@@ -180,8 +179,9 @@ def _check(x: Floats, q_segment_ids, kv_segment_ids, q_lens, kv_lens) -> dict[st
         }
     )
     shape_checks.check_same_dtype(q=x.q, k=x.k, v=x.v)
-    if (sizes := (dims["head_dim"], dims["head_dim_v"])) not in HEAD_DIMS:
-        allowed = ", ".join(f"{d}/{dv}" for d, dv in HEAD_DIMS)
+    head_dims = TILES[_chip().capability]
+    if (sizes := (dims["head_dim"], dims["head_dim_v"])) not in head_dims:
+        allowed = ", ".join(f"{d}/{dv}" for d, dv in head_dims)
         raise ValueError(
             f"head_dim/head_dim_v is {sizes[0]}/{sizes[1]}, must be one of {allowed}: pad the "
             f"heads with zeros, or use XLA"
@@ -251,6 +251,11 @@ def _forward(static: Static, x: Floats, who: Masks):
 def _backward(static: Static, residuals, cotangents):
     x, who, out, lse = residuals
     dout, dlse = cotangents
+    if static.capability != (9, 0):
+        raise ValueError(
+            "compute_capability is {}.{}, must be 9.0 where gradients are taken with MOSAIC_GPU: "
+            "use CUDNN or XLA".format(*static.capability)
+        )
     for name, value in (("bias", x.bias), ("alibi_slopes", x.alibi_slopes)):
         if value is not None:
             raise ValueError(

@@ -39,9 +39,9 @@ class Accumulators(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What the warpgroups of a block share. Rings and their barriers are the producer's, as on
-    Hopper; one more of each barrier for every tile of queries:
+    """What the warpgroups of a block share.
 
+    Rings and their barriers are as on Hopper, and one each for every tile of queries of
     `s_full`: logits are there, and all earlier products of the tile are done; `p_full`: weights
     are there, sums brought to their maximum; `p_read`: the product that read the weights is done;
     `o_full`: the last one is.
@@ -253,7 +253,7 @@ def multiply(static: Static, shared: Shared, tiles: KeyTiles) -> None:
         if i == 0:
             plgpu.barrier_wait(shared.v_full.at[slot])
         plgpu.barrier_wait(shared.p_full.at[i])
-        s, p, o = shared.tmem[i]
+        _, p, o = shared.tmem[i]
         plgpu.tcgen05_mma(o, p, shared.v.at[slot], accumulate=n > 0)
         plgpu.tcgen05_commit_arrive(done.at[i])
         if i == queries[-1]:
