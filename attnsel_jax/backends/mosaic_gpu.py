@@ -19,9 +19,8 @@ DENSE = Capabilities(
     **BOTH_OPS,
     compute_capability=OneOf(DeviceCapability(9, 0), DeviceCapability(10, 0)),
     head_size_v=OneOf(64, 80, 96, 128, 192, 256),
-    **dict.fromkeys(
-        ("has_bias", "has_segment_ids", "has_lens", "has_q_offset", "needs_grad"), EITHER
-    ),
+    **dict.fromkeys(("has_bias", "has_segment_ids", "has_lens", "has_q_offset"), EITHER),
+    needs_grad=EITHER,
 )
 PAGED = Capabilities(
     **BOTH_OPS,
@@ -39,8 +38,7 @@ class MosaicGpuBackend(AttentionBackend):
     family = "standard"
     capabilities = {"paged": PAGED, "dense": DENSE}
     kernels = {op: f"pallas_kernels.{op}.mosaic_gpu:{op}_attention" for op in ("paged", "dense")}
-    layout = "by_head"
-    preferred_block_size = 64
+    layout, preferred_block_size = "by_head", 64
 
     @classmethod
     def supports_combination(cls, config, device):
