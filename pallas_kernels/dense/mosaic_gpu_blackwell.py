@@ -1,7 +1,7 @@
 """The forward of dense attention on Blackwell: tcgen05 products, sums and weights in TMEM.
 
 A block of the grid owns `tiles.consumers` tiles of 128 queries of a head; its warpgroups are one
-for each tile, which weighs, one that brings tiles by TMA, and one of which a warp issues every
+for each tile, which weighs, and one of which a warp brings tiles by TMA and another issues every
 product. While one tile's logits are weighed the other's are multiplied.
 """
 
@@ -21,7 +21,7 @@ from pallas_kernels.dense.mosaic_gpu_geometry import KeyTiles, Static, key_tiles
 
 # Tiles of queries -> (registers a thread that weighs, of the others). A block is launched with
 # 65536 registers over its threads, rounded down to 8 each: more in sum would wait for ever.
-REGISTERS = {2: (208, 48), 1: (232, 72)}
+REGISTERS = {2: (216, 72), 1: (240, 72)}
 
 
 class Accumulators(NamedTuple):
@@ -39,9 +39,9 @@ class Accumulators(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What the warpgroups of a block share. Rings and their barriers are the producer's, as on
-    Hopper; one more of each barrier for every tile of queries:
+    """What the warpgroups of a block share.
 
+    Rings and their barriers are as on Hopper, and one each for every tile of queries of
     `s_full`: logits are there, and all earlier products of the tile are done; `p_full`: weights
     are there, sums brought to their maximum; `p_read`: the product that read the weights is done;
     `o_full`: the last one is.
@@ -88,7 +88,7 @@ def forward(static: Static, x: Operands) -> tuple[jax.Array, jax.Array]:
         scratch_types=_scratch(static, x.q.dtype),
         grid=(static.batch, blocks, static.num_q_heads),
         grid_names=("batch", "block", "head"),
-        num_threads=static.tiles.consumers + 2,
+        num_threads=static.tiles.consumers + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="attnsel_dense_forward_blackwell",
@@ -112,7 +112,7 @@ def _scratch(static: Static, dtype) -> list[Any]:
         plgpu.Barrier(num_barriers=tiles.consumers),
         ring(num_arrivals=1 + static.segments),
         ring(),
-        plgpu.Barrier(),
+        ring(),
         ordered(num_barriers=stages, num_arrivals=1 + static.segments * tiles.consumers),
         ordered(num_barriers=stages),
         *(of_a_tile() for _ in range(4)),
@@ -149,12 +149,18 @@ def block(static: Static, x: Operands, out: Any, lse: Any, shared: Shared) -> No
     @pl.when(wg == consumers)
     def _():
         plgpu.set_max_registers(of_the_others, action="decrease")
-        hopper.produce(static, x, shared, Place.here(static, x.rows))
+        place = Place.here(static, x.rows)
+        tiles = _tiles(static, place)
 
-    @pl.when(wg == consumers + 1)
-    def _():
-        plgpu.set_max_registers(of_the_others, action="decrease")
-        multiply(static, shared, _tiles(static, Place.here(static, x.rows)))
+        @plgpu.warp_map
+        def _(warp):
+            @pl.when(warp == 0)
+            def _():
+                bring(static, x, shared, place, tiles)
+
+            @pl.when(warp == 1)
+            def _():
+                multiply(static, shared, tiles)
 
 
 def _tiles(static: Static, place: Place, tile: int | None = None) -> KeyTiles:
@@ -166,7 +172,60 @@ def _tiles(static: Static, place: Place, tile: int | None = None) -> KeyTiles:
     return key_tiles(static, place.row, place.index, rows)
 
 
-# The warpgroup that multiplies.
+# The warp that brings.
+
+
+def bring(static: Static, x: Operands, shared: Shared, place: Place, tiles: KeyTiles) -> None:
+    """Brings the queries, then key and value tiles as slots become free."""
+    _, b, head, index = place
+    stages, rows = static.tiles.stages, static.tiles.rows
+    kv_head = lax.div(head, jnp.int32(static.group))
+    copy = plgpu.copy_gmem_to_smem
+    for i in range(static.tiles.consumers):
+        queries = pl.ds(index * static.block_q + i * rows, rows)
+        copy(x.q.at[b, queries, head], shared.q.at[i], shared.q_full.at[i])
+
+    @pl.loop(tiles.first, tiles.stop)
+    def _(tile):
+        n = tile - tiles.first
+        slot = hopper.slot_of(static, n)
+        keys = pl.ds(tile * static.tiles.block_kv, static.tiles.block_kv)
+
+        @pl.when(n >= stages)
+        def _():
+            plgpu.barrier_wait(shared.k_empty.at[slot])
+
+        copy(x.k.at[b, keys, kv_head], shared.k.at[slot], shared.k_full.at[slot])
+        if static.segments:
+            copy(x.kv_segments.at[b, keys], shared.segments.at[slot], shared.k_full.at[slot])
+
+        @pl.when(n >= stages)
+        def _():
+            plgpu.barrier_wait(shared.v_empty.at[slot])
+
+        for arrived, here in zip(*_whole_or_raw(static, shared, tiles, tile), strict=True):
+
+            @pl.when(here)
+            def _(arrived=arrived):
+                copy(x.v.at[b, keys, kv_head], shared.v.at[slot], arrived.at[slot])
+
+    @pl.loop(jnp.maximum(tiles.stop - tiles.first - stages, 0), tiles.stop - tiles.first)
+    def _(n):
+        slot = hopper.slot_of(static, n)
+        plgpu.barrier_wait(shared.k_empty.at[slot])
+        plgpu.barrier_wait(shared.v_empty.at[slot])
+
+
+def _whole_or_raw(static: Static, shared: Shared, tiles: KeyTiles, tile):
+    """(the barriers that values may arrive at, whether this tile's do): whole, or to be cleared."""
+    begin = tile * static.tiles.block_kv
+    end = begin + static.tiles.block_kv
+    whole = (begin >= tiles.low) & (end <= tiles.high)
+    raw = (begin < tiles.low) | (end > tiles.high)  # a warp has no logical_not
+    return (shared.v_full, shared.v_raw), (whole, raw)
+
+
+# The warp that multiplies.
 
 
 def multiply(static: Static, shared: Shared, tiles: KeyTiles) -> None:
@@ -194,7 +253,7 @@ def multiply(static: Static, shared: Shared, tiles: KeyTiles) -> None:
         if i == 0:
             plgpu.barrier_wait(shared.v_full.at[slot])
         plgpu.barrier_wait(shared.p_full.at[i])
-        s, p, o = shared.tmem[i]
+        _, p, o = shared.tmem[i]
         plgpu.tcgen05_mma(o, p, shared.v.at[slot], accumulate=n > 0)
         plgpu.tcgen05_commit_arrive(done.at[i])
         if i == queries[-1]:
@@ -224,6 +283,16 @@ def consume(static: Static, x: Operands, out, lse, shared: Shared, place: Place,
     first_row = place.index * static.block_q + i * static.tiles.rows
     at = softmax.Rows(place.row, place.b, place.head, first_row)
 
+    def clear(tile, slot):
+        """Values that the block does not see become 0, for the product."""
+
+        @pl.when(_whole_or_raw(static, shared, tiles, tile)[1][1])
+        def _():
+            plgpu.barrier_wait(shared.v_raw.at[slot])
+            hopper.clear_unseen(static, shared.v.at[slot], tile * static.tiles.block_kv, tiles)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(shared.v_full.at[slot])
+
     def step(tile, state, *, masked):
         plgpu.barrier_wait(shared.s_full.at[i])
         n = tile - tiles.first
@@ -234,6 +303,8 @@ def consume(static: Static, x: Operands, out, lse, shared: Shared, place: Place,
         if static.segments:
             plgpu.barrier_arrive(shared.k_empty.at[slot])
         plgpu.barrier_arrive(shared.p_full.at[i])
+        if masked and i == 0:  # tiles that need no mask are whole
+            clear(tile, slot)
         return state
 
     masked, bare = (functools.partial(step, masked=flag) for flag in (True, False))

@@ -67,24 +67,43 @@ def _strips(width: int, strip: int = STRIP):
 
 
 def weigh(static, x, shared, at: Rows, i: int, tile, slot, state: Softmax, *, masked, first):
-    """Logits of a key tile become weights, in their place; sums are brought to their maximum."""
+    """Logits of a key tile become weights, in their place; sums are brought to their maximum.
+
+    Logits are read twice, for a tile of them and its weights are more than a thread's registers.
+    """
     s, p, o = shared.tmem[i]
     strips = _strips(static.tiles.block_kv)
-    ys = []
+    plain = not (masked or _changes_logits(static))
+    maxima, factor = [], static.scale * LOG2E
     for strip in strips:
         y = plgpu.async_load_tmem(s.at[:, strip], layout=NATIVE)
-        y, factor = _logits(static, x, shared, at, tile, slot, strip, y, masked)
-        ys.append(y)
-    plgpu.wait_load_tmem()
-    top = functools.reduce(jnp.maximum, [y.max(axis=1) for y in ys]) * factor
+        plgpu.wait_load_tmem()
+        if not plain:
+            y, factor = _logits(static, x, shared, at, tile, slot, strip, y, masked)
+            plgpu.async_store_tmem(s.at[:, strip], y)
+        maxima.append(y.max(axis=1))
+    if not plain:
+        plgpu.commit_tmem()
+    top = functools.reduce(jnp.maximum, maxima) * factor
     m, total = _brought_to(o, state, top, first)
     shift = jnp.where(m == -jnp.inf, 0.0, m)
-    for strip, y in zip(strips, ys, strict=True):
-        weights = jnp.exp2(y * factor - _along(shift, y.shape))
-        plgpu.async_store_tmem(p.at[:, strip], weights.astype(x.q.dtype))
-        total = total + weights.sum(axis=1)
+    weights = []
+    for strip in strips:
+        y = plgpu.async_load_tmem(s.at[:, strip], layout=NATIVE)
+        plgpu.wait_load_tmem()  # or the compiler begins all loads at once, and spills
+        w = jnp.exp2(y * factor - _along(shift, y.shape))
+        total = total + w.sum(axis=1)
+        weights.append(w.astype(x.q.dtype))
+    for strip, w in zip(strips, weights, strict=True):
+        plgpu.async_store_tmem(p.at[:, strip], w)
     plgpu.commit_tmem()
     return Softmax(m, total)
+
+
+def _changes_logits(static: Static) -> bool:
+    """Whether something other than positions is done to logits."""
+    added = static.segments or static.bias is not None or static.alibi
+    return added or static.soft_cap is not None
 
 
 def _brought_to(o: Any, state: Softmax, top: jax.Array, first: jax.Array) -> Softmax:

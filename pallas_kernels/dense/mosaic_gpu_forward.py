@@ -236,7 +236,7 @@ def produce(static: Static, x: Operands, shared: Shared, place: Place) -> None:
         def _():
             plgpu.copy_gmem_to_smem(x.v.at[b, keys, kv_head], shared.v.at[slot], shared.v_raw)
             plgpu.barrier_wait(shared.v_raw)
-            _clear_unseen(static, shared.v.at[slot], tile * block_kv, tiles)
+            clear_unseen(static, shared.v.at[slot], tile * block_kv, tiles)
             plgpu.commit_smem()
             plgpu.barrier_arrive(shared.v_full.at[slot])
 
@@ -247,7 +247,7 @@ def produce(static: Static, x: Operands, shared: Shared, place: Place) -> None:
         plgpu.barrier_wait(shared.v_empty.at[slot])
 
 
-def _clear_unseen(static: Static, v: Any, first_key: Any, tiles: KeyTiles) -> None:
+def clear_unseen(static: Static, v: Any, first_key: Any, tiles: KeyTiles) -> None:
     """Values that the block does not see become 0: their weight is 0, and 0 * NaN is NaN."""
     width = plgpu.find_swizzle(static.head_dim_v * 16) // 2
     layout = plgpu.Layout.WGMMA

@@ -49,7 +49,13 @@ TILES = {
         (256, 256): {PLAIN: Tiles(64, 2, turns=False)},
     },
     (10, 0): {
+        (64, 64): {PLAIN: Tiles(128, 4, rows=128)},
+        (80, 80): {PLAIN: Tiles(128, 3, rows=128)},
+        (96, 96): {PLAIN: Tiles(128, 3, rows=128)},
         (128, 128): {PLAIN: Tiles(128, 2, rows=128)},
+        (192, 128): {PLAIN: Tiles(64, 3, rows=128)},
+        (192, 192): {PLAIN: Tiles(64, 2, rows=128)},
+        (256, 256): {PLAIN: Tiles(64, 2, consumers=1, rows=128)},
     },
 }
 
@@ -57,19 +63,8 @@ TILES = {
 def forward_tiles(
     chip: GpuChip, head_dim: int, head_dim_v: int, *, capped: bool, segmented: bool
 ) -> Tiles:
-    """The tiles of a shape class on a chip.
-
-    Raises:
-        ValueError: the chip's kernel does not take these head sizes.
-    """
-    by_size = TILES[chip.capability]
-    if (head_dim, head_dim_v) not in by_size:
-        allowed = ", ".join(f"{d}/{dv}" for d, dv in by_size)
-        raise ValueError(
-            f"head_dim/head_dim_v is {head_dim}/{head_dim_v}, must be one of {allowed} on "
-            f"{chip.kind}: use CUDNN or XLA"
-        )
-    classes = by_size[head_dim, head_dim_v]
+    """The tiles of a shape class on a chip."""
+    classes = TILES[chip.capability][head_dim, head_dim_v]
     asked = [CAPPED] * capped + [SEGMENTED] * segmented
     return next((classes[name] for name in asked if name in classes), classes[PLAIN])
 

@@ -118,7 +118,7 @@ def ignoring(**fields):
     def faulty(static, x):
         return forward(dataclasses.replace(static, **fields), x)
 
-    return mosaic_gpu_forward, "forward", faulty
+    return mosaic_gpu.FORWARD, (9, 0), faulty
 
 
 def interval(low=0, high=0):
@@ -156,7 +156,7 @@ def unscaled():
 
 FAULTS = {
     "unseen values stay": (
-        lambda: (mosaic_gpu_forward, "_clear_unseen", lambda *_: None),
+        lambda: (mosaic_gpu_forward, "clear_unseen", lambda *_: None),
         problem("keys end inside a tile", q_len=20, kv_len=80, kv_lens=(70,), heads=(1, 1)),
     ),
     "causal, one key more": (
@@ -200,7 +200,9 @@ def test_a_planted_fault_goes_red(name, monkeypatch, cut_tiles):
     if name == "offset":  # a problem's offsets are arrays
         case = dataclasses.replace(case, build=lambda rng, **o: dense_inputs(rng, **o)
                                    | {"q_offset": case.options["q_offset"]})  # fmt: skip
-    monkeypatch.setattr(*plant())
+    place, name, faulty = plant()
+    setter = monkeypatch.setitem if isinstance(place, dict) else monkeypatch.setattr
+    setter(place, name, faulty)
     assert compared(case).verdict == FAIL
 
 
