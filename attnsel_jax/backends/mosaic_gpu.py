@@ -8,6 +8,7 @@ from attnsel_jax.platforms import DeviceCapability
 
 BOTH_OPS = {
     "platform": OneOf("cuda"),
+    "compute_capability": OneOf(DeviceCapability(9, 0)),
     "jax_version": AtLeast((0, 11)),
     "dtype": OneOf("bfloat16", "float16"),
     "head_size": OneOf(64, 80, 96, 128, 192, 256),
@@ -15,16 +16,16 @@ BOTH_OPS = {
     **dict.fromkeys(("causal", "has_sink", "has_sliding_window", "has_attention_chunk"), EITHER),
     **dict.fromkeys(("has_soft_cap", "has_alibi", "needs_lse"), EITHER),
 }
+AMPERE = DeviceCapability(8, 0)
+AMPERE_HEAD_SIZES = OneOf(64, 96, 128)
 DENSE = Capabilities(
-    **BOTH_OPS,
-    compute_capability=OneOf(DeviceCapability(9, 0), DeviceCapability(10, 0)),
+    **BOTH_OPS | {"compute_capability": OneOf(AMPERE, DeviceCapability(9, 0))},
     head_size_v=OneOf(64, 80, 96, 128, 192, 256),
     **dict.fromkeys(("has_bias", "has_segment_ids", "has_lens", "has_q_offset"), EITHER),
     needs_grad=EITHER,
 )
 PAGED = Capabilities(
     **BOTH_OPS,
-    compute_capability=OneOf(DeviceCapability(9, 0)),
     kv_cache_dtype=OneOf("bfloat16", "float16", "fp8_e4m3", "fp8_e5m2"),
     block_size=OneOf(16, 32, 64, 128, 256),
 )
@@ -38,18 +39,26 @@ class MosaicGpuBackend(AttentionBackend):
     family = "standard"
     capabilities = {"paged": PAGED, "dense": DENSE}
     kernels = {op: f"pallas_kernels.{op}.mosaic_gpu:{op}_attention" for op in ("paged", "dense")}
-    layout, preferred_block_size = "by_head", 64
+    layout = "by_head"
+    preferred_block_size = 64
 
     @classmethod
     def supports_combination(cls, config, device):
-        """No gradient beside bias or slopes; v as k, or 128 by 192; float8 up to head size 128."""
+        """No gradient beside bias or slopes; v as k, or 128 by 192; float8 up to head size 128.
+
+        On Ampere the forward of three head sizes only.
+        """
         size, size_v, cache = config.head_size, config.head_size_v, str(config.cache_dtype)
+        if config.op == "dense" and device.compute_capability == AMPERE:
+            if size not in AMPERE_HEAD_SIZES:
+                yield Rejection("head_size", size, AMPERE_HEAD_SIZES, "with compute_capability 8.0")
+            if config.needs_grad:
+                yield Rejection("needs_grad", True, "False with compute_capability 8.0")
         if config.op == "dense":
-            for name in ("has_bias", "has_alibi"):
-                if config.needs_grad and getattr(config, name):
+            added = ("has_bias", "has_alibi") if config.needs_grad else ()
+            for name in added:
+                if getattr(config, name):
                     yield Rejection(name, True, "False with needs_grad")
-            if config.needs_grad and device.compute_capability == DeviceCapability(10, 0):
-                yield Rejection("needs_grad", True, "False with compute_capability 10.0")
             sizes = OneOf(*HEAD_SIZES_V.get(size, (size,)))
             if size_v is not None and size in DENSE.head_size and size_v not in sizes:
                 yield Rejection("head_size_v", size_v, f"{sizes} with head_size {size}")
