@@ -11,6 +11,7 @@ os.environ.setdefault(
     "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8",
 )
 
+import jax
 import pytest
 
 from attnsel_jax import AttentionBackendEnum, global_force_attn_backend, unregister_backend
@@ -29,3 +30,11 @@ def _nothing_is_insisted_on(monkeypatch):
             unregister_backend(member.name)
         elif member.is_overridden():
             member.clear_override()
+
+
+def pytest_collection_modifyitems(items):
+    """That a slow check can fail is shown on one jax; that it passes, on each."""
+    if jax.__version_info__ < (0, 11):
+        for item in items:
+            if item.get_closest_marker("planted"):
+                item.add_marker(pytest.mark.skip(reason="planted faults: on jax 0.11 and later"))

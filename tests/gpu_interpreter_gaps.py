@@ -8,6 +8,7 @@ when something has moved.
 
 import functools
 
+import gpu_interpreter_ampere
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +30,7 @@ REDUCTIONS = {"add": jnp.add, "max": jnp.maximum, "min": jnp.minimum}
 def fill_gaps() -> None:
     """Replaces the interpreter's loop over equations; once is enough."""
     jaxpr_interpret.JaxprInterpreter.interpret = interpret
+    gpu_interpreter_ampere.forget()
 
 
 def interpret(self, jaxpr, token, *args):
@@ -48,6 +50,8 @@ def interpret(self, jaxpr, token, *args):
 def _missing(eqn):
     """The function for an equation that the interpreter lacks, or `_as_it_does`."""
     primitive, params = eqn.primitive, eqn.params
+    if (found := gpu_interpreter_ampere.missing(eqn)) is not None:
+        return found
     if primitive is discharge.run_state_p:
         return _run_state
     if primitive is gpu.wgmma_ref_p and not _is_ref(eqn.invars[1]):

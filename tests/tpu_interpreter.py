@@ -49,6 +49,9 @@ def tpu_interpreter(generation=tpu_chip.DEFAULT, *, detect_races=True, seed=0):
         random_seed=seed,
     )
     tee = _Tee(sys.stdout)
+    # Most of a test's time is LLVM's; what it makes runs for milliseconds.
+    optimises = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
     try:
         with (
             tpu_chip.for_generation(generation) as chip,
@@ -60,4 +63,6 @@ def tpu_interpreter(generation=tpu_chip.DEFAULT, *, detect_races=True, seed=0):
     except BaseException:
         pltpu.reset_tpu_interpret_mode_state()
         raise
+    finally:
+        jax.config.update("jax_disable_most_optimizations", optimises)
     assert not tee.races, tee.races[0]

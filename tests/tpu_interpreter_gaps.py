@@ -1,11 +1,15 @@
-"""Teaches the TPU interpreter to read through bitcasts and reshapes of references.
+"""Teaches the TPU interpreter to read through bitcasts and reshapes, and to let devices go alone.
 
 `fill_gaps()` makes `ref.bitcast(dtype).reshape(shape)[...]` readable, as Mosaic compiles it:
-numbers narrower than 32 bits that lie in one sublane are one word, the first of them lowest. It
-reaches into `jax._src`: `tests/mosaic_tpu` says loudly when something has moved.
+numbers narrower than 32 bits that lie in one sublane are one word, the first of them lowest. And
+under `jax.shard_map` it lets a device begin and end a kernel when it likes: as jax has it all
+devices meet before and after each kernel, so a kernel that only some of them run (in a ring, a
+piece of keys that this device's queries do not see) waits for ever. It reaches into `jax._src`:
+`tests/mosaic_tpu` and `tests/mesh` say loudly when something has moved.
 """
 
 import functools
+import threading
 
 import jax
 import numpy as np
@@ -13,13 +17,55 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax._src.pallas.mosaic.interpret import utils
 from jax._src.state import types
 
-_get = interpreter.get
+_get, _enter = interpreter.get, interpreter._initialize_shared_memory
+_entering = threading.Lock()
 _VIEWS = (types.BitcastTransform, types.ReshapeTransform)
 
 
 def fill_gaps() -> None:
-    """Replaces the interpreter's read; once is enough."""
+    """Replaces the interpreter's read and its meeting of devices; once is enough."""
     interpreter.get = get
+    interpreter._initialize_shared_memory = enter
+
+
+class _Inside:
+    """Stands for a barrier: counts the devices that are inside a kernel; the last clears up."""
+
+    def __init__(self):
+        self.count = 0
+
+    def wait(self) -> None:
+        with _entering:
+            self.count -= 1
+            if self.count == 0:
+                interpreter._clear_shared_memory()
+
+    def abort(self) -> None:
+        """Nobody waits."""
+
+
+class _Open:
+    """Stands for a barrier at which nobody waits: no kernel here writes to another device."""
+
+    def wait(self) -> None:
+        """Goes on."""
+
+    abort = wait
+
+
+@functools.wraps(_enter)
+def enter(token, device_id, *args, **kwargs):
+    """As the interpreter does, and what the device's last kernel visited is forgotten."""
+    with _entering:
+        token = _enter(token, device_id, *args, **kwargs)
+        memory = interpreter._get_shared_memory()
+        if not isinstance(memory.clean_up_barrier, _Inside):
+            memory.barrier, memory.clean_up_barrier = _Open(), _Inside()
+        memory.clean_up_barrier.count += 1
+        for (device, _), visited in memory.output_ranges.items():
+            if device == int(device_id):
+                visited.clear()
+    return token
 
 
 @functools.wraps(_get)

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from attnsel_jax.aot.arguments import described
+from attnsel_jax.aot.collectives import Collective, Work
 from attnsel_jax.aot.mesh_call import MeshCall
 from attnsel_jax.aot.report import CompileReport
 from attnsel_jax.aot.targets import NoCompilerError, Target, slice_for, target_for
@@ -86,6 +87,11 @@ def _in_child(task: dict[str, Any], timeout_s: float) -> dict[str, Any]:
     # The child's answer is its last line; libraries may have printed before it.
     last = (done.stdout.splitlines() or [""])[-1]
     if last.startswith("{"):
-        return json.loads(last)
+        answer = json.loads(last)
+        found = [
+            Collective(**each | {"beside": Work(*each["beside"])})
+            for each in answer.pop("collectives", [])
+        ]
+        return answer | {"collectives": found}
     words = "\n".join(done.stderr.splitlines()[-20:])
     return {"refusal": f"the compiler's process ended with {done.returncode}:\n{words}"}

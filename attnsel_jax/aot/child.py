@@ -4,6 +4,7 @@ Run by `attnsel_jax.aot.compile_for`, with the environment that it sets.
 """
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import sys
@@ -38,12 +39,17 @@ def main() -> None:
     # Whatever the lowering or the compiler says, in whatever type it says it, is the answer.
     sys.excepthook = refuse
     task = json.load(sys.stdin)
-    program = _compile(task)
-    sent = sent_bytes(collectives_of(program.as_text())) if task["mesh"] else {}
-    answer(memory=memory_of(program), cost=cost_of(program), sent=sent)
+    program = compiled(task)
+    found = collectives_of(program.as_text()) if task["mesh"] else []
+    answer(
+        memory=memory_of(program),
+        cost=cost_of(program),
+        sent=sent_bytes(found),
+        collectives=[dataclasses.asdict(each) for each in found],
+    )
 
 
-def _compile(task: dict[str, Any]) -> Any:
+def compiled(task: dict[str, Any]) -> Any:
     """The program of a task, for one device of its target."""
     target = task["target"]
     devices = _devices(target)

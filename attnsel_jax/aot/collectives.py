@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices: its collectives, how often, and how many bytes.
+"""What a compiled program sends between devices: how often, how many bytes, beside what.
 
 Read off the compiler's own text (`jax.stages.Compiled.as_text`), so it is what runs, and not what
 was meant. A collective inside a loop counts as often as the loop goes round; of a branch that may
@@ -8,19 +8,30 @@ be taken, each time.
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from attnsel_jax.aot.program_text import Computations, called, computations_of
 
 KINDS = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
           "f32": 4, "s64": 8, "u64": 8, "f64": 8}  # fmt: skip
-_CALL = re.compile(rf"^\s*(?:ROOT )?%\S+ = (.*?) ({'|'.join(KINDS)})(-start)?\(")
-_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-_BODY = re.compile(r" while\(.*?condition=%?([\w.\-]+), body=%?([\w.\-]+)")
-_CALLED = re.compile(
-    r"(?:calls|called_computations|to_apply|branch_computations|(?:true|false)_computation)=\{?([^}=]*)"
-)
-_KNOWN = re.compile(r"known_trip_count\W+n\W+(\d+)")
+_CALL = re.compile(rf"^\s*(?:ROOT )?%(\S+) = (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*)"')
+_PRODUCT = re.compile(r" = [^=]*? (?:convolution|dot)\(")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+
+
+class Work(NamedTuple):
+    """What a stretch of a program computes, of branches every one.
+
+    Attributes:
+        kernels: calls of Pallas kernels.
+        products: XLA's matrix products.
+    """
+
+    kernels: int = 0
+    products: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,17 +43,19 @@ class Collective:
         group: devices that take part in one of it.
         times: how often it runs.
         sent: bytes that one device sends each time, by the algorithm that sends least.
+        beside: what is scheduled between its start and its end.
     """
 
     kind: str
     group: int
     times: int
     sent: float
+    beside: Work = Work()
 
 
 def collectives_of(text: str) -> list[Collective]:
     """The collectives of a compiled program's text."""
-    computations, entry = _computations(text)
+    computations, entry = computations_of(text)
     return list(_within(computations, entry, 1)) if entry else []
 
 
@@ -54,61 +67,63 @@ def sent_bytes(collectives: list[Collective]) -> dict[str, float]:
     return sent
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
-    """Each computation's lines by its name, and the name of the one that is run."""
-    found: dict[str, list[str]] = {}
-    entry = name = None
-    for line in text.splitlines():
-        header = _HEADER.match(line)
-        if header:
-            name = header[2]
-            found[name] = []
-            entry = name if header[1] else entry
-        elif name is not None:
-            found[name].append(line)
-    return found, entry
-
-
-def _within(computations: dict[str, list[str]], name: str, times: int) -> Iterator[Collective]:
-    for line in computations.get(name, ()):
+def _within(computations: Computations, name: str, times: int) -> Iterator[Collective]:
+    lines = computations.get(name, [])
+    for at, line in enumerate(lines):
         call = _CALL.match(line)
         if call:
-            yield _collective(call[2], call[1], bool(call[3]), line, times)
+            name, result, kind, started = call.groups()
+            found = _collective(kind, result, bool(started), line, times)
+            until = _end(name, lines[at + 1 :]) if started else 0
+            between = lines[at + 1 : at + 1 + until]
+            yield dataclasses.replace(found, beside=_work(computations, between))
             continue
-        loop = _BODY.search(line)
-        if loop:
-            trips = _trips(line, computations.get(loop[1], []))
-            yield from _within(computations, loop[2], times * trips)
-            continue
-        for called in _CALLED.findall(line):
-            for other in re.findall(r"[\w.\-]+", called):
-                if other in computations:
-                    yield from _within(computations, other, times)
+        for other, trips in called(computations, line):
+            yield from _within(computations, other, times * trips)
 
 
-def _trips(line: str, condition: list[str]) -> int:
-    """How often a loop goes round: as the compiler says, else the constant its condition names."""
-    known = _KNOWN.search(line)
-    if known:
-        return int(known[1])
-    bounds = [int(n) for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(condition))]
-    return bounds[0] if len(bounds) == 1 else 1
+def _end(name: str, following: Sequence[str]) -> int:
+    """How many instructions stand before the one that waits for the collective of a name."""
+    done = re.compile(rf"-done\(%{re.escape(name)}\)")
+    return next((i for i, line in enumerate(following) if done.search(line)), 0)
+
+
+def _work(computations: Computations, lines: Sequence[str]) -> Work:
+    """What some instructions compute, with what they call."""
+    kernels = products = 0
+    for line in lines:
+        kernels += bool(_KERNEL.search(line))
+        products += bool(_PRODUCT.search(line))
+        for other, trips in called(computations, line):
+            more = _work(computations, computations[other])
+            kernels, products = kernels + trips * more.kernels, products + trips * more.products
+    return Work(kernels, products)
 
 
 def _collective(kind: str, result: str, started: bool, line: str, times: int) -> Collective:
     """A collective with what one device sends in it."""
-    arrays = [
+    if started and kind != "all-reduce":  # operands, results, what the synchronisation keeps
+        result = _parts(result)[1]
+    received = sum(
         _element(dtype) * math.prod(int(n) for n in sizes.split(",") if n)
         for dtype, sizes in _ARRAY.findall(result)
-    ]
+    )
     group = _group(line)
-    if kind == "collective-permute":
-        return Collective(kind, group, times, arrays[0])
-    if kind == "all-gather" and started:  # operands, then results
-        arrays = arrays[len(arrays) // 2 :]
     share = (group - 1) / group
-    factor = {"all-reduce": 2 * share, "reduce-scatter": group - 1}.get(kind, share)
-    return Collective(kind, group, times, factor * sum(arrays))
+    factors = {"all-reduce": 2 * share, "reduce-scatter": group - 1, "collective-permute": 1}
+    return Collective(kind, group, times, factors.get(kind, share) * received)
+
+
+def _parts(result: str) -> list[str]:
+    """The parts of a tuple's type, each of which may be a tuple."""
+    parts, depth = [""], 0
+    for letter in result:
+        if letter == "," and depth == 1:
+            parts.append("")
+            continue
+        depth += (letter in "([{") - (letter in ")]}")
+        parts[-1] += letter
+    return parts
 
 
 def _element(dtype: str) -> int:

@@ -19,7 +19,7 @@ class MeshCall:
 
     Attributes:
         backend: dotted path of the backend's class.
-        op: "dense", "paged", "mla" or "sparse_mla".
+        op: a key of `attnsel_jax.mesh.dimensions.ARGUMENTS`.
         axes: the mesh's axes and their sizes.
         batch, heads, context, form: as in `MeshAxes`.
     """

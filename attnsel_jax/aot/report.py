@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from attnsel_jax.aot.collectives import Collective
+
 
 @dataclasses.dataclass(frozen=True)
 class CompileReport:
@@ -17,6 +19,7 @@ class CompileReport:
         cost: "flops" and "bytes" by the compiler's own count, which is one pass through a loop's
             body where it does not know the trip count; None where it does not say.
         sent: bytes that one device sends to others, by kind of collective; over a mesh only.
+        collectives: each of them, as `attnsel_jax.aot.collectives.Collective`; over a mesh only.
         refusal: the compiler's own words; None = it compiled.
         versions: of jax, jaxlib and the compiler's package.
     """
@@ -28,6 +31,7 @@ class CompileReport:
     memory: dict[str, int | None] = dataclasses.field(default_factory=dict)
     cost: dict[str, float | None] = dataclasses.field(default_factory=dict)
     sent: dict[str, float] = dataclasses.field(default_factory=dict)
+    collectives: list[Collective] = dataclasses.field(default_factory=list)
     refusal: str | None = None
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
 

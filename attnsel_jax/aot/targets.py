@@ -57,6 +57,7 @@ GPU_FIGURES = {
     "b200": GpuFigures(148, 128, 2048, 228, 126, 1.965, 180),
     "rtx5090": GpuFigures(170, 128, 1536, 100, 96, 2.407, 32),
 }
+GPUS_OF_A_HOST = 8  # of a DGX or HGX board
 CUDA_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 _INSTALL = {
     "tpu": "pip install libtpu (the version that this jax wants: pip install 'jax[tpu]')",
@@ -132,17 +133,16 @@ def target_for(chip: str) -> Target:
 
 
 def slice_for(target: Target, devices: int) -> Target:
-    """The target with as many devices: a slice of TPUs, or a processor that stands for several.
+    """The target with as many devices: a slice of TPUs, hosts of GPUs, a processor for several.
 
     Raises:
-        ValueError: no slice of the generation has so many, or the platform has none.
+        ValueError: no slice of the generation has so many, or no number of whole hosts.
     """
     if target.platform == "cpu":
         return target
-    if target.platform != "tpu":
-        raise ValueError(
-            f"device is {target.chip!r}, must be a TPU or cpu with a mesh: no compiler for several "
-            f"{target.platform} devices runs without them"
+    if target.platform == "cuda":
+        return dataclasses.replace(
+            target, topology=target.topology | {"topology": _hosts(target.chip, devices)}
         )
     each = DEVICES_OF_A_CHIP.get(target.chip, 1)
     sizes = {each * math.prod(map(int, s.split("x"))): s for s in SLICES[target.chip]}
@@ -153,6 +153,17 @@ def slice_for(target: Target, devices: int) -> Target:
         )
     family = target.topology["topology_name"].split(":")[0]
     return dataclasses.replace(target, topology={"topology_name": f"{family}:{sizes[devices]}"})
+
+
+def _hosts(chip: str, devices: int) -> str:
+    """Slices x hosts x GPUs of a host, as XLA counts them: all joined by NVLink, so one slice."""
+    if devices > GPUS_OF_A_HOST and devices % GPUS_OF_A_HOST:
+        raise ValueError(
+            f"mesh has {devices} devices, must have at most {GPUS_OF_A_HOST}, or a multiple, for "
+            f"{chip}: whole hosts"
+        )
+    hosts = -(-devices // GPUS_OF_A_HOST)
+    return f"1x{hosts}x{devices // hosts}"
 
 
 def _packages(platform: str) -> tuple[str, ...]:

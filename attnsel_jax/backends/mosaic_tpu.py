@@ -27,7 +27,7 @@ DENSE = Capabilities(
 )
 PAGED = Capabilities(
     platform=OneOf("tpu"),
-    generation=OneOf("v5e", "v5p", "v6e", "7x"),
+    generation=OneOf("v4", "v5e", "v5p", "v6e", "7x"),
     dtype=OneOf("float32", "bfloat16"),
     kv_cache_dtype=OneOf("float32", "bfloat16", "fp8_e4m3", "fp8_e5m2", "int8"),
     head_size=OneOf(64, 80, 96, 112, 128, 192, 256),

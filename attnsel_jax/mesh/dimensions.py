@@ -1,7 +1,9 @@
 """What each dimension of each op's arguments is, as far as a mesh can share it out.
 
 The order of an op's arguments is its contract's, so the first ones are those that kernels take by
-position. A dimension called "-" is never shared out.
+position. A dimension called "-" is never shared out. "keys" is every key of a sequence, on each
+device, where a sequence's positions are shared out: what is added to a logit, or hides it, has both
+its query and its key, and one axis cuts one dimension.
 """
 
 from collections.abc import Mapping
@@ -11,7 +13,7 @@ import jax
 
 from attnsel_jax.cache_layouts import latent_layout_named, layout_named
 
-LOGITS = "batch heads q_len kv_len"
+LOGITS = "batch heads q_len keys"
 _BATCH = {
     "page_table": "seqs -",
     "kv_lens": "seqs",
@@ -24,7 +26,7 @@ _LATENT = {
     "q_pe": "tokens heads -",
     "kv_c": "tokens -",
     "k_pe": "tokens -",
-    "latent_pages": "pages - -",
+    "latent_pages": "pages ...",  # a layout has as many dimensions as it likes
 }
 ARGUMENTS: dict[str, dict[str, str]] = {
     "dense": {
@@ -94,6 +96,8 @@ def _dims(op: str, name: str, array: jax.Array, layout: str) -> Dims:
     if name == "kv_pages":
         return _cache_dims(array.shape, layout)
     dims = tuple(ARGUMENTS[op][name].split()) if array.ndim else ()
+    if dims[1:] == ("...",):
+        dims = (dims[0], *"-" * (array.ndim - 1))
     if ARGUMENTS[op][name] == LOGITS:  # a size of 1 stands for all
         dims = tuple("-" if size == 1 else d for d, size in zip(dims, array.shape, strict=True))
     return dims

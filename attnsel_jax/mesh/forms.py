@@ -48,7 +48,8 @@ def attend_ragged(
             cache=cache,
             counts=page_counts(op, arrays[cache], layout),
             axis=plan.context,
-            causal=static.get("causal", True),
+            static=static,
+            layout=layout,
         )
     return groups.attend(kernel, op, arrays)
 
@@ -86,6 +87,8 @@ def asked_of_kernel(
         question = question | {"has_q_offset": by_position or question["has_q_offset"]}
         if plan.form == "all_gather":
             return question
+    if op == "paged":  # what a token sees is told by pages and lengths
+        question = question | {"has_sliding_window": False, "has_attention_chunk": False}
     return question | {"context_axis": plan.context, "has_sink": False}
 
 
@@ -99,25 +102,22 @@ def check_context(op: str, plan: Plan, arrays: Arrays, static: dict[str, Any]) -
         return
     axis = f"mesh axis {plan.context!r} cuts"
     if op != "dense":
-        why = f"{axis} the pages of a sequence: cut its heads, or groups of sequences, instead"
-        for name in ("sliding_window", "attention_chunk_size"):
-            _refuse(name, static.get(name), f"{why}, as what a window shows fits one device")
-        _refuse("alibi_slopes", arrays.get("alibi_slopes"), why)
+        if "alibi_slopes" in arrays and not static.get("causal", True):
+            raise ValueError(
+                f"causal is False, must be True with alibi_slopes where {axis} the pages of a "
+                f"sequence, whose distances are those to a last key: cut its heads, or groups of "
+                f"sequences, instead"
+            )
         return
-    if plan.form != "all_gather":
-        for name in ("bias", "mask"):
-            _refuse(name, arrays.get(name), f"{axis} the keys: use form='all_gather'")
-    if plan.form == "ring":
-        why = f"{axis} the positions: use form='all_gather' or 'all_to_all'"
-        _refuse("attention_chunk_size", static.get("attention_chunk_size"), why)
+    chunk, n = static.get("attention_chunk_size"), plan.size(plan.context)
+    if plan.form == "ring" and chunk is not None and arrays["k"].shape[1] // n % chunk:
+        raise ValueError(
+            f"attention_chunk_size is {chunk}, must divide {arrays['k'].shape[1] // n}, the keys "
+            f"of each of {n} devices along mesh axis {plan.context!r}: use form='all_gather' or "
+            f"'all_to_all', or pad the keys"
+        )
     if plan.form == "all_to_all":
         _check_heads(arrays, plan)
-
-
-def _refuse(name: str, value: Any, why: str) -> None:
-    if value is not None:
-        said = f"an array {tuple(value.shape)}" if hasattr(value, "shape") else value
-        raise ValueError(f"{name} is {said}, must be None where {why}")
 
 
 def _check_heads(arrays: Arrays, plan: Plan) -> None:

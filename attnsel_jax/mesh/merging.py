@@ -45,11 +45,20 @@ def with_sinks(part: Partial, sinks: jax.Array | None, exists: jax.Array | None)
     return merged(part, Partial(jnp.zeros_like(part.out), logits))
 
 
+def merged_along(part: Partial, dim: int) -> Partial:
+    """Over the keys of all parts that stand along a dimension."""
+    lse = jax.nn.logsumexp(part.lse, axis=dim)
+    shares = weight(part.lse, jnp.expand_dims(lse, dim))
+    return Partial(jnp.sum(shares[..., None] * part.out, axis=dim), lse)
+
+
 def merged_over(part: Partial, axis: str) -> Partial:
     """Over the keys of all devices along a mesh axis; each gets the whole result."""
     top = jax.lax.pmax(part.lse, axis)
     mine = weight(part.lse, top)
-    total, out = jax.lax.psum((mine, mine[..., None] * part.out), axis)
+    # Where nothing was seen there may be anything: kernels leave NaN for queries that are NaN.
+    held = jnp.where(mine[..., None] == 0, 0, mine[..., None] * part.out)
+    total, out = jax.lax.psum((mine, held), axis)
     empty = total == 0
     total = jnp.where(empty, 1, total)
     return Partial(out / total[..., None], jnp.where(empty, -jnp.inf, top + jnp.log(total)))

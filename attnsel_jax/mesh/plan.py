@@ -15,7 +15,8 @@ Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 # What is shared out together: the dimensions that the batch's axes cut, and so on.
 BATCH = ("batch", "tokens", "seqs", "starts", "groups")
 HEADS = ("heads", "cache_heads")
-CONTEXT = ("q_len", "kv_len")
+POSITIONS = ("q_len", "kv_len")
+CONTEXT = (*POSITIONS, "keys")  # an array that comes cut by keys is made whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Plan:
         context = (self.context,) if self.context else ()
         if dim == "pages":
             return self.batch + context
-        if dim in CONTEXT:
+        if dim in POSITIONS:
             return context
         if dim == "kv_heads":
             return self.kv_heads
@@ -60,10 +61,7 @@ class Plan:
 
     def spec(self, dims: Dims) -> jax.P:
         """The partition of an array of these dimensions."""
-        cut = [self.axes(dim) or None for dim in dims]
-        if "q_len" in dims and "kv_len" in dims:  # one axis cuts one dimension: queries, not keys
-            cut[dims.index("kv_len")] = None
-        return jax.P(*cut)
+        return jax.P(*(self.axes(dim) or None for dim in dims))
 
     @property
     def manual(self) -> frozenset[str]:

@@ -1,8 +1,8 @@
 """Where a device's pieces of q and of k lie in their sequence, and how a kernel is told.
 
-A kernel counts keys from 0 and has the first query at `q_offset`. Masks but chunks depend on the
-difference of positions only, so a piece of queries meets a piece of keys with the difference of
-their starts as its offset.
+A kernel counts keys from 0 and has the first query at `q_offset`. Masks depend on the difference
+of positions only, so a piece of queries meets a piece of keys with the difference of their starts
+as its offset. Chunks do too where each piece of keys starts with a chunk.
 """
 
 from typing import Any, NamedTuple
@@ -70,6 +70,11 @@ def meet_at_all(
         terms.append(apart < latest + right)
     if left is not None:
         terms.append(apart + kv_piece.size - 1 > earliest - left)
+    chunk = static.get("attention_chunk_size")
+    if chunk is not None:
+        terms.append((q_piece.start + latest) // chunk >= kv_piece.start // chunk)
+        last_key = kv_piece.start + kv_piece.size - 1
+        terms.append((q_piece.start + earliest) // chunk <= last_key // chunk)
     if not terms:
         return None
     some = terms[0]

@@ -23,8 +23,9 @@ from attnsel_jax.mesh.positions import Piece, meet_at_all, met, pieces
 from attnsel_jax.mesh.zigzag import from_zigzag, to_zigzag
 
 Arrays = dict[str, jax.Array]
-FLOATS = ("q", "k", "v", "alibi_slopes", "sinks")
+FLOATS = ("q", "k", "v", "bias", "alibi_slopes", "sinks")
 BY_QUERY, BY_KEY = ("q", "q_segment_ids"), ("k", "v", "kv_segment_ids")
+LOGITS = ("bias", "mask")  # this device's queries by every key; a size of 1 stands for all
 
 
 class Ring(NamedTuple):
@@ -79,7 +80,7 @@ def ring_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Out and lse of this device's queries over the keys of all devices along an axis.
 
-    Differentiable in q, k, v, alibi_slopes and sinks, through out and lse.
+    Differentiable in q, k, v, bias, alibi_slopes and sinks, through out and lse.
 
     Args:
         kernel: the dense kernel, as a function of its arrays by name.
@@ -88,11 +89,15 @@ def ring_attention(
         axis: the mesh axis that cuts positions.
         n: its size.
     """
-    even = all(arrays[name].shape[1] % 2 == 0 for name in "qk")
-    ring = Ring(kernel, static, axis, n, bool(static.get("causal")) and n > 1 and even)
+    q_len, kv_len = arrays["q"].shape[1], arrays["k"].shape[1]
+    ring = Ring(kernel, static, axis, n, in_zigzag(static, q_len, kv_len, n))
     cut = [name for name in (*BY_QUERY, *BY_KEY) if name in arrays]
     if ring.zigzag:
-        arrays = arrays | {name: to_zigzag(arrays[name], axis, n) for name in cut}
+        ordered = {name: to_zigzag(arrays[name], axis, n) for name in cut}
+        for name in LOGITS:
+            if name in arrays and arrays[name].shape[2] > 1:
+                ordered[name] = to_zigzag(arrays[name], axis, n, axis=2)
+        arrays = arrays | ordered
 
     @jax.custom_vjp
     def attend(floats: Arrays, others: Arrays) -> tuple[jax.Array, jax.Array]:
@@ -112,6 +117,17 @@ def ring_attention(
     if ring.zigzag:
         out, lse = (from_zigzag(x, axis, n) for x in (out, lse))
     return out, lse
+
+
+def in_zigzag(static: dict[str, Any], q_len: int, kv_len: int, n: int) -> bool:
+    """Whether the ring puts a device's q_len queries and kv_len keys in zig-zag order.
+
+    Where a query sees all that is before it, and the halves of a device's positions are whole; and
+    whole chunks, where there are chunks.
+    """
+    chunk = static.get("attention_chunk_size") or 1
+    halves = q_len % 2 == 0 and kv_len % (2 * chunk) == 0
+    return bool(static.get("causal")) and n > 1 and halves
 
 
 def _forward(ring: Ring, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
@@ -161,8 +177,22 @@ def _pair(ring: Ring, arrays: Arrays, step, i: int, j: int):
     mine |= {name: arrays[name][:, kv_rows] for name in BY_KEY if name in arrays}
     if "alibi_slopes" in arrays:
         mine["alibi_slopes"] = arrays["alibi_slopes"]
+    for name in LOGITS:
+        if name in arrays:
+            first, sizes = _of_logits(arrays[name], q_rows, kv_pieces[j])
+            mine[name] = jax.lax.dynamic_slice(arrays[name], first, sizes)
     told = met(arrays, ring.static, q_pieces[i], kv_pieces[j], arrays["q"].shape[0])
     return mine, told, meet_at_all(arrays, ring.static, q_pieces[i], kv_pieces[j])
+
+
+def _of_logits(x: jax.Array, rows: slice, keys: Piece):
+    """(first, sizes) of the part of a bias or mask that a piece of queries and one of keys have."""
+    first, sizes = [0] * 4, list(x.shape)
+    if x.shape[2] > 1:
+        first[2], sizes[2] = rows.start, rows.stop - rows.start
+    if x.shape[3] > 1:
+        first[3], sizes[3] = keys.start, keys.size
+    return [jnp.asarray(i, jnp.int32) for i in first], sizes
 
 
 def _exists(ring: Ring, arrays: Arrays) -> jax.Array | None:
@@ -184,7 +214,7 @@ def _backward(
     delta = jnp.sum(out.astype(jnp.float32) * dout, axis=-1) - dlse
     rows = {"lse": lse, "dout": dout, "delta": delta}
     kv = {name: arrays[name] for name in BY_KEY if name in arrays}
-    stay = [name for name in ("q", "alibi_slopes") if name in arrays]
+    stay = [name for name in ("q", "bias", "alibi_slopes") if name in arrays]
 
     def meet(step, kv: Arrays, here: Arrays) -> tuple[Arrays, Arrays]:
         """Adds to what stays here, and gives the gradients of the keys that are here now."""
@@ -192,7 +222,11 @@ def _backward(
         for i, j in ring.pairs(arrays):
             q_rows, kv_rows = ring.cut(arrays["q"].shape[1])[i], ring.cut(kv["k"].shape[1])[j]
             part = {name: x[:, q_rows] for name, x in rows.items()}
-            at = {"q": q_rows, "k": kv_rows, "v": kv_rows}
+            own_rows = {"q": q_rows, "k": kv_rows, "v": kv_rows}
+            at = {name: [0, rows.start, 0, 0] for name, rows in own_rows.items()}
+            if "bias" in arrays:
+                piece = ring.held(step, kv["k"].shape[1])[j]
+                at["bias"], _ = _of_logits(arrays["bias"], q_rows, piece)
             grads = _add_meeting(ring, arrays | kv, part, step, (i, j), at, grads)
         return {name: grads[name] for name in here}, {name: grads[name] for name in "kv"}
 
@@ -220,7 +254,11 @@ def _backward(
 def _add_meeting(
     ring: Ring, arrays: Arrays, rows: Arrays, step, pair: tuple[int, int], at, grads: Arrays
 ) -> Arrays:
-    """Adds the gradients of one meeting; `at` says which rows of each gradient are its own."""
+    """Adds the gradients of one meeting; `at` says where its part of each gradient starts.
+
+    A meeting that is none leaves them as they are: nothing is added. And no sums stand outside of
+    the branch, behind which a compiler would rather hide an exchange than behind the kernels.
+    """
     mine, told, some = _pair(ring, arrays, step, *pair)
     wanted = {name: mine[name] for name in FLOATS if name in mine}
 
@@ -233,11 +271,13 @@ def _add_meeting(
         (pulled,) = pull_back(seeds)
         return jax.tree.map(lambda g: g.astype(jnp.float32), pulled)
 
-    def none() -> Arrays:
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), wanted)
+    def sum_of(so_far: jax.Array, name: str, g: jax.Array) -> jax.Array:
+        if name not in at:
+            return so_far + g
+        here = jax.lax.dynamic_slice(so_far, at[name], g.shape)
+        return jax.lax.dynamic_update_slice(so_far, here + g, at[name])
 
-    added = pulled() if some is None else jax.lax.cond(some, pulled, none)
-    return grads | {
-        name: grads[name].at[:, at[name]].add(g) if name in at else grads[name] + g
-        for name, g in added.items()
-    }
+    def with_these(grads: Arrays) -> Arrays:
+        return grads | {name: sum_of(grads[name], name, g) for name, g in pulled().items()}
+
+    return with_these(grads) if some is None else jax.lax.cond(some, with_these, lambda g: g, grads)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from attnsel_jax.mesh.positions import met, pieces
-from attnsel_jax.mesh.ring import BY_KEY
+from attnsel_jax.mesh.ring import BY_KEY, LOGITS
 
 Arrays = dict[str, jax.Array]
 Kernel = Callable[..., tuple[jax.Array, jax.Array]]
@@ -53,11 +53,25 @@ def all_to_all_attention(
     for name in ("q_segment_ids", "kv_segment_ids"):
         if name in arrays:
             given[name] = jax.lax.all_gather(arrays[name], axis, axis=1, tiled=True)
+
+    def own_heads(x: jax.Array, dim: int) -> jax.Array:
+        size = x.shape[dim] // n
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis) * size, size, dim)
+
     for name in ("alibi_slopes", "sinks"):
         if name in arrays:
-            size = arrays[name].shape[0] // n
-            first = jax.lax.axis_index(axis) * size
-            given[name] = jax.lax.dynamic_slice_in_dim(arrays[name], first, size)
+            given[name] = own_heads(arrays[name], 0)
+    for name in LOGITS:
+        if name in arrays:  # [batch, heads, q_len, kv_len]; a size of 1 stands for all
+            x, (_, q_len, heads, _) = arrays[name], arrays["q"].shape
+            each_head, each_query = x.shape[1] == heads, x.shape[2] == q_len
+            if each_head and each_query:
+                x = jax.lax.all_to_all(x, axis, split_axis=1, concat_axis=2, tiled=True)
+            elif each_query:
+                x = jax.lax.all_gather(x, axis, axis=2, tiled=True)
+            elif each_head:
+                x = own_heads(x, 1)
+            given[name] = x
     out, lse = kernel(given)
     return of_positions(out), of_positions(lse)
 

@@ -35,7 +35,7 @@ from attnsel_jax.xla.dense_tiles import (
     split_scale,
     zero_unless,
 )
-from pallas_kernels import masks, shape_checks
+from pallas_kernels import contract_checks, masks, shape_checks
 
 
 class Largest(NamedTuple):
@@ -104,10 +104,7 @@ def dense_attention(
     """
     floats = Floats(q, k, v, bias, alibi_slopes, sinks)
     dims = _check(floats, mask, q_segment_ids, kv_segment_ids, q_lens, kv_lens)
-    for name, value in (("attention_chunk_size", attention_chunk_size), ("soft_cap", soft_cap)):
-        shape_checks.check_positive(name, value)
-    for side in masks.window_bounds(sliding_window):
-        shape_checks.check_positive("sliding_window", side)
+    contract_checks.check_logit_numbers(soft_cap, attention_chunk_size, sliding_window)
     batch = dims["batch"]
     who = Masks(mask, q_segment_ids, kv_segment_ids, _offsets(q_offset, batch), q_lens, kv_lens)
     static = Static(
@@ -116,7 +113,7 @@ def dense_attention(
         sliding_window=masks.window_bounds(sliding_window),
         attention_chunk_size=attention_chunk_size,
         soft_cap=soft_cap,
-        group=shape_checks.check_groups(dims["num_q_heads"], dims["num_kv_heads"]),
+        group=dims["num_q_heads"] // dims["num_kv_heads"],
         **block_sizes(FORWARD, q, k),
     )
     return _attend(static, floats, who)
@@ -145,40 +142,14 @@ def _largest_divisor(of: int, most: int) -> int:
 
 def _check(x: Floats, mask, q_segment_ids, kv_segment_ids, q_lens, kv_lens) -> dict[str, int]:
     """The contract's shapes and dtypes; returns the sizes by name."""
-    floats, full = shape_checks.FLOATS, "~batch ~num_q_heads ~q_len ~kv_len"
-    if (q_segment_ids is None) != (kv_segment_ids is None):
-        raise ValueError(
-            "q_segment_ids and kv_segment_ids: one is given and one is None, must be both or "
-            "neither: give each token of q and of k the id of its segment"
-        )
-    dims = shape_checks.check_arguments(
-        {
-            "q": (x.q, "batch q_len num_q_heads head_dim", floats),
-            "k": (x.k, "batch kv_len num_kv_heads head_dim", floats),
-            "v": (x.v, "batch kv_len num_kv_heads head_dim_v", floats),
-            "bias": (x.bias, full, floats),
-            "alibi_slopes": (x.alibi_slopes, "num_q_heads", shape_checks.FLOAT32),
-            "mask": (mask, full, shape_checks.BOOL),
-            "q_segment_ids": (q_segment_ids, "batch q_len", shape_checks.INT32),
-            "kv_segment_ids": (kv_segment_ids, "batch kv_len", shape_checks.INT32),
-            "q_lens": (q_lens, "batch", shape_checks.INT32),
-            "kv_lens": (kv_lens, "batch", shape_checks.INT32),
-            "sinks": (x.sinks, "num_q_heads", shape_checks.FLOAT32),
-        },
-        required="qkv",
-    )
-    shape_checks.check_same_dtype(q=x.q, k=x.k, v=x.v)
-    return dims
+    masked = {"mask": mask, "q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids}
+    masked |= {"q_lens": q_lens, "kv_lens": kv_lens}
+    return contract_checks.check_dense(x._asdict() | masked, shape_checks.FLOATS)
 
 
 def _offsets(q_offset: int | jax.Array | None, batch: int) -> jax.Array:
     """int32 [batch]."""
-    offset = jnp.asarray(0 if q_offset is None else q_offset)
-    if not jnp.issubdtype(offset.dtype, jnp.integer) or offset.shape not in ((), (1,), (batch,)):
-        raise ValueError(
-            f"q_offset is {offset.dtype.name}{list(offset.shape)}, must be an integer, or int32 [] "
-            f"or [{batch}] (batch): the position of query 0"
-        )
+    offset = contract_checks.check_offset(0 if q_offset is None else q_offset, batch)
     return jnp.broadcast_to(offset.astype(jnp.int32), (batch,))
 
 

@@ -12,7 +12,8 @@ from attnsel_jax.xla import online_softmax
 from attnsel_jax.xla.latent_cache import LATENT_DTYPES, read_latents
 from attnsel_jax.xla.query_tiles import Tiles, query_tiles
 from attnsel_jax.xla.tile_loop import over_tiles, tile_widths
-from pallas_kernels.shape_checks import FLOAT32, FLOATS, INT32, check_arguments
+from pallas_kernels.contract_checks import check_indexer
+from pallas_kernels.shape_checks import FLOAT32, FLOATS, check_arguments
 
 # Rows (queries x index heads) of the widest tile, and keys of a block. Intel Xeon, family 6 model
 # 207, 2 cores, jax 0.10.2, 2026-11-24, 256 tokens of 64 heads of 128, 8192 bfloat16 keys: 128 x 512
@@ -39,17 +40,7 @@ def indexer_scores(
     Raises:
         ValueError: a shape or dtype is not the contract's.
     """
-    table = {
-        "q_index": (q_index, "num_tokens num_index_heads index_head_dim", FLOATS),
-        "weights": (weights, "num_tokens num_index_heads", FLOAT32),
-        "index_pages": (index_pages, "num_pages page_size index_head_dim", LATENT_DTYPES),
-        "page_table": (page_table, "max_num_seqs pages_per_seq", INT32),
-        "kv_lens": (kv_lens, "max_num_seqs", INT32),
-        "num_seqs": (num_seqs, "", INT32),
-    }
-    dims = check_arguments(table, required=table)
-    starts = {"cu_q_lens": (cu_q_lens, str(dims["max_num_seqs"] + 1), INT32)}
-    check_arguments(starts, required=starts)
+    dims = check_indexer(locals(), dtypes=FLOATS, key_dtypes=LATENT_DTYPES)
     q_index, weights, index_pages, page_table = map(
         jnp.asarray, (q_index, weights, index_pages, page_table)
     )  # tiles index them by traced numbers, which NumPy's arrays refuse

@@ -4,20 +4,16 @@ A row is a token's latent and rotary key, in a float dtype (true value = stored 
 the 656 bytes of `fp8_ds_mla`. Everything that attends to latents reads and writes through this.
 """
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
 from attnsel_jax.xla import fp8_ds_mla
 from attnsel_jax.xla.cache_writes import quantise, write_rows
 from attnsel_jax.xla.page_reads import read_pages
-from pallas_kernels.shape_checks import (
-    FLOAT32,
-    FLOATS,
-    INT32,
-    Spec,
-    check_arguments,
-    check_same_dtype,
-)
+from pallas_kernels.contract_checks import Arrays, Kind, check_latents
+from pallas_kernels.shape_checks import FLOATS
 
 LATENT_DTYPES = (*FLOATS, "float8_e4m3fn", "float8_e5m2")
 
@@ -77,16 +73,13 @@ def read_latents(
     return jnp.where(exists[..., None], rows, 0)
 
 
-def check_latents(
-    arrays: dict[str, jax.Array | None],
-    specs: dict[str, tuple[str, tuple[str, ...]]],
-    kv_cache_dtype: str | None,
+def check_rows(
+    arrays: Arrays, queries: Mapping[str, Kind], kv_cache_dtype: str | None
 ) -> dict[str, int]:
-    """Refuses what the contracts of ops on a latent cache do not allow.
+    """Refuses what the contracts of ops on a latent cache do not allow, whatever its rows hold.
 
     Args:
-        arrays: the op's arguments by name: those that every such op has, and those in specs.
-        specs: dimensions and dtypes of what only this op has; they name kv_lora_rank and rope_dim.
+        arrays, queries: as in `contract_checks.check_latents`.
         kv_cache_dtype: "fp8_ds_mla" or None.
 
     Returns:
@@ -100,39 +93,14 @@ def check_latents(
             f"kv_cache_dtype is {kv_cache_dtype!r}, must be 'fp8_ds_mla' or None: any other cache "
             f"says its dtype itself, as latent_pages.dtype"
         )
-    missing = [name for name in ("kv_c", "k_pe", "slot_mapping") if arrays[name] is None]
-    if len(missing) in (1, 2):
-        raise ValueError(
-            f"{' and '.join(missing)} is None, must be given with the rest of kv_c, k_pe and "
-            f"slot_mapping: all are given to write this step's rows, or none"
-        )
-    required = (*specs, "latent_pages", "page_table", "kv_lens", "num_seqs", "cu_q_lens")
-    dims = check_arguments(_table(arrays, specs, kv_cache_dtype), required)
-    starts = {"cu_q_lens": (arrays["cu_q_lens"], str(dims["max_num_seqs"] + 1), INT32)}
-    check_arguments(starts, required)
-    if kv_cache_dtype == "fp8_ds_mla":
+    is_bytes = kv_cache_dtype == "fp8_ds_mla"
+    cache = ("num_pages page_size row", ("uint8",) if is_bytes else LATENT_DTYPES)
+    dims = check_latents(arrays, queries, dtypes=FLOATS, cache=cache)
+    if is_bytes:
         _check_fp8_ds_mla(dims, arrays["kv_scale"])
     else:
         _check_width(dims)
-    queries = {name: arrays[name] for name, (_, dtypes) in specs.items() if dtypes == FLOATS}
-    check_same_dtype(**queries, kv_c=arrays["kv_c"], k_pe=arrays["k_pe"])
     return dims
-
-
-def _table(arrays, specs, kv_cache_dtype) -> dict[str, Spec]:
-    """Every argument with its dimensions and dtypes."""
-    dtypes = ("uint8",) if kv_cache_dtype == "fp8_ds_mla" else LATENT_DTYPES
-    shared = {
-        "kv_c": ("num_tokens kv_lora_rank", FLOATS),
-        "k_pe": ("num_tokens rope_dim", FLOATS),
-        "latent_pages": ("num_pages page_size row", dtypes),
-        "page_table": ("max_num_seqs pages_per_seq", INT32),
-        "kv_lens": ("max_num_seqs", INT32),
-        "num_seqs": ("", INT32),
-        "slot_mapping": ("num_tokens", INT32),
-        "kv_scale": ("", FLOAT32),
-    }
-    return {name: (arrays[name], *spec) for name, spec in (specs | shared).items()}
 
 
 def _check_fp8_ds_mla(dims: dict[str, int], kv_scale: jax.Array | None) -> None:

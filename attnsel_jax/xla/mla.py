@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from attnsel_jax.xla import online_softmax
-from attnsel_jax.xla.latent_cache import check_latents, read_latents, write_latents
+from attnsel_jax.xla.latent_cache import check_rows, read_latents, write_latents
 from attnsel_jax.xla.mla_materialized import mla_attention_materialized
 from attnsel_jax.xla.query_tiles import query_tiles
 from attnsel_jax.xla.tile_loop import over_tiles, tile_widths
@@ -60,16 +60,11 @@ def mla_attention(
         ValueError: a shape or dtype is not the contract's; fp8_ds_mla with sizes other than 512 and
             64 or with kv_scale; some of kv_c, k_pe and slot_mapping given and some not.
     """
-    check_latents(
-        {
-            "ql_nope": ql_nope, "q_pe": q_pe, "kv_c": kv_c, "k_pe": k_pe,
-            "latent_pages": latent_pages, "page_table": page_table, "kv_lens": kv_lens,
-            "cu_q_lens": cu_q_lens, "num_seqs": num_seqs, "slot_mapping": slot_mapping,
-            "kv_scale": kv_scale,
-        },
+    check_rows(
+        locals(),
         _QUERIES,
         kv_cache_dtype,
-    )  # fmt: skip
+    )
     check_positive("soft_cap", soft_cap)
     cache = {"kv_scale": kv_scale, "kv_cache_dtype": kv_cache_dtype}
     latent_pages = write_latents(latent_pages, kv_c, k_pe, slot_mapping, **cache)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from attnsel_jax.xla import online_softmax
-from attnsel_jax.xla.latent_cache import check_latents, read_latents, write_latents
+from attnsel_jax.xla.latent_cache import check_rows, read_latents, write_latents
 from pallas_kernels.shape_checks import FLOATS, check_positive
 
 # Queries of a tile, keys of a block. Intel Xeon, family 6 model 207, 2 cores, jax 0.10.2,
@@ -82,16 +82,11 @@ def mla_attention_materialized(
     Raises:
         ValueError: as `mla_attention`.
     """
-    check_latents(
-        {
-            "q_nope": q_nope, "q_pe": q_pe, "w_uk": w_uk, "w_uv": w_uv, "kv_c": kv_c,
-            "k_pe": k_pe, "latent_pages": latent_pages, "page_table": page_table,
-            "kv_lens": kv_lens, "cu_q_lens": cu_q_lens, "num_seqs": num_seqs,
-            "slot_mapping": slot_mapping, "kv_scale": kv_scale,
-        },
+    check_rows(
+        locals(),
         _QUERIES,
         kv_cache_dtype,
-    )  # fmt: skip
+    )
     check_positive("soft_cap", soft_cap)
     cache = {"kv_scale": kv_scale, "kv_cache_dtype": kv_cache_dtype}
     latent_pages = write_latents(latent_pages, kv_c, k_pe, slot_mapping, **cache)

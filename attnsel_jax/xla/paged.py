@@ -16,17 +16,9 @@ import jax.numpy as jnp
 from attnsel_jax.xla.cache_writes import write_kv
 from attnsel_jax.xla.paged_tile import PerHead, Static, attend_tile
 from attnsel_jax.xla.query_tiles import Tiles, query_tiles
-from pallas_kernels.masks import Window, window_bounds
-from pallas_kernels.shape_checks import (
-    CACHE_DTYPES,
-    FLOAT32,
-    FLOATS,
-    INT32,
-    check_arguments,
-    check_groups,
-    check_positive,
-    check_same_dtype,
-)
+from pallas_kernels.contract_checks import check_logit_numbers, check_paged
+from pallas_kernels.masks import Window
+from pallas_kernels.shape_checks import CACHE_DTYPES, FLOATS
 
 
 class Blocks(NamedTuple):
@@ -88,19 +80,12 @@ def paged_attention(
         ValueError: a shape or dtype is not the contract's, or some of k, v and slot_mapping are
             given and some are not.
     """
-    _check(
-        {
-            "q": q, "k": k, "v": v, "kv_pages": kv_pages, "page_table": page_table,
-            "kv_lens": kv_lens, "cu_q_lens": cu_q_lens, "num_seqs": num_seqs,
-            "slot_mapping": slot_mapping, "alibi_slopes": alibi_slopes, "sinks": sinks,
-            "k_scale": k_scale, "v_scale": v_scale,
-        },
-        [
-            ("attention_chunk_size", attention_chunk_size),
-            ("soft_cap", soft_cap),
-            *(("sliding_window", side) for side in window_bounds(sliding_window)),
-        ],
-    )  # fmt: skip
+    check_paged(
+        locals(),
+        dtypes=FLOATS,
+        cache=("2 num_pages page_size num_kv_heads head_dim", CACHE_DTYPES),
+    )
+    check_logit_numbers(soft_cap, attention_chunk_size, sliding_window)
     if k is not None:
         kv_pages = write_kv(kv_pages, k, v, slot_mapping, k_scale=k_scale, v_scale=v_scale)
     static = Static(
@@ -188,50 +173,3 @@ def _map_in_groups(f, tiles: Tiles, size: int) -> tuple[jax.Array, jax.Array]:
     size = min(size, num_tiles)
     groups = jax.tree.map(lambda x: jnp.pad(x, (0, -num_tiles % size)).reshape(-1, size), tiles)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(jax.vmap(f), groups))
-
-
-def _check(arrays: dict[str, jax.Array | None], statics: list[tuple[str, float | None]]) -> None:
-    """Refuses what the contract does not allow."""
-    written = ("k", "v", "slot_mapping")
-    missing = [name for name in written if arrays[name] is None]
-    if missing and len(missing) < len(written):
-        given = [name for name in written if name not in missing]
-        raise ValueError(
-            f"{' and '.join(missing)} is None, must be given with {' and '.join(given)}: give all "
-            f"of k, v and slot_mapping to have them written, or none"
-        )
-    table = {name: (arrays[name], *spec) for name, spec in _ARGUMENTS.items()}
-    dims = check_arguments(table, _REQUIRED)
-    per_head = {name: arrays[name] for name in ("k_scale", "v_scale")}
-    check_arguments({"kv_pages": (arrays["kv_pages"], *_ARGUMENTS["kv_pages"])} | {
-        name: (scale, "num_kv_heads" if getattr(scale, "ndim", 0) else "", FLOAT32)
-        for name, scale in per_head.items()
-    })  # fmt: skip
-    if dims["one_more"] != dims["max_num_seqs"] + 1:
-        raise ValueError(
-            f"cu_q_lens has {dims['one_more']} entries, must have {dims['max_num_seqs'] + 1}, one "
-            f"more than kv_lens: it starts with 0 and ends with the number of tokens"
-        )
-    for name in ("max_num_seqs", "pages_per_seq", "num_pages", "page_size"):
-        if dims[name] < 1:
-            raise ValueError(f"{name} is 0, must be above 0: a cache holds at least one page")
-    check_groups(dims["num_q_heads"], dims["num_kv_heads"])
-    check_same_dtype(q=arrays["q"], k=arrays["k"], v=arrays["v"])
-    for name, value in statics:
-        check_positive(name, value)
-
-
-_ARGUMENTS = {
-    "q": ("num_tokens num_q_heads head_dim", FLOATS),
-    "kv_pages": ("2 num_pages page_size num_kv_heads head_dim", CACHE_DTYPES),
-    "k": ("num_tokens num_kv_heads head_dim", FLOATS),
-    "v": ("num_tokens num_kv_heads head_dim", FLOATS),
-    "page_table": ("max_num_seqs pages_per_seq", INT32),
-    "kv_lens": ("max_num_seqs", INT32),
-    "cu_q_lens": ("one_more", INT32),
-    "num_seqs": ("", INT32),
-    "slot_mapping": ("num_tokens", INT32),
-    "alibi_slopes": ("num_q_heads", FLOAT32),
-    "sinks": ("num_q_heads", FLOAT32),
-}
-_REQUIRED = ("q", "kv_pages", "page_table", "kv_lens", "cu_q_lens", "num_seqs")

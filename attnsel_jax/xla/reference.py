@@ -10,17 +10,13 @@ import jax.numpy as jnp
 
 from attnsel_jax.xla.cache_writes import write_kv
 from pallas_kernels import masks
-from pallas_kernels.shape_checks import (
-    BOOL,
-    CACHE_DTYPES,
-    FLOAT32,
-    FLOATS,
-    INT32,
-    check_arguments,
-    check_groups,
-    check_positive,
-    check_same_dtype,
+from pallas_kernels.contract_checks import (
+    check_dense,
+    check_logit_numbers,
+    check_offset,
+    check_paged,
 )
+from pallas_kernels.shape_checks import CACHE_DTYPES, FLOATS
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -50,10 +46,11 @@ def dense_attention(
     Numerics: float32 throughout, dots at the highest precision. Differentiable by plain autodiff in
     every float argument, through out and through lse.
     """
-    dims = _check_dense(**locals())
+    dims = check_dense(locals(), FLOATS)
+    check_logit_numbers(soft_cap, attention_chunk_size, sliding_window)
     batch, q_len, kv_len = dims["batch"], dims["q_len"], dims["kv_len"]
     rows, kv_pos = jnp.arange(q_len, dtype=jnp.int32), jnp.arange(kv_len, dtype=jnp.int32)
-    offset = jnp.asarray(0 if q_offset is None else q_offset, jnp.int32)
+    offset = check_offset(0 if q_offset is None else q_offset, batch).astype(jnp.int32)
     q_pos = (rows + jnp.atleast_1d(offset)[:, None])[:, None, :, None]  # [batch or 1, 1, q_len, 1]
     exists = jnp.ones((batch, q_len), bool) if q_lens is None else rows < q_lens[:, None]
     seen = exists[:, None, :, None] & jnp.ones((kv_len,), bool)
@@ -107,7 +104,9 @@ def paged_attention(
 
     Numerics: float32 throughout, dots at the highest precision.
     """
-    _check_paged(**locals())
+    cache = ("2 num_pages page_size num_kv_heads head_dim", CACHE_DTYPES)
+    check_paged(locals(), dtypes=FLOATS, cache=cache)
+    check_logit_numbers(soft_cap, attention_chunk_size, sliding_window)
     if k is not None:
         kv_pages = write_kv(kv_pages, k, v, slot_mapping, k_scale=k_scale, v_scale=v_scale)
     num_tokens, num_q_heads, _ = q.shape
@@ -202,68 +201,3 @@ def _alibi(slopes: jax.Array, q_pos: jax.Array, kv_pos: jax.Array) -> jax.Array:
 def _per_head(scale: jax.Array | None, num_kv_heads: int) -> jax.Array:
     """A scale of the cache as float32 [num_kv_heads]."""
     return jnp.broadcast_to(jnp.asarray(1 if scale is None else scale, jnp.float32), num_kv_heads)
-
-
-def _check_dense(**given) -> dict[str, int]:
-    """Refuses what the contract of dense attention does not allow; sizes by name."""
-    everything = "~batch ~num_q_heads ~q_len ~kv_len"
-    specs = {
-        "q": ("batch q_len num_q_heads head_dim", FLOATS),
-        "k": ("batch kv_len num_kv_heads head_dim", FLOATS),
-        "v": ("batch kv_len num_kv_heads head_dim_v", FLOATS),
-        "bias": (everything, FLOATS),
-        "mask": (everything, BOOL),
-        "alibi_slopes": ("num_q_heads", FLOAT32),
-        "sinks": ("num_q_heads", FLOAT32),
-        "q_segment_ids": ("batch q_len", INT32),
-        "kv_segment_ids": ("batch kv_len", INT32),
-        "q_lens": ("batch", INT32),
-        "kv_lens": ("batch", INT32),
-    }
-    if getattr(given["q_offset"], "ndim", 0):
-        specs["q_offset"] = ("batch", INT32)
-    table = {name: (given[name], *spec) for name, spec in specs.items()}
-    dims = check_arguments(table, required="qkv")
-    if (given["q_segment_ids"] is None) != (given["kv_segment_ids"] is None):
-        missing = "q_segment_ids" if given["q_segment_ids"] is None else "kv_segment_ids"
-        raise ValueError(f"{missing} is None, must be given with the other: both or neither")
-    _check_numbers(dims, given)
-    return dims
-
-
-def _check_paged(**given) -> None:
-    """Refuses what the contract of paged attention does not allow."""
-    specs = {
-        "q": ("num_tokens num_q_heads head_dim", FLOATS),
-        "k": ("num_tokens num_kv_heads head_dim", FLOATS),
-        "v": ("num_tokens num_kv_heads head_dim", FLOATS),
-        "kv_pages": ("2 num_pages page_size num_kv_heads head_dim", CACHE_DTYPES),
-        "page_table": ("max_num_seqs pages_per_seq", INT32),
-        "kv_lens": ("max_num_seqs", INT32),
-        "num_seqs": ("", INT32),
-        "slot_mapping": ("num_tokens", INT32),
-        "alibi_slopes": ("num_q_heads", FLOAT32),
-        "sinks": ("num_q_heads", FLOAT32),
-    }
-    for name in ("k_scale", "v_scale"):
-        specs[name] = ("num_kv_heads" if getattr(given[name], "ndim", 0) else "", FLOAT32)
-    required = ("q", "kv_pages", "page_table", "kv_lens", "num_seqs", "cu_q_lens")
-    table = {name: (given[name], *spec) for name, spec in specs.items()}
-    dims = check_arguments(table, required)
-    starts = {"cu_q_lens": (given["cu_q_lens"], f"{dims['max_num_seqs'] + 1}", INT32)}
-    check_arguments(starts, required)
-    nothing = {name for name in ("k", "v", "slot_mapping") if given[name] is None}
-    if len(nothing) in (1, 2):
-        listed = ", ".join(sorted(nothing))
-        raise ValueError(f"{listed} is None, must be given: all of k, v, slot_mapping or none")
-    _check_numbers(dims, given)
-
-
-def _check_numbers(dims, given) -> None:
-    """The checks that both ops share."""
-    check_groups(dims["num_q_heads"], dims["num_kv_heads"])
-    check_same_dtype(**{name: given[name] for name in "qkv"})
-    check_positive("soft_cap", given["soft_cap"])
-    check_positive("attention_chunk_size", given["attention_chunk_size"])
-    for bound in masks.window_bounds(given["sliding_window"]):
-        check_positive("sliding_window", bound)

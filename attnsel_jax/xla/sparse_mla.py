@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from attnsel_jax.xla import online_softmax
-from attnsel_jax.xla.latent_cache import check_latents, read_latents, write_latents
+from attnsel_jax.xla.latent_cache import check_rows, read_latents, write_latents
 from attnsel_jax.xla.query_tiles import query_tiles
 from pallas_kernels.shape_checks import FLOATS, INT32, check_positive
 
@@ -56,16 +56,11 @@ def sparse_mla_attention(
     Raises:
         ValueError: as `mla_attention`.
     """
-    dims = check_latents(
-        {
-            "ql_nope": ql_nope, "q_pe": q_pe, "kv_c": kv_c, "k_pe": k_pe,
-            "latent_pages": latent_pages, "topk_indices": topk_indices, "page_table": page_table,
-            "kv_lens": kv_lens, "cu_q_lens": cu_q_lens, "num_seqs": num_seqs,
-            "slot_mapping": slot_mapping, "kv_scale": kv_scale,
-        },
+    dims = check_rows(
+        locals(),
         _QUERIES,
         kv_cache_dtype,
-    )  # fmt: skip
+    )
     check_positive("soft_cap", soft_cap)
     cache = {"kv_scale": kv_scale, "kv_cache_dtype": kv_cache_dtype}
     latent_pages = write_latents(latent_pages, kv_c, k_pe, slot_mapping, **cache)

@@ -11,16 +11,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import gpu_chip, masks, shape_checks
-from pallas_kernels.dense import mosaic_gpu_backward, mosaic_gpu_blackwell, mosaic_gpu_forward
+from pallas_kernels import contract_checks, gpu_chip, masks
+from pallas_kernels.dense import (
+    mosaic_gpu_ampere,
+    mosaic_gpu_backward,
+    mosaic_gpu_blackwell,
+    mosaic_gpu_forward,
+)
 from pallas_kernels.dense.mosaic_gpu_forward import Operands
 from pallas_kernels.dense.mosaic_gpu_geometry import Static, in_whole_tiles_of_rows, seen_keys
-from pallas_kernels.dense.mosaic_gpu_tiles import TILES, forward_tiles
+from pallas_kernels.dense.mosaic_gpu_tiles import forward_tiles
 from pallas_kernels.dense.mosaic_gpu_weights import BLOCK, Arrays
 
 DTYPES = ("bfloat16", "float16")
+HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 # Compute capability -> its forward.
 FORWARD = {
+    (8, 0): mosaic_gpu_ampere.forward,
     (9, 0): mosaic_gpu_forward.forward,
     (10, 0): mosaic_gpu_blackwell.forward,
 }
@@ -76,7 +83,7 @@ def dense_attention(
         q, k, v, scale, causal, q_offset, sliding_window, attention_chunk_size, soft_cap, bias,
             alibi_slopes, q_segment_ids, kv_segment_ids, q_lens, kv_lens, sinks: the contract's,
             see `pallas_kernels.dense`; q, k and v bfloat16 or float16; (head_dim, head_dim_v) one
-            of those that `mosaic_gpu_tiles.TILES` has for the chip.
+            of `HEAD_DIMS`.
         mask: must be None.
 
     Returns:
@@ -103,10 +110,7 @@ def dense_attention(
     if mask is not None:
         raise ValueError("mask is given, must be None: give a bias of 0 and -inf, or use XLA")
     dims = _check(x, q_segment_ids, kv_segment_ids, q_lens, kv_lens)
-    for name, value in (("attention_chunk_size", attention_chunk_size), ("soft_cap", soft_cap)):
-        shape_checks.check_positive(name, value)
-    for side in masks.window_bounds(sliding_window):
-        shape_checks.check_positive("sliding_window", side)
+    contract_checks.check_logit_numbers(soft_cap, attention_chunk_size, sliding_window)
     scale = float(dims["head_dim"] ** -0.5 if scale is None else scale)
     offset, rows = _rows(dims, q_offset, q_lens, kv_lens)
     chip = _chip()
@@ -118,7 +122,7 @@ def dense_attention(
         soft_cap=soft_cap,
         offset=offset,
         lengths=q_lens is not None or kv_lens is not None,
-        group=shape_checks.check_groups(dims["num_q_heads"], dims["num_kv_heads"]),
+        group=dims["num_q_heads"] // dims["num_kv_heads"],
         batch=dims["batch"],
         num_q_heads=dims["num_q_heads"],
         q_len=dims["q_len"],
@@ -158,30 +162,11 @@ def _chip() -> gpu_chip.GpuChip:
 
 def _check(x: Floats, q_segment_ids, kv_segment_ids, q_lens, kv_lens) -> dict[str, int]:
     """The contract's shapes and dtypes, as far as this lowering takes them; sizes by name."""
-    full = "~batch ~num_q_heads ~q_len ~kv_len"
-    if (q_segment_ids is None) != (kv_segment_ids is None):
-        raise ValueError(
-            "q_segment_ids and kv_segment_ids: one is given and one is None, must be both or "
-            "neither: give each token of q and of k the id of its segment"
-        )
-    dims = shape_checks.check_arguments(
-        {
-            "q": (x.q, "batch q_len num_q_heads head_dim", DTYPES),
-            "k": (x.k, "batch kv_len num_kv_heads head_dim", DTYPES),
-            "v": (x.v, "batch kv_len num_kv_heads head_dim_v", DTYPES),
-            "bias": (x.bias, full, shape_checks.FLOATS),
-            "alibi_slopes": (x.alibi_slopes, "num_q_heads", shape_checks.FLOAT32),
-            "q_segment_ids": (q_segment_ids, "batch q_len", shape_checks.INT32),
-            "kv_segment_ids": (kv_segment_ids, "batch kv_len", shape_checks.INT32),
-            "q_lens": (q_lens, "batch", shape_checks.INT32),
-            "kv_lens": (kv_lens, "batch", shape_checks.INT32),
-            "sinks": (x.sinks, "num_q_heads", shape_checks.FLOAT32),
-        }
-    )
-    shape_checks.check_same_dtype(q=x.q, k=x.k, v=x.v)
-    head_dims = TILES[_chip().capability]
-    if (sizes := (dims["head_dim"], dims["head_dim_v"])) not in head_dims:
-        allowed = ", ".join(f"{d}/{dv}" for d, dv in head_dims)
+    masked = {"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids}
+    masked |= {"q_lens": q_lens, "kv_lens": kv_lens}
+    dims = contract_checks.check_dense(x._asdict() | masked, DTYPES)
+    if (sizes := (dims["head_dim"], dims["head_dim_v"])) not in HEAD_DIMS:
+        allowed = ", ".join(f"{d}/{dv}" for d, dv in HEAD_DIMS)
         raise ValueError(
             f"head_dim/head_dim_v is {sizes[0]}/{sizes[1]}, must be one of {allowed}: pad the "
             f"heads with zeros, or use XLA"
@@ -199,14 +184,7 @@ def _rows(dims, q_offset, q_lens, kv_lens) -> tuple[int | None, jax.Array | None
     batch, offset = dims["batch"], q_offset
     static = offset is None or isinstance(offset, int | np.integer)
     if not static:
-        offset = jnp.asarray(q_offset)
-        if not jnp.issubdtype(offset.dtype, jnp.integer) or offset.shape not in (
-            (), (1,), (batch,)
-        ):  # fmt: skip
-            raise ValueError(
-                f"q_offset is {offset.dtype.name}{list(offset.shape)}, must be an integer, or "
-                f"int32 [] or [{batch}] (batch): the position of query 0"
-            )
+        offset = contract_checks.check_offset(q_offset, batch)
     if static and q_lens is None and kv_lens is None:
         return int(offset or 0), None
     columns = (0 if offset is None else offset, q_lens, kv_lens)

@@ -274,11 +274,11 @@ def consume(static: Static, x: Operands, out, lse, shared: Shared, place: Place,
     consumers = static.tiles.consumers
     turns = static.tiles.turns
     q = shared.q.at[wg]
-    logits = functools.partial(_logits, static, x, shared, row, b, head, first_row)
+    weighted_by = functools.partial(logits, static, x, row, b, head, first_row)
     plgpu.barrier_wait(shared.q_full.at[wg])
 
     def weigh(s, tile, slot, state, masked):
-        y, factor = logits(s, tile, slot, masked)
+        y, factor = weighted_by(s, tile, _segments_of(shared, slot), masked)
         hides = masked or static.segments or static.bias is not None
         return softmax_step(y, factor, state, may_be_empty=hides)
 
@@ -306,7 +306,7 @@ def consume(static: Static, x: Operands, out, lse, shared: Shared, place: Place,
             plgpu.barrier_wait(shared.v_full.at[slot])
             o = plgpu.wgmma_accumulator_load(o_ref, wait_n=0)
             plgpu.barrier_arrive(shared.v_empty.at[before])
-            return o * _along(alpha, o), next_p.astype(p.dtype), next_state, slot
+            return o * along(alpha, o), next_p.astype(p.dtype), next_state, slot
 
         return _with_accumulators(static, products)
 
@@ -316,7 +316,7 @@ def consume(static: Static, x: Operands, out, lse, shared: Shared, place: Place,
         return s_ref[...]
 
     s = pl.run_scoped(first_scores, plgpu.ACC((CONSUMER_ROWS, static.tiles.block_kv), jnp.float32))
-    state = Softmax(_rows(-jnp.inf), _rows(0.0))
+    state = empty(CONSUMER_ROWS)
     p, _, state = weigh(s, tiles.first, 0, state, True)
     if static.segments:
         plgpu.commit_smem()
@@ -364,15 +364,16 @@ def _full(shape, value, layout):
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
-def _rows(value: float) -> jax.Array:
-    return _full((CONSUMER_ROWS,), value, ROW)
+def empty(rows: int) -> Softmax:
+    """The state of rows before their first tile."""
+    return Softmax(_full((rows,), -jnp.inf, ROW), _full((rows,), 0.0, ROW))
 
 
-def _row_iota() -> jax.Array:
-    return plgpu.broadcasted_iota(jnp.int32, (CONSUMER_ROWS,), 0, layout=ROW)
+def _row_iota(rows: int) -> jax.Array:
+    return plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=ROW)
 
 
-def _along(rows: jax.Array, like: jax.Array) -> jax.Array:
+def along(rows: jax.Array, like: jax.Array) -> jax.Array:
     """A number for each row, as wide as `like`."""
     if jnp.ndim(rows) == 0:
         return rows
@@ -383,8 +384,16 @@ def _across(columns: jax.Array, like: jax.Array) -> jax.Array:
     return lax.broadcast_in_dim(plgpu.layout_cast(columns, COLUMN), like.shape, [1])
 
 
-def _logits(static, x: Operands, shared, row, b, head, first_row, s, tile, slot, masked):
-    """(y, factor): logits in units of log2 are y * factor; -inf where the row does not see."""
+def _segments_of(shared: Shared, slot: Any) -> Any:
+    return None if shared.segments is None else shared.segments.at[slot]
+
+
+def logits(static, x: Operands, row, b, head, first_row, s, tile, segments, masked):
+    """(y, factor): logits in units of log2 are y * factor; -inf where the row does not see.
+
+    s: float32 [queries, keys], products of the queries from first_row and the keys of a tile, as
+    wgmma and mma lay them out; segments: a ref of these keys' segment ids, None without.
+    """
     first_key, shape = tile * static.tiles.block_kv, s.shape
     iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, shape, layout=plgpu.Layout.WGMMA)
     factor = static.scale
@@ -400,19 +409,18 @@ def _logits(static, x: Operands, shared, row, b, head, first_row, s, tile, slot,
         distance = (iota(0) - iota(1)) + (first_row + row.offset - first_key)
         s = s - jnp.abs(distance).astype(jnp.float32) * x.slopes[head]
     if static.segments:
-        mine = plgpu.load(
-            x.q_segments.at[b, pl.ds(first_row, CONSUMER_ROWS)], layout=ROW, optimized=False
-        )
-        theirs = plgpu.load(shared.segments.at[slot], layout=COLUMN, optimized=False)
-        s = jnp.where(_along(mine, s) == _across(theirs, s), s, -jnp.inf)
+        queries = x.q_segments.at[b, pl.ds(first_row, shape[0])]
+        mine = plgpu.load(queries, layout=ROW, optimized=False)
+        theirs = plgpu.load(segments, layout=COLUMN, optimized=False)
+        s = jnp.where(along(mine, s) == _across(theirs, s), s, -jnp.inf)
     if masked:
         low, high = 0, row.kv_len
         if static.positional:  # a dead vector has no layout, and inferring one takes for ever
-            low, high = seen_interval(static, row, _row_iota() + first_row)
+            low, high = seen_interval(static, row, _row_iota(shape[0]) + first_row)
         column = iota(1) + first_key
-        seen = column < _along(high, s)
+        seen = column < along(high, s)
         if jnp.ndim(low):
-            seen = seen & (column >= _along(low, s))
+            seen = seen & (column >= along(low, s))
         s = jnp.where(seen, s, -jnp.inf)
     return s, factor * LOG2E
 
@@ -420,13 +428,13 @@ def _logits(static, x: Operands, shared, row, b, head, first_row, s, tile, slot,
 def _bias_tile(static, bias, b, head, first_row, first_key, like):
     """The bias of a tile, float32, as wide as it is."""
     b, head = (i if full else 0 for i, full in zip((b, head), static.bias[:2], strict=True))
-    rows, keys = pl.ds(first_row, CONSUMER_ROWS), pl.ds(first_key, static.tiles.block_kv)
+    rows, keys = pl.ds(first_row, like.shape[0]), pl.ds(first_key, static.tiles.block_kv)
     load = functools.partial(plgpu.load, optimized=False)
     match static.bias[2:]:
         case (True, True):
             tile = load(bias.at[b, head, rows, keys], layout=plgpu.Layout.WGMMA)
         case (True, False):
-            tile = _along(load(bias.at[b, head, rows, 0], layout=ROW), like)
+            tile = along(load(bias.at[b, head, rows, 0], layout=ROW), like)
         case (False, True):
             tile = _across(load(bias.at[b, head, 0, keys], layout=COLUMN), like)
         case _:
@@ -442,26 +450,30 @@ def softmax_step(y, factor: float, state: Softmax, may_be_empty: bool = True):
     m = jnp.maximum(state.m, y.max(axis=1) * factor)
     shift = jnp.where(m == -jnp.inf, 0.0, m) if may_be_empty else m  # -inf - -inf is NaN
     alpha = jnp.exp2(state.m - shift)
-    p = jnp.exp2(y * factor - _along(shift, y))
+    p = jnp.exp2(y * factor - along(shift, y))
     return p, alpha, Softmax(m, state.l * alpha + p.sum(axis=1))
 
 
-def epilogue(static, x, acc, state, out, lse, shared, row, b, head, first_row, wg) -> None:
-    """Normalises, with the sink in the sum; queries that do not exist give 0 and -inf."""
+def normalised(static, x, acc, state, row, head, first_row) -> tuple[jax.Array, jax.Array]:
+    """(out, lse), with the sink in the sum; queries that do not exist give 0 and -inf."""
     m, l = state
     if static.sinks:
         sink = x.sinks[head] * LOG2E
         top = jnp.maximum(m, sink)
         rest = jnp.exp2(m - top)
-        m, l, acc = top, l * rest + jnp.exp2(sink - top), acc * _along(rest, acc)
-    rows = _row_iota() + first_row
+        m, l, acc = top, l * rest + jnp.exp2(sink - top), acc * along(rest, acc)
+    rows = _row_iota(acc.shape[0]) + first_row
     exists = (rows < row.q_len) & (l != 0.0)
     inverse = jnp.where(exists, 1.0 / jnp.where(exists, l, 1.0), 0.0)
-    staged = shared.q.at[wg, :, pl.ds(0, static.head_dim_v)]  # the queries are done with
-    o = jnp.where(_along(exists, acc), acc * _along(inverse, acc), 0.0)
-    staged[...] = o.astype(x.q.dtype)
+    o = jnp.where(along(exists, acc), acc * along(inverse, acc), 0.0)
     log_sum = m * (1 / LOG2E) + jnp.log(jnp.where(exists, l, 1.0))
-    shared.lse[wg, :] = jnp.where(exists, log_sum, -jnp.inf)
+    return o.astype(x.q.dtype), jnp.where(exists, log_sum, -jnp.inf)
+
+
+def epilogue(static, x, acc, state, out, lse, shared, row, b, head, first_row, wg) -> None:
+    """The results of a warpgroup, through shared memory."""
+    staged = shared.q.at[wg, :, pl.ds(0, static.head_dim_v)]  # the queries are done with
+    staged[...], shared.lse[wg, :] = normalised(static, x, acc, state, row, head, first_row)
     plgpu.commit_smem()
     queries = pl.ds(first_row, CONSUMER_ROWS)
     # Rows of queries longer than the output's lie apart: then only 8 of them are one copy.

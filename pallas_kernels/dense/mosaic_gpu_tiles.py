@@ -34,6 +34,11 @@ class Tiles:
 PLAIN, CAPPED, SEGMENTED = "plain", "capped", "segmented"
 # Capability -> (head_dim, head_dim_v) -> shape class -> tiles; bfloat16 and float16 are alike.
 TILES = {
+    (8, 0): {
+        (64, 64): {PLAIN: Tiles(64, 2, 1, turns=False)},
+        (96, 96): {PLAIN: Tiles(64, 2, 1, turns=False)},
+        (128, 128): {PLAIN: Tiles(64, 2, 1, turns=False)},
+    },
     (9, 0): {
         (64, 64): {PLAIN: Tiles(128, 4)},
         (80, 80): {PLAIN: Tiles(128, 4)},
@@ -58,8 +63,19 @@ TILES = {
 def forward_tiles(
     chip: GpuChip, head_dim: int, head_dim_v: int, *, capped: bool, segmented: bool
 ) -> Tiles:
-    """The tiles of a shape class on a chip."""
-    classes = TILES[chip.capability][head_dim, head_dim_v]
+    """The tiles of a shape class on a chip.
+
+    Raises:
+        ValueError: the chip's kernel does not take these head sizes.
+    """
+    by_size = TILES[chip.capability]
+    if (head_dim, head_dim_v) not in by_size:
+        allowed = ", ".join(f"{d}/{dv}" for d, dv in by_size)
+        raise ValueError(
+            f"head_dim/head_dim_v is {head_dim}/{head_dim_v}, must be one of {allowed} on "
+            f"{chip.kind}: use CUDNN or XLA"
+        )
+    classes = by_size[head_dim, head_dim_v]
     asked = [CAPPED] * capped + [SEGMENTED] * segmented
     return next((classes[name] for name in asked if name in classes), classes[PLAIN])
 

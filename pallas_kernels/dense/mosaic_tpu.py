@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import masks, shape_checks, tpu_chip
+from pallas_kernels import contract_checks, masks, tpu_chip
 from pallas_kernels.dense import mosaic_tpu_backward, mosaic_tpu_forward
 from pallas_kernels.dense.mosaic_tpu_forward import Operands
 from pallas_kernels.dense.mosaic_tpu_logits import LOG2E
@@ -87,13 +87,10 @@ def dense_attention(
     if mask is not None:
         raise ValueError("mask is given, must be None: give a bias of 0 and -inf, or use XLA")
     dims = _check(x, q_segment_ids, kv_segment_ids, q_lens, kv_lens)
-    for name, value in (("attention_chunk_size", attention_chunk_size), ("soft_cap", soft_cap)):
-        shape_checks.check_positive(name, value)
-    for side in masks.window_bounds(sliding_window):
-        shape_checks.check_positive("sliding_window", side)
+    contract_checks.check_logit_numbers(soft_cap, attention_chunk_size, sliding_window)
     first, offsets = _offsets(q_offset, dims["batch"])
     scale = float(dims["head_dim"] ** -0.5 if scale is None else scale)
-    group = shape_checks.check_groups(dims["num_q_heads"], dims["num_kv_heads"])
+    group = dims["num_q_heads"] // dims["num_kv_heads"]
     q_len, kv_len = dims["q_len"], dims["kv_len"]
     static = Static(
         scale=abs(scale) or 1.0,
@@ -118,27 +115,9 @@ def dense_attention(
 
 def _check(x: Floats, q_segment_ids, kv_segment_ids, q_lens, kv_lens) -> dict[str, int]:
     """The contract's shapes and dtypes, as far as this lowering takes them; sizes by name."""
-    full = "~batch ~num_q_heads ~q_len ~kv_len"
-    if (q_segment_ids is None) != (kv_segment_ids is None):
-        raise ValueError(
-            "q_segment_ids and kv_segment_ids: one is given and one is None, must be both or "
-            "neither: give each token of q and of k the id of its segment"
-        )
-    dims = shape_checks.check_arguments(
-        {
-            "q": (x.q, "batch q_len num_q_heads head_dim", DTYPES),
-            "k": (x.k, "batch kv_len num_kv_heads head_dim", DTYPES),
-            "v": (x.v, "batch kv_len num_kv_heads head_dim_v", DTYPES),
-            "bias": (x.bias, full, shape_checks.FLOATS),
-            "alibi_slopes": (x.alibi_slopes, "num_q_heads", shape_checks.FLOAT32),
-            "q_segment_ids": (q_segment_ids, "batch q_len", shape_checks.INT32),
-            "kv_segment_ids": (kv_segment_ids, "batch kv_len", shape_checks.INT32),
-            "q_lens": (q_lens, "batch", shape_checks.INT32),
-            "kv_lens": (kv_lens, "batch", shape_checks.INT32),
-            "sinks": (x.sinks, "num_q_heads", shape_checks.FLOAT32),
-        }
-    )
-    shape_checks.check_same_dtype(q=x.q, k=x.k, v=x.v)
+    masked = {"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids}
+    masked |= {"q_lens": q_lens, "kv_lens": kv_lens}
+    dims = contract_checks.check_dense(x._asdict() | masked, DTYPES)
     for name in ("head_dim", "head_dim_v"):
         if dims[name] % 8 or not 0 < dims[name] <= HEAD_DIM_MAX:
             raise ValueError(
@@ -152,12 +131,7 @@ def _offsets(q_offset: int | jax.Array | None, batch: int) -> tuple[int, jax.Arr
     """A number that is known by now; else an int32 [1] for all rows of the batch, or [batch]."""
     if q_offset is None or type(q_offset) is int:
         return q_offset or 0, None
-    offset = jnp.asarray(q_offset)
-    if not jnp.issubdtype(offset.dtype, jnp.integer) or offset.shape not in ((), (1,), (batch,)):
-        raise ValueError(
-            f"q_offset is {offset.dtype.name}{list(offset.shape)}, must be an integer, or int32 [] "
-            f"or [{batch}] (batch): the position of query 0"
-        )
+    offset = contract_checks.check_offset(q_offset, batch)
     return 0, jnp.atleast_1d(offset.astype(jnp.int32))
 
 

@@ -76,14 +76,9 @@ def mla_attention(
             fp8_ds_mla; or the chip is no Hopper.
     """
     check_latent(
-        {
-            "ql_nope": ql_nope, "q_pe": q_pe, "kv_c": kv_c, "k_pe": k_pe,
-            "latent_pages": latent_pages, "page_table": page_table, "kv_lens": kv_lens,
-            "cu_q_lens": cu_q_lens, "num_seqs": num_seqs, "slot_mapping": slot_mapping,
-            "kv_scale": kv_scale,
-        },
+        locals(),
         kv_cache_dtype,
-    )  # fmt: skip
+    )
     check_positive("soft_cap", soft_cap)
     latent_pages = write_latents(latent_pages, kv_c, k_pe, slot_mapping, kv_scale)
     num_heads = ql_nope.shape[1]

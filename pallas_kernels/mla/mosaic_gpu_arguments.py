@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import jax
 
 from pallas_kernels import gpu_chip
-from pallas_kernels.shape_checks import FLOAT32, INT32, Spec, check_arguments, check_same_dtype
+from pallas_kernels.contract_checks import Kind, check_latents
 
 FP8_DS_MLA, FP8_DS_MLA_BYTES = "fp8_ds_mla", 656
 DTYPES = ("bfloat16", "float16")
@@ -19,7 +19,7 @@ RANKS = (128, 256, 384, 512)  # halves of whole 128-byte rows; an accumulator ho
 def check_latent(
     arrays: Mapping[str, jax.Array | None],
     kv_cache_dtype: str | None,
-    more: Mapping[str, Spec] | None = None,
+    more: Mapping[str, Kind] | None = None,
     *,
     takes_bytes: bool = False,
 ) -> dict[str, int]:
@@ -50,15 +50,12 @@ def check_latent(
             f"their own scales"
         )
     check_chip("XLA_MLA")
-    missing = [name for name in ("kv_c", "k_pe", "slot_mapping") if arrays[name] is None]
-    if len(missing) in (1, 2):
-        raise ValueError(
-            f"{' and '.join(missing)} is None, must be given with the rest of kv_c, k_pe and "
-            f"slot_mapping: all are given to write this step's rows, or none"
-        )
-    dims = check_arguments(_table(arrays, is_bytes) | dict(more or {}))
-    check_arguments({"cu_q_lens": (arrays["cu_q_lens"], str(dims["max_num_seqs"] + 1), INT32)})
-    check_same_dtype(**{name: arrays[name] for name in ("ql_nope", "q_pe", "kv_c", "k_pe")})
+    queries = {
+        "ql_nope": ("num_tokens num_q_heads kv_lora_rank", DTYPES),
+        "q_pe": ("num_tokens num_q_heads rope_dim", DTYPES),
+    }
+    cache = ("num_pages page_size row", ("uint8",) if is_bytes else CACHE_DTYPES)
+    dims = check_latents(arrays, queries | dict(more or {}), dtypes=DTYPES, cache=cache)
     _check_sizes(dims, is_bytes)
     _check_cache(arrays["latent_pages"].dtype.name, arrays["ql_nope"].dtype.name)
     return dims
@@ -71,23 +68,6 @@ def check_chip(instead: str) -> None:
         raise ValueError(
             "compute_capability is {}.{}, must be 9.0: use {}".format(*capability, instead)
         )
-
-
-def _table(arrays, is_bytes: bool) -> dict[str, Spec]:
-    """Every argument that the ops share, with its dimensions and dtypes."""
-    specs = {
-        "ql_nope": ("num_tokens num_q_heads kv_lora_rank", DTYPES),
-        "q_pe": ("num_tokens num_q_heads rope_dim", DTYPES),
-        "kv_c": ("num_tokens kv_lora_rank", DTYPES),
-        "k_pe": ("num_tokens rope_dim", DTYPES),
-        "latent_pages": ("num_pages page_size row", ("uint8",) if is_bytes else CACHE_DTYPES),
-        "page_table": ("max_num_seqs pages_per_seq", INT32),
-        "kv_lens": ("max_num_seqs", INT32),
-        "num_seqs": ("", INT32),
-        "slot_mapping": ("num_tokens", INT32),
-        "kv_scale": ("", FLOAT32),
-    }
-    return {name: (arrays[name], *spec) for name, spec in specs.items()}
 
 
 def _check_sizes(dims: Mapping[str, int], is_bytes: bool) -> None:

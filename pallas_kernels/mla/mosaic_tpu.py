@@ -19,9 +19,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_chip
-from pallas_kernels.mla import mosaic_tpu_attend as attending
 from pallas_kernels.mla.mosaic_tpu_arguments import check_paired, quantised
+from pallas_kernels.mla.mosaic_tpu_attend import attend_tiles
 from pallas_kernels.mla.mosaic_tpu_batch import Batch, blank_padding, list_tiles
+from pallas_kernels.mla.mosaic_tpu_scratch import Arrays, Sizes, Tiles
 from pallas_kernels.mla.mosaic_tpu_tiles import tiles_for
 from pallas_kernels.mla.mosaic_tpu_writes import Writes, stored_rows, write_rows
 from pallas_kernels.shape_checks import check_positive
@@ -30,8 +31,8 @@ from pallas_kernels.shape_checks import check_positive
 class _Passes(NamedTuple):
     """Static sizes of the passes; `many` is None where every tile is of one query."""
 
-    one: attending.Sizes
-    many: attending.Sizes | None
+    one: Sizes
+    many: Sizes | None
 
 
 def mla_attention(
@@ -63,14 +64,9 @@ def mla_attention(
             other than 64, fp8_ds_mla.
     """
     check_paired(
-        {
-            "ql_nope": ql_nope, "q_pe": q_pe, "kv_c": kv_c, "k_pe": k_pe,
-            "latent_pages": latent_pages, "page_table": page_table, "kv_lens": kv_lens,
-            "cu_q_lens": cu_q_lens, "num_seqs": num_seqs, "slot_mapping": slot_mapping,
-            "kv_scale": kv_scale,
-        },
+        locals(),
         kv_cache_dtype,
-    )  # fmt: skip
+    )
     check_positive("soft_cap", soft_cap)
     num_heads = ql_nope.shape[1]
     kv_scale_or_1 = jnp.ones((1,), jnp.float32) if kv_scale is None else kv_scale.reshape(1)
@@ -110,7 +106,7 @@ def _call(
             grid=(1,),
             in_specs=[in_hbm] * len(arrays),
             out_specs=[in_hbm] * 3,
-            scratch_shapes=[pltpu.SMEM((most_tiles,), jnp.int32) for _ in attending.Tiles._fields],
+            scratch_shapes=[pltpu.SMEM((most_tiles,), jnp.int32) for _ in Tiles._fields],
         ),
         out_shape=[
             jax.ShapeDtypeStruct(ql_nope.shape, ql_nope.dtype),
@@ -118,7 +114,7 @@ def _call(
             jax.ShapeDtypeStruct(pages.shape, pages.dtype),
         ],
         input_output_aliases={len(scalars) + len(arrays) - 1: 2},
-        compiler_params=tpu_chip.compiler_params(["arbitrary"]),
+        compiler_params=tpu_chip.compiler_params(["arbitrary"], checks_bounds=False),
         name="mla_attention",
     )(*scalars, *arrays)
 
@@ -131,8 +127,8 @@ def _kernel(*refs, passes: _Passes, writes: bool):
     ql_nope, q_pe = next(refs), next(refs)
     rows = next(refs) if writes else None
     _, out, lse, pages, *tiles = refs
-    tiles, batch = attending.Tiles(*tiles), Batch(kv_lens, cu_q_lens, num_seqs)
-    arrays = attending.Arrays(ql_nope, q_pe, pages, out, lse, page_table, kv_scale)
+    tiles, batch = Tiles(*tiles), Batch(kv_lens, cu_q_lens, num_seqs)
+    arrays = Arrays(ql_nope, q_pe, pages, out, lse, page_table, kv_scale)
 
     if writes:
         sizes = {"rank": passes.one.rank, "rope_dim": passes.one.rope_dim}
@@ -146,7 +142,7 @@ def _kernel(*refs, passes: _Passes, writes: bool):
                 tiles, batch, belongs, block_q=sizes.block_q, block_kv=sizes.block_kv,
                 most_keys=page_table.shape[1] * sizes.page_size,
             )  # fmt: skip
-            attending.attend_tiles(sizes, arrays, tiles, *listed)
+            attend_tiles(sizes, arrays, tiles, *listed)
     blank_padding(arrays, batch)
 
 
@@ -155,14 +151,17 @@ def _passes(ql_nope, q_pe, pages, max_num_seqs: int, scale: float, soft_cap) -> 
     num_tokens, num_heads, rank = ql_nope.shape
     page_size = 2 * pages.shape[1]
 
-    def sizes(is_decode: bool) -> attending.Sizes:
+    def sizes(is_decode: bool) -> Sizes:
         chosen = tiles_for(tpu_chip.current().generation, pages.dtype.name, is_decode=is_decode)
-        return attending.Sizes(
+        return Sizes(
             block_q=1 if is_decode else max(2, chosen.rows // num_heads),
             block_kv=max(chosen.block_kv, page_size),
-            buffers=chosen.buffers,
+            blocks=chosen.blocks,
+            lead=chosen.lead,
+            starts_within=chosen.starts_within,
             num_heads=num_heads, rank=rank, rope_dim=q_pe.shape[2], page_size=page_size,
             q_dtype=ql_nope.dtype, cache_dtype=pages.dtype, scale=scale, soft_cap=soft_cap,
+            rolls_ropes=tpu_chip.current().mxu == 256,
         )  # fmt: skip
 
     return _Passes(sizes(True), None if num_tokens <= max_num_seqs else sizes(False))

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.shape_checks import FLOAT32, INT32, Spec, check_arguments, check_same_dtype
+from pallas_kernels.contract_checks import check_latents
 from pallas_kernels.tpu_chip import LANES
 
 QUERY_DTYPES = ("float32", "bfloat16")
@@ -16,16 +16,13 @@ LARGEST_RANK = 896  # a row and its rotary keys fill a register of 8 x 128
 
 
 def check_paired(
-    arrays: Mapping[str, jax.Array | None],
-    kv_cache_dtype: str | None,
-    more: Mapping[str, Spec] | None = None,
+    arrays: Mapping[str, jax.Array | None], kv_cache_dtype: str | None
 ) -> dict[str, int]:
     """Refuses what the contract, or a kernel over a paired cache, does not take.
 
     Args:
         arrays: the op's array arguments by name.
         kv_cache_dtype: must be None: the rows of fp8_ds_mla are another layout.
-        more: what only this op has.
 
     Returns:
         Dimension name -> size.
@@ -38,34 +35,17 @@ def check_paired(
             f"kv_cache_dtype is {kv_cache_dtype!r}, must be None: this kernel takes a cache whose "
             f"dtype says all; use XLA_MLA for fp8_ds_mla"
         )
-    missing = [name for name in ("kv_c", "k_pe", "slot_mapping") if arrays[name] is None]
-    if len(missing) in (1, 2):
-        raise ValueError(
-            f"{' and '.join(missing)} is None, must be given with the rest of kv_c, k_pe and "
-            f"slot_mapping: all are given to write this step's rows, or none"
-        )
-    dims = check_arguments(_table(arrays) | dict(more or {}))
-    check_arguments({"cu_q_lens": (arrays["cu_q_lens"], str(dims["max_num_seqs"] + 1), INT32)})
-    check_same_dtype(**{name: arrays[name] for name in ("ql_nope", "q_pe", "kv_c", "k_pe")})
+    dims = check_latents(
+        arrays,
+        {
+            "ql_nope": ("num_tokens num_q_heads kv_lora_rank", QUERY_DTYPES),
+            "q_pe": ("num_tokens num_q_heads rope_dim", QUERY_DTYPES),
+        },
+        dtypes=QUERY_DTYPES,
+        cache=("num_pages half_page two_rows", CACHE_DTYPES),
+    )
     _check_sizes(dims)
     return dims
-
-
-def _table(arrays) -> dict[str, Spec]:
-    """Every argument that the ops share, with its dimensions and dtypes."""
-    specs = {
-        "ql_nope": ("num_tokens num_q_heads kv_lora_rank", QUERY_DTYPES),
-        "q_pe": ("num_tokens num_q_heads rope_dim", QUERY_DTYPES),
-        "kv_c": ("num_tokens kv_lora_rank", QUERY_DTYPES),
-        "k_pe": ("num_tokens rope_dim", QUERY_DTYPES),
-        "latent_pages": ("num_pages half_page two_rows", CACHE_DTYPES),
-        "page_table": ("max_num_seqs pages_per_seq", INT32),
-        "kv_lens": ("max_num_seqs", INT32),
-        "num_seqs": ("", INT32),
-        "slot_mapping": ("num_tokens", INT32),
-        "kv_scale": ("", FLOAT32),
-    }
-    return {name: (arrays[name], *spec) for name, spec in specs.items()}
 
 
 def _check_sizes(dims: Mapping[str, int]) -> None:

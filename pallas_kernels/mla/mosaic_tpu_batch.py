@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mla.mosaic_tpu_attend import Arrays, Tiles
+from pallas_kernels.mla.mosaic_tpu_scratch import Arrays, Tiles
 
 
 class Batch(NamedTuple):
@@ -38,7 +38,7 @@ def list_tiles(
         most_keys: positions that a row of the page table can name; longer lengths are cut.
 
     Returns:
-        Tiles, and the steps that they take together.
+        Tiles, and the blocks that they take together.
     """
 
     def one_sequence(seq, sums):
@@ -47,7 +47,7 @@ def list_tiles(
         q_pos = jnp.minimum(batch.kv_lens[seq], most_keys) - (stop - first)
 
         def one_tile(i, sums):
-            at, steps = sums
+            at, end = sums
             done = i * block_q
             count = jnp.minimum(q_len - done, block_q)
             blocks = jnp.maximum(pl.cdiv(q_pos + done + count, block_kv), 1)
@@ -56,7 +56,8 @@ def list_tiles(
             tiles.count[at] = count
             tiles.q_pos[at] = q_pos + done
             tiles.blocks[at] = blocks
-            return at + 1, steps + blocks
+            tiles.end[at] = end + blocks
+            return at + 1, end + blocks
 
         return jax.lax.fori_loop(0, pl.cdiv(q_len, block_q), one_tile, sums)
 

@@ -90,11 +90,11 @@ def _gather_runs(writes, scratch, token, size) -> tuple[jax.Array, jax.Array]:
     num_slots = 2 * writes.pages.shape[0] * writes.pages.shape[1]
 
     def is_open(state):
-        token, _, ended = state
+        token, _, ended, _ = state
         return (token < num_tokens) & ~ended
 
     def one_token(state):
-        token, runs, _ = state
+        token, runs, _, seen = state
         slot = writes.slot_mapping[token]
         exists = (slot >= 0) & (slot < num_slots)
         bundle = slot // size
@@ -102,8 +102,11 @@ def _gather_runs(writes, scratch, token, size) -> tuple[jax.Array, jax.Array]:
         joins = (runs > 0) & (scratch.at[last] == bundle)
         joins &= scratch.first[last] + scratch.count[last] == token
         joins &= scratch.count[last] < size
+        # A set of the group's bundles, by their last five bits: most are found to be new at once.
+        bit = jnp.left_shift(1, bundle & 31)
+        searched = jnp.where(joins | (seen & bit == 0), 0, runs)
         taken = jax.lax.fori_loop(
-            0, runs, lambda j, found: found | (scratch.at[j] == bundle), jnp.bool_(False)
+            0, searched, lambda j, found: found | (scratch.at[j] == bundle), jnp.bool_(False)
         )
         ends = exists & ~joins & (taken | (runs == GROUP))
         begins = exists & ~joins & ~ends
@@ -118,9 +121,12 @@ def _gather_runs(writes, scratch, token, size) -> tuple[jax.Array, jax.Array]:
             scratch.first[runs] = token
             scratch.count[runs] = 1
 
-        return token + (~ends).astype(jnp.int32), runs + begins.astype(jnp.int32), ends
+        seen |= jnp.where(begins, bit, 0)
+        return token + (~ends).astype(jnp.int32), runs + begins.astype(jnp.int32), ends, seen
 
-    token, runs, _ = jax.lax.while_loop(is_open, one_token, (token, jnp.int32(0), jnp.bool_(False)))
+    none = jnp.int32(0)
+    start = token, none, jnp.bool_(False), none
+    token, runs, _, _ = jax.lax.while_loop(is_open, one_token, start)
     return token, runs
 
 
@@ -151,9 +157,10 @@ def _each_copy(writes, scratch, runs, packed, act, *, into: bool) -> None:
 def _merge(writes, scratch, j, packed, rank, rope_dim) -> None:
     """Puts a run's rows into its bundle."""
     old = scratch.bundle[j].astype(jnp.float32)
+    # No boolean vector is widened here: the Mosaic of libtpu 0.0.50 gives those no layout.
     lane = jax.lax.broadcasted_iota(jnp.int32, old.shape, 1)
-    is_odd = jnp.where(lane < 2 * rank, lane >= rank, lane >= 2 * rank + rope_dim)
-    token_at = 2 * jax.lax.broadcasted_iota(jnp.int32, old.shape, 0) + is_odd.astype(jnp.int32)
+    evens, odds, ropes = (1 + ((lane - at) >> 31) for at in (rank, 2 * rank, 2 * rank + rope_dim))
+    token_at = 2 * jax.lax.broadcasted_iota(jnp.int32, old.shape, 0) + evens - odds + ropes
 
     def one_row(i, values):
         latents = [scratch.rows[j, i, pl.ds(c, 1)] for c in range(rank // LANES)]

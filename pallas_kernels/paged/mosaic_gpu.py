@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import gpu_chip
-from pallas_kernels.masks import Window, window_bounds
+from pallas_kernels.contract_checks import check_logit_numbers, check_paged
+from pallas_kernels.masks import Window
 from pallas_kernels.paged.mosaic_gpu_decode import decode
 from pallas_kernels.paged.mosaic_gpu_geometry import CHUNK, ROWS, Geometry, Masks, round_up
 from pallas_kernels.paged.mosaic_gpu_merge import merge
@@ -21,14 +22,6 @@ from pallas_kernels.paged.mosaic_gpu_prefill import PerHead, prefill
 from pallas_kernels.paged.mosaic_gpu_schedule import Decode, schedule_decode, schedule_prefill
 from pallas_kernels.paged.mosaic_gpu_tiles import tiles_for_chip
 from pallas_kernels.paged.mosaic_gpu_write import write_kv
-from pallas_kernels.shape_checks import (
-    FLOAT32,
-    INT32,
-    check_arguments,
-    check_groups,
-    check_positive,
-    check_same_dtype,
-)
 
 DTYPES = ("bfloat16", "float16")
 CACHES = (*DTYPES, "float8_e4m3fn", "float8_e5m2")
@@ -79,19 +72,13 @@ def paged_attention(
         ValueError: a shape or dtype is not the contract's or not of those that these kernels take,
             or some of k, v and slot_mapping are given and some are not.
     """
-    _check(
-        {
-            "q": q, "kv_pages": kv_pages, "k": k, "v": v, "page_table": page_table,
-            "kv_lens": kv_lens, "cu_q_lens": cu_q_lens, "num_seqs": num_seqs,
-            "slot_mapping": slot_mapping, "alibi_slopes": alibi_slopes, "sinks": sinks,
-            "k_scale": k_scale, "v_scale": v_scale,
-        },
-        [
-            ("attention_chunk_size", attention_chunk_size),
-            ("soft_cap", soft_cap),
-            *(("sliding_window", side) for side in window_bounds(sliding_window)),
-        ],
-    )  # fmt: skip
+    dims = check_paged(
+        locals(),
+        dtypes=DTYPES,
+        cache=("2 num_pages num_kv_heads page_size head_dim", CACHES),
+    )
+    check_logit_numbers(soft_cap, attention_chunk_size, sliding_window)
+    _check_limits(dims, q, kv_pages)
     if k is not None:
         kv_pages = write_kv(kv_pages, k, v, slot_mapping, k_scale=k_scale, v_scale=v_scale)
     masks = Masks(causal, sliding_window, attention_chunk_size)
@@ -221,56 +208,15 @@ def _decoded(rows, row_factor, kv_pages, page_table, schedule, heads, geometry):
     return out[..., : geometry.head_dim], lse[..., 0]
 
 
-def _check(arrays: dict[str, jax.Array | None], statics: list[tuple[str, float | None]]) -> None:
-    """Refuses what the contract does not allow, and what these kernels do not take."""
-    written = ("k", "v", "slot_mapping")
-    missing = [name for name in written if arrays[name] is None]
-    if missing and len(missing) < len(written):
-        given = [name for name in written if name not in missing]
-        raise ValueError(
-            f"{' and '.join(missing)} is None, must be given with {' and '.join(given)}: give all "
-            f"of k, v and slot_mapping to have them written, or none"
-        )
-    table = {name: (arrays[name], *spec) for name, spec in _ARGUMENTS.items()}
-    for name in ("k_scale", "v_scale"):
-        dims = "num_kv_heads" if getattr(arrays[name], "ndim", 0) else ""
-        table[name] = (arrays[name], dims, FLOAT32)
-    dims = check_arguments(table, required=_REQUIRED)
-    if dims["one_more"] != dims["max_num_seqs"] + 1:
-        raise ValueError(
-            f"cu_q_lens has {dims['one_more']} entries, must have {dims['max_num_seqs'] + 1}, one "
-            f"more than kv_lens: it starts with 0 and ends with the number of tokens"
-        )
-    for name in ("max_num_seqs", "pages_per_seq", "num_pages"):
-        if dims[name] < 1:
-            raise ValueError(f"{name} is 0, must be above 0: a cache holds at least one page")
+def _check_limits(dims: dict[str, int], q: jax.Array, kv_pages: jax.Array) -> None:
+    """Refuses what these kernels do not take."""
     for name, allowed in (("page_size", PAGE_SIZES), ("head_dim", HEAD_DIMS)):
         if dims[name] not in allowed:
             raise ValueError(
                 f"{name} is {dims[name]}, must be one of {', '.join(map(str, allowed))}"
             )
-    check_groups(dims["num_q_heads"], dims["num_kv_heads"])
-    check_same_dtype(q=arrays["q"], k=arrays["k"], v=arrays["v"])
-    if arrays["q"].dtype == jnp.float16 and arrays["kv_pages"].dtype == jnp.bfloat16:
+    if q.dtype == jnp.float16 and kv_pages.dtype == jnp.bfloat16:
         raise ValueError(
             "kv_pages has dtype bfloat16, must be float16 or a float8 with q of float16: bfloat16 "
             "would drop three bits of each query"
         )
-    for name, value in statics:
-        check_positive(name, value)
-
-
-_REQUIRED = ("q", "kv_pages", "page_table", "kv_lens", "cu_q_lens", "num_seqs")
-_ARGUMENTS = {
-    "q": ("num_tokens num_q_heads head_dim", DTYPES),
-    "kv_pages": ("2 num_pages num_kv_heads page_size head_dim", CACHES),
-    "k": ("num_tokens num_kv_heads head_dim", DTYPES),
-    "v": ("num_tokens num_kv_heads head_dim", DTYPES),
-    "page_table": ("max_num_seqs pages_per_seq", INT32),
-    "kv_lens": ("max_num_seqs", INT32),
-    "cu_q_lens": ("one_more", INT32),
-    "num_seqs": ("", INT32),
-    "slot_mapping": ("num_tokens", INT32),
-    "alibi_slopes": ("num_q_heads", FLOAT32),
-    "sinks": ("num_q_heads", FLOAT32),
-}

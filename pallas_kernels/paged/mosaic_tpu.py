@@ -6,27 +6,24 @@ each other in tiles of 128 lanes (`mosaic_tpu_geometry`). One kernel writes this
 values (`mosaic_tpu_write`), then attends (`mosaic_tpu_attend`).
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tpu_chip
-from pallas_kernels.masks import Window, window_bounds
+from pallas_kernels.contract_checks import check_logit_numbers, check_paged
+from pallas_kernels.masks import Window
+from pallas_kernels.paged import mosaic_tpu_prompt
 from pallas_kernels.paged.mosaic_tpu_attend import PerHead, attend
 from pallas_kernels.paged.mosaic_tpu_geometry import LANES, ROWS, Geometry, Masks, round_up
 from pallas_kernels.paged.mosaic_tpu_tiles import Tiles, shape_class, tiles_for
 from pallas_kernels.paged.mosaic_tpu_write import news
-from pallas_kernels.shape_checks import (
-    FLOAT32,
-    INT32,
-    check_arguments,
-    check_groups,
-    check_positive,
-    check_same_dtype,
-)
 
 DTYPES = ("float32", "bfloat16")
 CACHES = (*DTYPES, "float8_e4m3fn", "float8_e5m2", "int8")
 LOG2E = 1.4426950408889634
+MOST_ROWS = 64  # of a page that one copy brings
 
 
 def paged_attention(
@@ -70,39 +67,39 @@ def paged_attention(
         ValueError: a shape or dtype is not the contract's, or some of k, v and slot_mapping are
             given and some are not.
     """
-    _check(
-        {
-            "q": q, "kv_pages": kv_pages, "k": k, "v": v, "page_table": page_table,
-            "kv_lens": kv_lens, "cu_q_lens": cu_q_lens, "num_seqs": num_seqs,
-            "slot_mapping": slot_mapping, "alibi_slopes": alibi_slopes, "sinks": sinks,
-            "k_scale": k_scale, "v_scale": v_scale,
-        },
-        [
-            ("attention_chunk_size", attention_chunk_size),
-            ("soft_cap", soft_cap),
-            *(("sliding_window", side) for side in window_bounds(sliding_window)),
-        ],
-    )  # fmt: skip
+    dims = check_paged(
+        locals(),
+        dtypes=DTYPES,
+        cache=("num_pages num_kv_heads tiles page_size lanes", CACHES),
+    )
+    check_logit_numbers(soft_cap, attention_chunk_size, sliding_window)
+    _check_layout(dims)
     new = None if k is None else news(kv_pages, k, v, slot_mapping, k_scale, v_scale)
     of_class = shape_class(q.shape[0], page_table.shape[0], q.shape[-1])
-    geometry = _geometry(q, kv_pages, page_table, tiles_for(kv_pages.dtype, of_class))
+    geometry = _geometry(q, kv_pages, page_table, of_class)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     per_head = _per_head(geometry, scale, soft_cap, k_scale, v_scale, alibi_slopes, sinks)
     tokens, heads, _ = q.shape
     q = jnp.pad(q, ((0, max(0, geometry.tile_tokens - tokens)), (0, 0), (0, 0)))
+    q = jnp.transpose(q, (1, 2, 0)) if geometry.in_columns else q
     out, lse, kv_pages = attend(
         q, kv_pages, page_table, kv_lens, cu_q_lens, num_seqs, new, per_head,
         geometry=geometry, masks=Masks(causal, sliding_window, attention_chunk_size),
         soft_cap=None if soft_cap is None else float(soft_cap) * LOG2E,
     )  # fmt: skip
+    out = jnp.transpose(out, (2, 0, 1)) if geometry.in_columns else out
     lse = jnp.moveaxis(lse, 0, 1).reshape(-1, geometry.lse_lanes)
     return out[:tokens], lse[:tokens, :heads], kv_pages
 
 
-def _geometry(q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, tiles: Tiles) -> Geometry:
+def _geometry(q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, of_class: str) -> Geometry:
     """The sizes of this call."""
+    tiles = tiles_for(kv_pages.dtype, of_class)
     num_tokens, num_q_heads, head_dim = q.shape
-    _, num_kv_heads, lane_tiles, page_size, lanes = kv_pages.shape
+    _, num_kv_heads, lane_tiles, rows, lanes = kv_pages.shape
+    # Of a sequence's last page only what holds keys is brought.
+    page_size = math.gcd(rows, MOST_ROWS)
+    parts = rows // page_size
     page_bytes = num_kv_heads * lane_tiles * page_size * round_up(lanes, LANES)
     page_bytes *= kv_pages.dtype.itemsize
     # The buffers take a third of VMEM: many heads, or wide ones, have fewer keys in a block.
@@ -111,10 +108,17 @@ def _geometry(q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, tiles: T
     chunk_pages = min(max(1, tiles.chunk_tokens // page_size), 1 << (most.bit_length() - 1))
     chunks = max(1, min(tiles.block_tokens // page_size, most) // chunk_pages)
     chunks = 1 << (chunks.bit_length() - 1)
+    tile_tokens = _tile_tokens(q, tiles)
+    # Heads that are no whole registers: XLA keeps tokens along lanes, and so do prompts.
+    in_columns = (
+        of_class.startswith("prefill")
+        and mosaic_tpu_prompt.serves(tile_tokens, head_dim)
+        and head_dim % LANES != 0
+    )
     return Geometry(
         num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
-        page_size=page_size, pages_per_seq=page_table.shape[1], num_tokens=num_tokens,
-        tile_tokens=_tile_tokens(q, tiles),
+        page_size=page_size, page_parts=parts, pages_per_seq=parts * page_table.shape[1],
+        num_tokens=num_tokens, tile_tokens=tile_tokens, in_columns=in_columns,
         block_pages=chunks * chunk_pages, chunk_pages=chunk_pages, num_buffers=tiles.num_buffers,
     )  # fmt: skip
 
@@ -150,53 +154,13 @@ def _per_head(geometry, scale, soft_cap, k_scale, v_scale, alibi_slopes, sinks) 
     )
 
 
-def _check(arrays: dict[str, jax.Array | None], statics: list[tuple[str, float | None]]) -> None:
-    """Refuses what the contract does not allow."""
-    written = ("k", "v", "slot_mapping")
-    missing = [name for name in written if arrays[name] is None]
-    if missing and len(missing) < len(written):
-        given = [name for name in written if name not in missing]
-        raise ValueError(
-            f"{' and '.join(missing)} is None, must be given with {' and '.join(given)}: give all "
-            f"of k, v and slot_mapping to have them written, or none"
-        )
-    table = {name: (arrays[name], *spec) for name, spec in _ARGUMENTS.items()}
-    for name in ("k_scale", "v_scale"):
-        dims = "num_kv_heads" if getattr(arrays[name], "ndim", 0) else ""
-        table[name] = (arrays[name], dims, FLOAT32)
-    dims = check_arguments(table)
+def _check_layout(dims: dict[str, int]) -> None:
+    """Refuses sizes that the cache's layout has no room for."""
     numbers = dims["tiles"] * dims["lanes"]
     if numbers != 2 * dims["head_dim"] or (dims["tiles"] > 1 and dims["lanes"] != LANES):
         raise ValueError(
             f"kv_pages has {dims['tiles']} tiles of {dims['lanes']} lanes, must have "
             f"{2 * dims['head_dim']} lanes, twice the head_dim of q, in tiles of {LANES} or in one"
         )
-    if dims["one_more"] != dims["max_num_seqs"] + 1:
-        raise ValueError(
-            f"cu_q_lens has {dims['one_more']} entries, must have {dims['max_num_seqs'] + 1}, one "
-            f"more than kv_lens: it starts with 0 and ends with the number of tokens"
-        )
-    for name in ("max_num_seqs", "pages_per_seq", "num_pages"):
-        if dims[name] < 1:
-            raise ValueError(f"{name} is 0, must be above 0: a cache holds at least one page")
-    if dims["page_size"] % 8 or not dims["page_size"]:
+    if dims["page_size"] % 8:
         raise ValueError(f"page_size is {dims['page_size']}, must be a multiple of 8")
-    check_groups(dims["num_q_heads"], dims["num_kv_heads"])
-    check_same_dtype(q=arrays["q"], k=arrays["k"], v=arrays["v"])
-    for name, value in statics:
-        check_positive(name, value)
-
-
-_ARGUMENTS = {
-    "q": ("num_tokens num_q_heads head_dim", DTYPES),
-    "kv_pages": ("num_pages num_kv_heads tiles page_size lanes", CACHES),
-    "k": ("num_tokens num_kv_heads head_dim", DTYPES),
-    "v": ("num_tokens num_kv_heads head_dim", DTYPES),
-    "page_table": ("max_num_seqs pages_per_seq", INT32),
-    "kv_lens": ("max_num_seqs", INT32),
-    "cu_q_lens": ("one_more", INT32),
-    "num_seqs": ("", INT32),
-    "slot_mapping": ("num_tokens", INT32),
-    "alibi_slopes": ("num_q_heads", FLOAT32),
-    "sinks": ("num_q_heads", FLOAT32),
-}

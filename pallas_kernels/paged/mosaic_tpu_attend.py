@@ -72,7 +72,8 @@ class Step(NamedTuple):
 
 
 FACTOR, V_FACTOR, SLOPE, SINK = range(4)
-SEQ, TOKEN = range(2)  # where the computation is
+# Where the computation is; whether the tile's queries are rows.
+SEQ, TOKEN, IN_ROWS = range(3)
 
 
 def attend(
@@ -92,7 +93,8 @@ def attend(
     """Writes this step's keys and values, and attends.
 
     Args:
-        q: [num_tokens, num_q_heads, head_dim]; at least a tile of tokens.
+        q: [num_tokens, num_q_heads, head_dim], or [num_q_heads, head_dim, num_tokens] where the
+            geometry is in columns; at least a tile of tokens.
         kv_pages, page_table, kv_lens, cu_q_lens, num_seqs: the contract's.
         new: what is written; None = nothing.
         per_head: of each query head.
@@ -109,7 +111,13 @@ def attend(
     )
     by_row = jnp.broadcast_to(by_row[..., None], (*by_row.shape, LANES))
     tokens = geometry.tile_tokens
-    heads = pl.BlockSpec((tokens, *q.shape[1:]), lambda j, *_: (j, 0, 0))
+    if geometry.in_columns:
+        num_tokens = q.shape[2]
+        heads = pl.BlockSpec((*q.shape[:2], tokens), lambda j, *_: (0, 0, j))
+    else:
+        num_tokens = q.shape[0]
+        heads = pl.BlockSpec((tokens, *q.shape[1:]), lambda j, *_: (j, 0, 0))
+    in_rows = (tokens, geometry.num_q_heads, geometry.head_dim)
     registers = geometry.lse_lanes // LANES
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
     scalars = [page_table.reshape(-1), kv_lens, cu_q_lens, num_seqs.reshape(1)]
@@ -126,12 +134,12 @@ def attend(
         lambda *refs: _kernel(static, *refs),
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((registers, q.shape[0], LANES), jnp.float32),
+            jax.ShapeDtypeStruct((registers, num_tokens, LANES), jnp.float32),
             *written,
         ],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(pl.cdiv(q.shape[0], tokens),),
+            grid=(pl.cdiv(num_tokens, tokens),),
             in_specs=[
                 heads,
                 pl.BlockSpec(memory_space=pltpu.SMEM),
@@ -146,13 +154,20 @@ def attend(
             ],
             scratch_shapes=[
                 pltpu.VMEM(
-                    (geometry.num_buffers, geometry.block_pages, *kv_pages.shape[1:]),
+                    (
+                        geometry.num_buffers,
+                        geometry.block_pages,
+                        *kv_pages.shape[1:3],
+                        geometry.page_size,
+                        kv_pages.shape[4],
+                    ),
                     kv_pages.dtype,
                 ),
                 pltpu.SemaphoreType.DMA((geometry.num_buffers,)),
                 pltpu.SMEM((CELLS,), jnp.int32),
-                pltpu.SMEM((2,), jnp.int32),
-                mosaic_tpu_heads.scratch_shapes(tokens, *q.shape[1:], q.dtype),
+                pltpu.SMEM((3,), jnp.int32),
+                [pltpu.VMEM(in_rows, q.dtype)] * (2 * geometry.in_columns),
+                mosaic_tpu_heads.scratch_shapes(*in_rows, q.dtype),
                 mosaic_tpu_decode.scratch_shapes(geometry, kv_pages.dtype),
                 mosaic_tpu_prefill.scratch_shapes(geometry, q.dtype),
                 mosaic_tpu_prompt.scratch_shapes(geometry, q.dtype),
@@ -191,15 +206,18 @@ def _kernel(static: _Static, page_table, kv_lens, cu_q_lens, num_seqs, *refs) ->
     parts, kv_pages, refs = refs[: static.parts], refs[static.parts], refs[static.parts + 1 :]
     (out, lse), refs = refs[:2], refs[2:]
     kv_pages, refs = (refs[0], refs[1:]) if writes else (kv_pages, refs)
-    buffers, arrived, cells, now, words, of_decode, of_prefill, of_prompt, of_write = refs
+    buffers, arrived, cells, now, in_rows, words, of_decode, of_prefill, of_prompt, of_write = refs
     batch = Batch(page_table, kv_lens, cu_q_lens, num_seqs)
     walk = Walk(geometry, static.masks, batch, kv_pages, buffers, arrived, cells)
     first_token = pl.program_id(0) * geometry.tile_tokens
-    decode = Step(
+    prompt = Step(
         q, out, lse, scalars, rows, first_token, static.soft_cap, static.has_slope,
-        static.is_signed, walk, words, of_decode,
+        static.is_signed, walk, words, of_prompt,
     )  # fmt: skip
-    prefill, prompt = decode._replace(scratch=of_prefill), decode._replace(scratch=of_prompt)
+    decode = prompt._replace(scratch=of_decode)
+    if geometry.in_columns:
+        decode = decode._replace(q=in_rows[0], out=in_rows[1])
+    prefill = decode._replace(scratch=of_prefill)
 
     @pl.when(pl.program_id(0) == 0)
     def _():
@@ -211,21 +229,31 @@ def _kernel(static: _Static, page_table, kv_lens, cu_q_lens, num_seqs, *refs) ->
         now[SEQ] = walk.begin()
 
     end = cu_q_lens[num_seqs[0]]
+    last = jnp.minimum(first_token + geometry.tile_tokens, end)
+    now[TOKEN], now[IN_ROWS] = first_token, jnp.int32(0)
+    is_partly_none = first_token + geometry.tile_tokens > end
+    if geometry.in_columns:
+        # What rows have is added to what columns have.
+        seq = jnp.minimum(now[SEQ], cu_q_lens.shape[0] - 2)
+        is_partly_none |= cu_q_lens[seq + 1] < first_token + geometry.tile_tokens
 
-    @pl.when(first_token + geometry.tile_tokens > end)
+    @pl.when(is_partly_none)
     def _():
         out[...] = jnp.zeros_like(out)
         lse[...] = jnp.full_like(lse, -jnp.inf)
 
-    last = jnp.minimum(first_token + geometry.tile_tokens, end)
-
     def visit(_):
         span = walk.span(now[SEQ], now[TOKEN])
         q_len = cu_q_lens[span.seq + 1] - cu_q_lens[span.seq]
-        pl.when(span.end - span.begin == 1)(lambda: mosaic_tpu_decode.attend_span(decode, span))
-        several = span.end - span.begin > 1
+        is_one = span.end - span.begin == 1
+        several = jnp.logical_not(is_one)
+        is_short = (q_len <= ROWS) | (geometry.tile_tokens == ROWS)
+        if geometry.in_columns:
+            are_missing = now[IN_ROWS] == 0
+            pl.when((is_one | is_short) & are_missing)(lambda: _make_rows(prompt, decode, now))
+        pl.when(is_one)(lambda: mosaic_tpu_decode.attend_span(decode, span))
 
-        @pl.when(several & ((q_len <= ROWS) | (geometry.tile_tokens == ROWS)))
+        @pl.when(several & is_short)
         def _():
             row_tile = divided(span.begin - first_token, ROWS)
             mosaic_tpu_prefill.attend_span(prefill, span, row_tile, 1)
@@ -234,7 +262,7 @@ def _kernel(static: _Static, page_table, kv_lens, cu_q_lens, num_seqs, *refs) ->
 
             @pl.when(several & (q_len > ROWS))
             def _():
-                if mosaic_tpu_prompt.serves(geometry):
+                if mosaic_tpu_prompt.serves(geometry.tile_tokens, geometry.head_dim):
                     mosaic_tpu_prompt.attend_span(prompt, span)
                 else:
                     mosaic_tpu_prefill.attend_span(prefill, span, 0, geometry.tile_tokens // ROWS)
@@ -242,5 +270,24 @@ def _kernel(static: _Static, page_table, kv_lens, cu_q_lens, num_seqs, *refs) ->
         now[SEQ], now[TOKEN] = walk.after(span)
         return now[TOKEN] < last
 
-    now[TOKEN] = first_token
     lax.while_loop(lambda more: more, visit, first_token < last)
+    if geometry.in_columns:
+        pl.when(now[IN_ROWS] != 0)(lambda: _add_rows(prompt, decode))
+
+
+def _make_rows(columns: Step, rows: Step, now) -> None:
+    """Turns the tile's queries for short spans, whose outputs are 0 until they are known."""
+    mosaic_tpu_heads.write(
+        rows.q, rows.words, 0, rows.q.shape[0], lambda head: columns.q[head].astype(jnp.float32),
+        None, turned=True,
+    )  # fmt: skip
+    rows.out[...] = jnp.zeros_like(rows.out)
+    now[IN_ROWS] = jnp.int32(1)
+
+
+def _add_rows(columns: Step, rows: Step) -> None:
+    """Adds what short spans have put into rows to the tile, which is 0 there."""
+    tokens = rows.out.shape[0]
+    for head, turned in mosaic_tpu_heads.read(rows.out, rows.words, 0, tokens, turned=True):
+        there = columns.out[head].astype(jnp.float32)
+        columns.out[head] = (there + turned).astype(columns.out.dtype)

@@ -87,13 +87,15 @@ class Geometry(NamedTuple):
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
-    page_size: int
+    page_size: int  # tokens that one copy brings: a page, or a part of a large one
+    page_parts: int  # copies that bring a page; pages are such parts, wherever one is counted
     pages_per_seq: int
     num_tokens: int
     tile_tokens: int  # queries of a grid step
     block_pages: int  # pages of a block: what one buffer holds
     chunk_pages: int  # pages that prefill computes at once
     num_buffers: int
+    in_columns: bool  # whether q and out come as [num_q_heads, head_dim, num_tokens]
 
     @property
     def group(self) -> int:

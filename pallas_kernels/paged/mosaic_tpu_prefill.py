@@ -20,7 +20,11 @@ from pallas_kernels.paged.mosaic_tpu_walk import Span
 
 def scratch_shapes(geometry: Geometry, dtype) -> list:
     """q, m, l, acc: [num_q_heads, row tiles, 16, lanes]."""
-    row_tiles = 1 if mosaic_tpu_prompt.serves(geometry) else geometry.tile_tokens // ROWS
+    row_tiles = (
+        1
+        if mosaic_tpu_prompt.serves(geometry.tile_tokens, geometry.head_dim)
+        else geometry.tile_tokens // ROWS
+    )
     shape = (geometry.num_q_heads, row_tiles, ROWS)
     return [
         pltpu.VMEM((*shape, geometry.k_lanes), dtype),

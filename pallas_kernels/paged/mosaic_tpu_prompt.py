@@ -35,14 +35,14 @@ from pallas_kernels.paged.mosaic_tpu_walk import Span
 STEP = 256  # keys of a step
 
 
-def serves(geometry: Geometry) -> bool:
+def serves(tile_tokens: int, head_dim: int) -> bool:
     """Whether tiles and heads are whole registers in both directions."""
-    return geometry.tile_tokens % LANES == 0 and geometry.head_dim % 64 == 0
+    return tile_tokens % LANES == 0 and head_dim % 64 == 0
 
 
 def scratch_shapes(geometry: Geometry, dtype) -> list:
     """By kv head: q, m, l, acc; the logits of two of them, their maxima; lse by query head."""
-    if not serves(geometry):
+    if not serves(geometry.tile_tokens, geometry.head_dim):
         return []
     kv_heads, columns = geometry.num_kv_heads, geometry.group * geometry.tile_tokens
     logits = pltpu.VMEM((geometry.chunk_tokens, columns), jnp.float32)
@@ -84,8 +84,8 @@ class _Keys(NamedTuple):
 
 def begin(step) -> None:
     """Makes rows that are no key's numbers: they are multiplied, too."""
-    size = step.walk.geometry.head_dim
-    if serves(step.walk.geometry) and step.walk.geometry.k_lanes > size:
+    geometry, size = step.walk.geometry, step.walk.geometry.head_dim
+    if serves(geometry.tile_tokens, size) and geometry.k_lanes > size:
         rows = step.scratch[0].at[:, size:]
         rows[...] = jnp.zeros(rows.shape, rows.dtype)
 
@@ -143,20 +143,27 @@ def _columns(geometry: Geometry, head: int) -> tuple[int, slice]:
 
 
 def _load_q(step, first_products=None) -> None:
-    """Turns each head's queries into columns; starts the softmax, beside the first products."""
+    """Makes each head's queries columns; starts the softmax, beside the first products."""
     geometry = step.walk.geometry
     q, m, l, acc, *_ = step.scratch
-    for head, turned in heads.read(step.q, step.words, 0, geometry.tile_tokens, turned=True):
+    if geometry.in_columns:
+        columns_of = ((head, step.q[head]) for head in range(geometry.num_q_heads))
+    else:
+        columns_of = heads.read(step.q, step.words, 0, geometry.tile_tokens, turned=True)
+    for head, turned in columns_of:
         kv_head, columns = _columns(geometry, head)
         if step.is_signed:
             factor = step.scalars[0, head]
-            turned = turned * jnp.where(factor < 0, -1.0, jnp.where(factor == 0, 0.0, 1.0))
+            turned = turned.astype(jnp.float32) * jnp.where(
+                factor < 0, -1.0, jnp.where(factor == 0, 0.0, 1.0)
+            )
         q[kv_head, : geometry.head_dim, columns] = turned.astype(q.dtype)
         if head == geometry.group - 1 and first_products is not None:
             first_products()
     m[...] = jnp.full_like(m, softmax.START)
     l[...] = jnp.zeros_like(l)
-    acc[...] = jnp.zeros_like(acc)
+    if first_products is None:
+        acc[...] = jnp.zeros_like(acc)
 
 
 def _is_joined(step) -> bool:
@@ -314,9 +321,11 @@ def _step_head(
         v = v.astype(q.dtype).T[geometry.v_offset :]
         part = _dot(v, weights.reshape(end - begin, -1).astype(q.dtype), (1, 0))
         values = part if values is None else values + part
-    m[head], l[head] = m_next, total
-    old = acc[head].reshape(-1, 8, acc.shape[2]) * shrink[None]
+    # What lies in acc before the first keys is no number.
+    old = jnp.where(m[head][None] > softmax.START, acc[head].reshape(-1, 8, acc.shape[2]), 0.0)
+    old = old * shrink[None]
     acc[head] = old.reshape(acc.shape[1:]) + values
+    m[head], l[head] = m_next, total
 
 
 def _join(step, span: Span, keys: _Keys, head, slot: int) -> None:
@@ -352,7 +361,7 @@ def _join(step, span: Span, keys: _Keys, head, slot: int) -> None:
 
 
 def _finish(step, span: Span, *, whole: bool) -> None:
-    """Turns outputs and lse into rows, and puts those of the span's tokens into the tile."""
+    """Puts outputs and lse of the span's tokens into the tile, as it has them."""
     geometry, tokens = step.walk.geometry, step.walk.geometry.tile_tokens
     _, m, l, acc, *_, lse_rows = step.scratch
     token = step.first_token + lax.broadcasted_iota(jnp.int32, (tokens, 1), 0)
@@ -368,7 +377,14 @@ def _finish(step, span: Span, *, whole: bool) -> None:
         values = acc[kv_head, :, columns] * factor
         return values if whole else jnp.where(factor != 0, values, 0.0)
 
-    heads.write(step.out, step.words, 0, tokens, output, mine, turned=True)
+    if geometry.in_columns:
+        token = step.first_token + lax.broadcasted_iota(jnp.int32, (1, tokens), 1)
+        here = (token >= span.begin) & (token < span.end)
+        for head in range(geometry.num_q_heads):
+            values = output(head).astype(step.out.dtype)
+            step.out[head] = values if whole else jnp.where(here, values, step.out[head])
+    else:
+        heads.write(step.out, step.words, 0, tokens, output, mine, turned=True)
     for i in range(step.lse.shape[0]):
         new = lse_rows[i * LANES : (i + 1) * LANES, :].T
         step.lse[i] = new if whole else jnp.where(mine, new, step.lse[i])

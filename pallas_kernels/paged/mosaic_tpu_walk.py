@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.paged.mosaic_tpu_geometry import ROWS, Geometry, Masks, divided
+from pallas_kernels.paged.mosaic_tpu_geometry import ROWS, Geometry, Masks, divided, remainder
 
 
 class Batch(NamedTuple):
@@ -134,10 +134,17 @@ class Walk(NamedTuple):
 
         All are looked up before the first is started: the scalar unit need not wait for each.
         """
-        sources = [self.kv_pages.at[self.batch.page_table[at + i]] for i in range(count)]
-        for i, source in enumerate(sources):
+        for i, source in enumerate([self._page(at + i) for i in range(count)]):
             there = self.buffers.at[buffer, place + i]
             pltpu.make_async_copy(source, there, self.arrived.at[buffer]).start()
+
+    def _page(self, at):
+        """The page, or part of one, that this entry of the page table stands for."""
+        parts, size = self.geometry.page_parts, self.geometry.page_size
+        if parts == 1:
+            return self.kv_pages.at[self.batch.page_table[at]]
+        rows = pl.ds(pl.multiple_of(remainder(at, parts) * size, size), size)
+        return self.kv_pages.at[self.batch.page_table[divided(at, parts)], :, :, rows]
 
     def _move_on(self) -> None:
         """Puts the cursor on the next block."""

@@ -24,7 +24,6 @@ RING, AHEAD = 16, 8  # windows in the ring, and read ahead of the one that is me
 TILE = 64  # tokens that are brought at once
 # Rows of a window: a decode step writes a row or two of each, a prompt fills them.
 FEW, MANY = 8, 32
-HALF = 64  # lanes: what keys and values are cut into
 
 
 class News(NamedTuple):
@@ -70,7 +69,7 @@ def news(
     )
     window = math.gcd(FEW if k.shape[0] <= 1024 else MANY, page_size)
     parts = (_stored(k, k_scale, kv_pages.dtype), _stored(v, v_scale, kv_pages.dtype))
-    if k.shape[-1] % HALF:
+    if k.shape[-1] % LANES:  # whole registers, or one array
         parts = (jnp.concatenate(parts, axis=-1),)
     tile = min(TILE, k.shape[0])
     return News(slots, _run_lengths(slots, window, tile), parts, window)
@@ -291,13 +290,10 @@ def _widen(staged: list, wide, window: int, dtype) -> None:
             rest = jnp.zeros((tokens, stride - heads, size), jnp.float32)
             values = jnp.concatenate([values, rest], axis=1)
         values = values.reshape(tokens * stride, size)
-        step = LANES if lane % LANES == 0 and size % LANES == 0 else HALF
-        step = size if lane == 0 and size < LANES else step
         there = pl.ds(window * stride, tokens * stride)
-        for begin in range(0, size, step):
-            register, at = divmod(lane + begin, LANES)
-            end = min(size, begin + min(step, LANES - at))
-            wide[register, there, at : at + end - begin] = values[:, begin:end]
+        for begin in range(0, size, LANES):
+            columns = values[:, begin : begin + LANES]
+            wide[(lane + begin) // LANES, there, : columns.shape[1]] = columns
         lane += size
 
 

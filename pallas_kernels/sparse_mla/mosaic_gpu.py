@@ -71,16 +71,11 @@ def sparse_mla_attention(
         ValueError: as `mla_attention`, but fp8_ds_mla is taken.
     """
     dims = check_latent(
-        {
-            "ql_nope": ql_nope, "q_pe": q_pe, "kv_c": kv_c, "k_pe": k_pe,
-            "latent_pages": latent_pages, "page_table": page_table, "kv_lens": kv_lens,
-            "cu_q_lens": cu_q_lens, "num_seqs": num_seqs, "slot_mapping": slot_mapping,
-            "kv_scale": kv_scale,
-        },
+        locals(),
         kv_cache_dtype,
-        {"topk_indices": (topk_indices, "num_tokens topk", INT32)},
+        {"topk_indices": ("num_tokens topk", INT32)},
         takes_bytes=True,
-    )  # fmt: skip
+    )
     check_positive("soft_cap", soft_cap)
     latent_pages = write_latents(latent_pages, kv_c, k_pe, slot_mapping, kv_scale)
     num_heads, rank = ql_nope.shape[1:]

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.contract_checks import check_indexer
 from pallas_kernels.mla.mosaic_gpu_arguments import DTYPES, PAGE_SIZES, check_chip
 from pallas_kernels.mla.mosaic_gpu_batch import Batch, find_tile
 from pallas_kernels.mla.mosaic_gpu_slots import tiled
-from pallas_kernels.shape_checks import FLOAT32, INT32, check_arguments, check_same_dtype
+from pallas_kernels.shape_checks import check_same_dtype
 
 HEADS = 64  # wgmma's M; fewer are padded with weight 0
 KEYS = 64
@@ -63,17 +64,7 @@ def indexer_scores(
             page size other than 16 to 256 by powers of two, more than 64 index heads; or the chip
             is no Hopper.
     """
-    table = {
-        "q_index": (q_index, "num_tokens num_index_heads index_head_dim", DTYPES),
-        "weights": (weights, "num_tokens num_index_heads", FLOAT32),
-        "index_pages": (index_pages, "num_pages page_size index_head_dim", DTYPES),
-        "page_table": (page_table, "max_num_seqs pages_per_seq", INT32),
-        "kv_lens": (kv_lens, "max_num_seqs", INT32),
-        "num_seqs": (num_seqs, "", INT32),
-    }
-    dims = check_arguments(table, required=table)
-    starts = {"cu_q_lens": (cu_q_lens, str(dims["max_num_seqs"] + 1), INT32)}
-    check_arguments(starts, required=starts)
+    dims = check_indexer(locals(), dtypes=DTYPES, key_dtypes=DTYPES)
     check_same_dtype(q_index=q_index, index_pages=index_pages)
     check_chip("XLA_MLA_SPARSE")
     _check_sizes(dims)

@@ -55,14 +55,9 @@ def sparse_mla_attention(
             fp8_ds_mla.
     """
     dims = check_tiled(
-        {
-            "ql_nope": ql_nope, "q_pe": q_pe, "kv_c": kv_c, "k_pe": k_pe,
-            "latent_pages": latent_pages, "topk_indices": topk_indices, "page_table": page_table,
-            "kv_lens": kv_lens, "cu_q_lens": cu_q_lens, "num_seqs": num_seqs,
-            "slot_mapping": slot_mapping, "kv_scale": kv_scale,
-        },
+        locals(),
         kv_cache_dtype,
-    )  # fmt: skip
+    )
     check_positive("soft_cap", soft_cap)
     row = Row(dims["parts"], dims["packed"], dims["kv_lora_rank"], dims["rope_dim"])
     chosen = tiles(

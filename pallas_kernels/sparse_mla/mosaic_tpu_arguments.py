@@ -5,9 +5,10 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.contract_checks import check_latents
 from pallas_kernels.mla.mosaic_tpu_arguments import CACHE_DTYPES, QUERY_DTYPES, ROPE_DIM
 from pallas_kernels.mla.mosaic_tpu_arguments import quantised as quantised
-from pallas_kernels.shape_checks import FLOAT32, INT32, Spec, check_arguments, check_same_dtype
+from pallas_kernels.shape_checks import INT32
 from pallas_kernels.tpu_chip import LANES
 
 
@@ -31,35 +32,18 @@ def check_tiled(
             f"kv_cache_dtype is {kv_cache_dtype!r}, must be None: this kernel takes a cache whose "
             f"dtype says all; use XLA_MLA_SPARSE for fp8_ds_mla"
         )
-    missing = [name for name in ("kv_c", "k_pe", "slot_mapping") if arrays[name] is None]
-    if len(missing) in (1, 2):
-        raise ValueError(
-            f"{' and '.join(missing)} is None, must be given with the rest of kv_c, k_pe and "
-            f"slot_mapping: all are given to write this step's rows, or none"
-        )
-    dims = check_arguments(_table(arrays))
-    check_arguments({"cu_q_lens": (arrays["cu_q_lens"], str(dims["max_num_seqs"] + 1), INT32)})
-    check_same_dtype(**{name: arrays[name] for name in ("ql_nope", "q_pe", "kv_c", "k_pe")})
+    dims = check_latents(
+        arrays,
+        {
+            "ql_nope": ("num_tokens num_q_heads kv_lora_rank", QUERY_DTYPES),
+            "q_pe": ("num_tokens num_q_heads rope_dim", QUERY_DTYPES),
+            "topk_indices": ("num_tokens topk", INT32),
+        },
+        dtypes=QUERY_DTYPES,
+        cache=("num_pages page_size parts packed lanes", CACHE_DTYPES),
+    )
     _check_sizes(dims, arrays["latent_pages"])
     return dims
-
-
-def _table(arrays) -> dict[str, Spec]:
-    """Every argument with its dimensions and dtypes."""
-    specs = {
-        "ql_nope": ("num_tokens num_q_heads kv_lora_rank", QUERY_DTYPES),
-        "q_pe": ("num_tokens num_q_heads rope_dim", QUERY_DTYPES),
-        "kv_c": ("num_tokens kv_lora_rank", QUERY_DTYPES),
-        "k_pe": ("num_tokens rope_dim", QUERY_DTYPES),
-        "latent_pages": ("num_pages page_size parts packed lanes", CACHE_DTYPES),
-        "topk_indices": ("num_tokens topk", INT32),
-        "page_table": ("max_num_seqs pages_per_seq", INT32),
-        "kv_lens": ("max_num_seqs", INT32),
-        "num_seqs": ("", INT32),
-        "slot_mapping": ("num_tokens", INT32),
-        "kv_scale": ("", FLOAT32),
-    }
-    return {name: (arrays[name], *spec) for name, spec in specs.items()}
 
 
 def _check_sizes(dims: Mapping[str, int], pages: jax.Array) -> None:

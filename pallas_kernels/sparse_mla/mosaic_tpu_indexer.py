@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_chip
-from pallas_kernels.shape_checks import FLOAT32, INT32, check_arguments
+from pallas_kernels.contract_checks import check_indexer
 from pallas_kernels.tpu_chip import LANES, SUBLANES
 
 QUERY_DTYPES = ("float32", "bfloat16")
@@ -144,17 +144,7 @@ def indexer_scores(
 
 def _check(q_index, weights, index_pages, page_table, kv_lens, cu_q_lens, num_seqs):
     """Refuses what the contract or this lowering does not take; returns the dimensions."""
-    table = {
-        "q_index": (q_index, "num_tokens num_index_heads index_head_dim", QUERY_DTYPES),
-        "weights": (weights, "num_tokens num_index_heads", FLOAT32),
-        "index_pages": (index_pages, "num_pages page_size index_head_dim", KEY_DTYPES),
-        "page_table": (page_table, "max_num_seqs pages_per_seq", INT32),
-        "kv_lens": (kv_lens, "max_num_seqs", INT32),
-        "num_seqs": (num_seqs, "", INT32),
-    }
-    dims = check_arguments(table, required=table)
-    starts = {"cu_q_lens": (cu_q_lens, str(dims["max_num_seqs"] + 1), INT32)}
-    check_arguments(starts, required=starts)
+    dims = check_indexer(locals(), dtypes=QUERY_DTYPES, key_dtypes=KEY_DTYPES)
     if dims["index_head_dim"] % LANES:
         raise ValueError(
             f"index_head_dim is {dims['index_head_dim']}, must be a multiple of {LANES}: use "

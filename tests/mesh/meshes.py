@@ -50,10 +50,7 @@ def on_mesh(backend, op, on, **cuts):
         arrays = {name: x for name, x in given.items() if hasattr(x, "shape")}
         placed = dict(given)
         for name, dims in dimensions(op, arrays, backend.layout).items():
-            cut = [cuts.get(dim) for dim in dims]
-            if "q_len" in dims and "kv_len" in dims:  # one axis cuts one dimension
-                cut[dims.index("kv_len")] = None
-            spec = jax.P(*cut)
+            spec = jax.P(*(cuts.get(dim) for dim in dims))
             placed[name] = jax.sharding.reshard(arrays[name], NamedSharding(on, spec))
         arrays = {name: placed[name] for name in arrays}
         plan = plan_call(op, arrays, layout=backend.layout)

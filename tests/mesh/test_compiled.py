@@ -80,8 +80,12 @@ def test_a_slice_for_so_many_devices():
         assert slice_for(target_for(chip), 16).topology == {"topology_name": name}
     with pytest.raises(ValueError, match=r"mesh has 6 devices, must have one of 4, 8, 16, 32"):
         slice_for(target_for("v5e"), 6)
-    with pytest.raises(ValueError, match="device is 'h200', must be a TPU or cpu with a mesh"):
-        slice_for(target_for("h200"), 4)
+    for devices, hosts in ((1, "1x1x1"), (4, "1x1x4"), (16, "1x2x8")):
+        target = slice_for(target_for("h200"), devices)
+        assert target.topology["topology"] == hosts
+        assert target.topology["target_config"] == target_for("h200").topology["target_config"]
+    with pytest.raises(ValueError, match=r"mesh has 12 devices, must have at most 8, or a multip"):
+        slice_for(target_for("h200"), 12)
 
 
 TEXT = """HloModule jit_f
@@ -106,6 +110,9 @@ ENTRY %main (q: f32[2,8]) -> f32[2,8] {
   %while.1 = (s32[], f32[2,8]) while(%t), condition=%cond.1, body=%body.1
   %while.2 = (s32[], f32[2,8]) while(%t), condition=%cond.2, body=%body.1, backend_config={"known_trip_count":{"n":"5"}}
   %g = (f32[8]{0}, f32[32]{0}) all-gather-start(%z), replica_groups=[2,4]<=[8]
+  %m = ((bf16[4]{0}, bf16[2,2]{1,0:T(8,128)(2,1)}), (bf16[4]{0}, bf16[2,2]{1,0:T(8,128)(2,1)}), u32[]) collective-permute-start(%z, %z), source_target_pairs={{0,1},{1,0}}
+  %t = ((bf16[8]{0}), bf16[8]{0}) all-to-all-start(%z), replica_groups=mesh['s'=8] {'s'}
+  %n = (bf16[4], f32[2]) collective-permute(%z, %z), source_target_pairs={{0,1},{1,0}}
   %s = f32[8]{0} reduce-scatter(%z), replica_groups={{0,1,2,3},{4,5,6,7}}
   %c = f32[4] conditional(%w), branch_computations={%branch, %other}
   %o = ((), ()) custom-call-start(), called_computations={%offloaded}
@@ -120,11 +127,14 @@ def test_collectives_are_read_off_a_program_s_text():
         Collective("collective-permute", 4, 3, 64),
         Collective("collective-permute", 4, 5, 64),
         Collective("all-gather", 4, 1, 96),
+        Collective("collective-permute", 2, 1, 16),
+        Collective("all-to-all", 8, 1, 14),
+        Collective("collective-permute", 2, 1, 16),
         Collective("reduce-scatter", 4, 1, 96),
         Collective("all-reduce", 4, 1, 42),
         Collective("all-gather", 8, 1, 112),
     ]
-    assert sent_bytes(found)["collective-permute"] == 8 * 64
+    assert sent_bytes(found)["collective-permute"] == 8 * 64 + 2 * 16
     assert collectives_of("") == []
 
 

@@ -1,5 +1,7 @@
 """Positions and pages cut by a mesh: every form, forward and gradients, against the oracle."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -91,10 +93,56 @@ def test_on_the_reference_backend_and_an_odd_mesh():
     check(problem, mesh(seq=3), "ring", "XLA_REFERENCE", q_len="seq", kv_len="seq")
 
 
-def test_all_gather_with_a_bias_and_chunks():
-    options = DENSE | {"bias": (True, True, True, True), "masked": True, "attention_chunk_size": 9}
+def with_bias(form, wide, name="XLA_REFERENCE", **options):
+    """Checks a bias of which the dimensions (batch, heads, q, kv) are wide, or stand for all."""
+    options = DENSE | {"batch": 2, "bias": wide} | options
     problem = Problem("bias", "dense", "", dense_inputs, options, gradients=True)
-    check(problem, mesh(seq=4), "all_gather", q_len="seq", kv_len="seq")
+    check(problem, mesh(seq=4), form, name, q_len="seq", kv_len="seq")
+
+
+def test_all_gather_with_a_bias_and_chunks():
+    chunks = {"attention_chunk_size": 9}
+    with_bias("all_gather", (True, True, True, True), "XLA", masked=True, **chunks)
+
+
+@pytest.mark.parametrize("form", ["ring", "all_to_all"])
+def test_a_bias_and_a_mask(form):
+    """In zig-zag order too, and with pieces of an odd size."""
+    with_bias(form, (True, True, True, True), masked=True, sinks=True)
+
+
+BROADCAST = {"keys": (False, False, False, True), "heads and queries": (False, True, True, False)}
+
+
+@pytest.mark.parametrize("wide", BROADCAST)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_bias_that_is_one_for_several(form, wide):
+    with_bias(form, BROADCAST[wide])
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("wide", list(itertools.product((False, True), repeat=4)))
+@pytest.mark.parametrize("form", FORMS)
+def test_every_bias(form, wide):
+    with_bias(form, wide, "XLA")
+    with_bias(form, wide, causal=False, q_len=20, kv_len=12, masked=True)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"causal": False, "q_offset": 5}, {"attention_chunk_size": 6}, {"sliding_window": 2},
+], ids=["zig-zag", "encoder, offset", "natural order", "window"])  # fmt: skip
+def test_chunks_in_a_ring(options):
+    """Chunks of 3 keys, of which each piece of 3, or of 6 in natural order, has whole ones."""
+    options = DENSE | {"attention_chunk_size": 3} | options
+    problem = Problem("chunks", "dense", "", dense_inputs, options, gradients=True)
+    check(problem, mesh(seq=4), "ring", "XLA_REFERENCE", q_len="seq", kv_len="seq")
+
+
+def test_a_bias_beside_batch_and_heads():
+    options = DENSE | {"batch": 2, "heads": (4, 2), "bias": (False, True, True, True), "q_len": 10}
+    problem = Problem("all", "dense", "", dense_inputs, options, gradients=True)
+    cuts = {"batch": "data", "heads": "model", "kv_heads": "model"}
+    check(problem, mesh(data=2, model=2, seq=2), "ring", q_len="seq", kv_len="seq", **cuts)
 
 
 def qkv(mesh_, heads=(4, 4), length=32):
@@ -138,6 +186,49 @@ def test_pages_of_a_sequence_spread_over_devices(name, options):
     attn_type = "encoder_decoder" if options.get("causal") is False else None
     problem = Problem("spread", "paged", "", paged_inputs, PAGED | options, attn_type=attn_type)
     check(problem, mesh(seq=2), name=name, pages="seq")
+
+
+# Pages of 4: windows and chunks that begin with a page, within one, and within the last one; of
+# the longest sequence, too short to reach from device to device, and longer than all of it.
+BOUNDED = {
+    "window": {"sliding_window": 7},
+    "window of whole pages": {"sliding_window": 8, "writes": False},
+    "own key alone": {"sliding_window": 1, "sinks": True},
+    "window longer than all": {"sliding_window": 99},
+    "chunks": {"attention_chunk_size": 6},
+    "chunks of whole pages": {"attention_chunk_size": 8, "sinks": True},
+    "chunks and a window": {"attention_chunk_size": 10, "sliding_window": 5},
+    "two-sided window": {"causal": False, "writes": False, "sliding_window": (6, 3)},
+    "alibi": {"alibi": True},
+    "alibi, window, sinks": {"alibi": True, "sliding_window": 11, "sinks": True},
+    "quantised": {
+        "sliding_window": 9, "alibi": True, "cache_dtype": "int8", "scales": "head",
+        "dtype": "bfloat16", "soft_cap": 5.0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("features", BOUNDED)
+def test_windows_chunks_and_alibi_over_spread_pages(features):
+    """NaN stands in every slot that is not seen, and pages are shuffled."""
+    options = PAGED | BOUNDED[features]
+    attn_type = "encoder_decoder" if options.get("causal") is False else None
+    problem = Problem(features, "paged", "", paged_inputs, options, attn_type=attn_type)
+    cuts = {"pages": "seq", "heads": "model", "kv_heads": "model", "cache_heads": "model"}
+    check(problem, mesh(seq=4, model=2), name="XLA_REFERENCE", **cuts)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("features", BOUNDED)
+@pytest.mark.parametrize("page_size", [2, 5, 16])
+def test_bounded_over_spread_pages_of_other_sizes(features, page_size):
+    # Pages that 2 devices share: an even number, two of them nobody's.
+    lens = {"kv_lens": (35, 25, 7, 61) if page_size != 5 else (35, 25, 7, 60)}
+    options = PAGED | {"page_size": page_size} | lens | BOUNDED[features]
+    attn_type = "encoder_decoder" if options.get("causal") is False else None
+    problem = Problem(features, "paged", "", paged_inputs, options, attn_type=attn_type)
+    pages = sum(-(-n // page_size) for n in options["kv_lens"]) + 2
+    check(problem, mesh(seq=next(n for n in (4, 3, 2, 5) if pages % n == 0)), pages="seq")
 
 
 @pytest.mark.parametrize("topk", [None, 16])

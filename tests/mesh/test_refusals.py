@@ -20,9 +20,9 @@ from attnsel_jax import (
     LatentCache,
     MeshAxes,
 )
-from attnsel_jax.backends.xla import XLA_DENSE
+from attnsel_jax.backends.xla import XLA_DENSE, XlaBackend
 from attnsel_jax.constraints import NEVER
-from attnsel_jax.mesh import kernel_over_mesh, over_mesh, plan_call
+from attnsel_jax.mesh import asked_of_kernel, kernel_over_mesh, over_mesh, plan_call
 
 
 def ones(*shape):
@@ -178,15 +178,18 @@ def test_batches_that_are_no_groups():
             AttentionMetadata.grouped(batches)
 
 
-@pytest.mark.parametrize(("form", "name", "value"), [
-    ("ring", "bias", ones(1, 4, 8, 8)), ("all_to_all", "mask", np.ones((1, 4, 8, 8), bool)),
-    ("ring", "attention_chunk_size", 4),
-])  # fmt: skip
-def test_what_a_form_cannot_do(form, name, value):
-    axes = MeshAxes(context="seq", form=form, mesh=mesh(False, seq=4))
-    x = ones(1, 8, 4, 8)
-    call = lambda: attnsel_jax.dot_product_attention(x, x, x, **{name: value}, mesh_axes=axes)  # noqa: E731
-    refused(call, rf"^{name} is .*, must be None where mesh axis 'seq' cuts .*form='all_gather'")
+def test_chunks_in_a_ring():
+    axes = MeshAxes(context="seq", form="ring", mesh=mesh(False, seq=4))
+    x = ones(1, 24, 4, 8)
+
+    def call():
+        return attnsel_jax.dot_product_attention(x, x, x, attention_chunk_size=4, mesh_axes=axes)
+
+    refused(
+        call,
+        r"^attention_chunk_size is 4, must divide 6, the keys of each of 4 devices along mesh axis "
+        "'seq': use form='all_gather' or 'all_to_all', or pad the keys",
+    )
 
 
 def test_heads_that_cannot_be_exchanged_for_positions():
@@ -200,20 +203,27 @@ def test_heads_that_cannot_be_exchanged_for_positions():
     )
 
 
-def test_windows_over_spread_pages():
+def test_over_spread_pages_a_kernel_need_not_know_of_windows():
+    on = mesh(False, seq=4)
+    plan = plan_call("topk_positions", {"scores": ones(4, 8)}, MeshAxes(context="seq", mesh=on))
+    asked = {"has_sliding_window": True, "has_attention_chunk": True, "has_alibi": True}
+    told = asked_of_kernel("paged", plan, asked, by_position=False)
+    assert told == {"has_sliding_window": False, "has_attention_chunk": False, "has_alibi": True,
+                    "context_axis": "seq", "has_sink": False}  # fmt: skip
+
+
+def test_alibi_over_spread_pages_where_later_keys_are_seen():
     on = mesh(seq=4)
     metadata = AttentionMetadata.from_lengths([1], [3], [[1]], 4)
-    cache = KVCache(put(ones(2, 4, 4, 4, 8), on, None, "seq"))
-    q = ones(1, 4, 8)
-    for name, value, said in (
-        ("sliding_window", 2, "2"), ("attention_chunk_size", 4, "4"),
-        ("alibi_slopes", np.ones(4, np.float32), r"an array \(4,\)"),
-    ):  # fmt: skip
-        call = functools.partial(
-            attnsel_jax.paged_attention, q, None, None, cache, metadata, **{name: value}
-        )
-        refused(call, rf"^{name} is {said}, must be None where mesh axis 'seq' cuts the pages of a "
-                      "sequence: cut its heads, or groups of sequences, instead")  # fmt: skip
+    arrays = metadata.arrays() | {"q": ones(1, 4, 8), "alibi_slopes": ones(4)}
+    arrays |= {"k": None, "v": None, "kv_pages": put(ones(2, 4, 4, 4, 8), on, None, "seq")}
+    plan = plan_call("paged", arrays)
+    call = functools.partial(
+        kernel_over_mesh(XlaBackend, "paged", plan), **arrays | {"slot_mapping": None}, causal=False
+    )
+    refused(call, r"^causal is False, must be True with alibi_slopes where mesh axis 'seq' cuts "
+                  "the pages of a sequence, .*: cut its heads, or groups of sequences, "
+                  "instead")  # fmt: skip
 
 
 def test_a_kernel_without_lse_that_is_called_by_itself_over_spread_keys():

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gpu_interpreter import gpu_interpreter, needs_gpu_interpreter
+from gpu_compiler import compiled_cleanly
+from gpu_interpreter import RACE, gpu_interpreter, needs_gpu_interpreter
 
-from attnsel_jax.aot import compile_for, target_for
 from attnsel_jax.aot.arguments import dense_arguments
 from attnsel_jax.backends.mosaic_gpu import DENSE, HEAD_SIZES_V, MosaicGpuBackend
 from attnsel_jax.compare import compare
@@ -212,7 +212,8 @@ def test_a_slot_that_is_still_read_is_not_overwritten(monkeypatch, cut_tiles):
     check(case)
     x = case.make()
     monkeypatch.setattr(mosaic_gpu_forward, "slot_of", lambda static, n: n * 0)
-    with pytest.raises(Exception, match=r"(?i)race|phase|arriv"), gpu_interpreter():
+    seen = "RACE DETECTED|already at phase"  # newer jax; older, where the ring breaks first
+    with pytest.raises(RACE, match=seen), gpu_interpreter():
         mosaic_gpu.dense_attention(**x)
 
 
@@ -247,16 +248,12 @@ def test_registers_of_a_block_s_roles_fit_what_it_is_launched_with():
 
 
 def compiles(chip, **options):
-    missing = target_for(chip).missing()
-    if missing:
-        pytest.skip(f"no compiler for {chip} here: {missing}")
     options = {"batch": 1, "q_len": 1100, "kv_len": 1100, "num_heads": 4, "num_kv_heads": 2,
                "head_size": 128, "dtype": "bfloat16", "causal": True} | options  # fmt: skip
     size_v = options.pop("head_size_v", options["head_size"])
     arguments = dense_arguments(**options)
     arguments["v"] = arguments["v"].update(shape=(*arguments["v"].shape[:3], size_v))
-    report = compile_for(chip, KERNEL, arguments)
-    assert report.compiled, report.refusal
+    compiled_cleanly(chip, KERNEL, arguments)
 
 
 @pytest.mark.parametrize("chip", ["h200"])

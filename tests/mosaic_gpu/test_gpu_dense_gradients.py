@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpu_compiler import compiled_cleanly
 from gpu_interpreter import gpu_interpreter, needs_gpu_interpreter
 
-from attnsel_jax.aot import compile_for, target_for
 from attnsel_jax.backends.mosaic_gpu import MosaicGpuBackend
 from attnsel_jax.compare import compare
 from attnsel_jax.compare.comparison import FAIL, PASS
@@ -151,19 +151,44 @@ def test_gradients_beside_a_bias_are_refused(name):
 SIZES = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 
 
+WINDOW = {"causal": True, "sliding_window": (300, 200)}
+CAP = {"soft_cap": 30.0}
+SEGMENTS = {
+    "q_segment_ids": jax.ShapeDtypeStruct((2, 1101), "int32"),
+    "kv_segment_ids": jax.ShapeDtypeStruct((2, 1101), "int32"),
+}
+REST = {
+    "causal": False,
+    "attention_chunk_size": 300,
+    "kv_lens": jax.ShapeDtypeStruct((2,), "int32"),
+    "q_offset": jax.ShapeDtypeStruct((2,), "int32"),
+    "sinks": jax.ShapeDtypeStruct((4,), "float32"),
+}
+
+
+def compiles(sizes, dtype="bfloat16", **features):
+    def array(heads, size):
+        return jax.ShapeDtypeStruct((2, 1101, heads, size), dtype)
+
+    arguments = {"q": array(4, sizes[0]), "k": array(2, sizes[0]), "v": array(2, sizes[1])}
+    compiled_cleanly("h200", KERNEL, arguments | {"causal": True} | features, gradients=True)
+
+
 @pytest.mark.parametrize(
     "sizes",
     [pytest.param(s, marks=[] if s == (192, 128) else pytest.mark.sweep) for s in SIZES],
     ids=str,
 )
 def test_gradients_compile(sizes):
-    missing = target_for("h200").missing()
-    if missing:
-        pytest.skip(f"no compiler for h200 here: {missing}")
+    compiles(sizes)
 
-    def array(heads, size):
-        return jax.ShapeDtypeStruct((2, 4096, heads, size), jnp.bfloat16)
 
-    arguments = {"q": array(4, sizes[0]), "k": array(2, sizes[0]), "v": array(2, sizes[1])}
-    report = compile_for("h200", KERNEL, arguments | {"causal": True}, gradients=True)
-    assert report.compiled, report.refusal
+@pytest.mark.sweep
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize(
+    "features",
+    [WINDOW, CAP, SEGMENTS, REST, WINDOW | CAP | SEGMENTS | REST, {"dtype": "float16"}],
+    ids=["window", "cap", "segments", "rest", "all", "float16"],
+)
+def test_gradients_of_every_feature_compile(sizes, features):
+    compiles(sizes, **features)

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpu_compiler import compiled_cleanly
 from gpu_interpreter import gpu_interpreter, needs_gpu_interpreter
 
-from attnsel_jax.aot import compile_for, target_for
 from attnsel_jax.backends.mosaic_gpu_mla_sparse import SPARSE, MosaicGpuMlaSparseBackend
 from attnsel_jax.compare import compare
 from attnsel_jax.compare.comparison import PASS
@@ -106,22 +106,19 @@ def test_what_it_does_not_take_is_refused_with_both_values(change, message):
         indexer_scores(**arguments_of(**options) | arrays)
 
 
-def compiled(**options):
-    missing = target_for("h200").missing()
-    if missing:
-        pytest.skip(f"no compiler for h200 here: {missing}")
+def compiled(monkeypatch, **options):
+    monkeypatch.undo()  # the chip and the kernel as they are, not as they are interpreted
     kernel = MosaicGpuMlaSparseBackend.kernels["indexer_scores"]
-    report = compile_for("h200", kernel, arguments_of(**options))
-    assert report.compiled, report.refusal
+    compiled_cleanly("h200", kernel, arguments_of(**options))
 
 
-def test_a_sample_compiles():
-    compiled(num_index_heads=64)
+def test_a_sample_compiles(monkeypatch):
+    compiled(monkeypatch, num_index_heads=64)
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("page_size", SPARSE.block_size.values)
 @pytest.mark.parametrize("dtype", SPARSE.dtype.values)
 @pytest.mark.parametrize("index_head_dim", [64, 128, 192, 256])
-def test_everything_declared_compiles(page_size, dtype, index_head_dim):
-    compiled(page_size=page_size, dtype=dtype, index_head_dim=index_head_dim)
+def test_everything_declared_compiles(monkeypatch, page_size, dtype, index_head_dim):
+    compiled(monkeypatch, page_size=page_size, dtype=dtype, index_head_dim=index_head_dim)

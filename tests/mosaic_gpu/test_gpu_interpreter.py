@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gpu_interpreter import gpu_interpreter, needs_gpu_interpreter
+from gpu_interpreter import RACE, gpu_interpreter, needs_gpu_interpreter
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -85,7 +85,7 @@ def test_the_interpreter_reports_a_race():
         out[...] = smem[...]  # before the copy has arrived
         plgpu.barrier_wait(arrived)
 
-    with pytest.raises(Exception, match=r"(?i)race"):
+    with pytest.raises(RACE, match="RACE DETECTED"):
         run(
             kernel, jnp.ones((128,), jnp.float32),
             out=jax.ShapeDtypeStruct((128,), jnp.float32),

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpu_compiler import compiled_cleanly
 from gpu_interpreter import needs_gpu_interpreter
 from gpu_latents import SHAPE, row_of, with_cores, with_raw_rows_apart
 
-from attnsel_jax.aot import compile_for, target_for
+from attnsel_jax.aot.report import memory_of
 from attnsel_jax.backends.mosaic_gpu_mla import GPU_LATENT, HALVES, MosaicGpuMlaBackend
 from attnsel_jax.compare.comparison import PASS
 from attnsel_jax.config import AttentionSelectorConfig
@@ -172,7 +173,7 @@ def test_the_table_says_how_often_sequences_are_split():
 REFUSED = {
     "fp8_ds_mla": ({"kv_cache_dtype": "fp8_ds_mla"}, "kv_cache_dtype is 'fp8_ds_mla', must be"),
     "soft cap": ({"soft_cap": -1.0}, "soft_cap is -1.0, must be above 0"),
-    "half a step": ({"k_pe": None}, "k_pe is None, must be given with the rest of kv_c, k_pe and"),
+    "half a step": ({"k_pe": None}, "k_pe is None, must be given with kv_c and slot_mapping: "),
     "other rows": ({"latent_pages": jnp.zeros((9, 64, 200), jnp.bfloat16)},
                    "latent_pages has rows of 200, must be 192: kv_lora_rank 128 and rope_dim 64"),
     "pages of 8": ({"latent_pages": jnp.zeros((9, 8, 192), jnp.bfloat16)},
@@ -223,25 +224,22 @@ def test_an_older_jax_is_a_reason_and_no_error(monkeypatch):
     assert reasons("h200") == ["jax_version"]
 
 
-def compiled(num_pages=64, **options):
-    """Lets the chip's own compiler have the kernel; the report, and the cache's bytes."""
-    missing = target_for("h200").missing()
-    if missing:
-        pytest.skip(f"no compiler for h200 here: {missing}")
+def compiled(monkeypatch, num_pages=64, **options):
+    """Lets the chip's own compiler have the kernel; its memory, and the cache's bytes."""
+    monkeypatch.undo()  # the chip and the kernel as they are, not as they are interpreted
     arguments = arguments_of(rank=512, **options)
     pages = arguments["latent_pages"]
     pages = jax.ShapeDtypeStruct((num_pages, *pages.shape[1:]), pages.dtype)
     kernel = MosaicGpuMlaBackend.kernels["mla"]
-    report = compile_for("h200", kernel, arguments | {"latent_pages": pages})
-    assert report.compiled, report.refusal
-    return report, pages.size * pages.dtype.itemsize
+    program = compiled_cleanly("h200", kernel, arguments | {"latent_pages": pages})
+    return memory_of(program), pages.size * pages.dtype.itemsize
 
 
 @pytest.mark.parametrize("cache_dtype", [None, "float8_e4m3fn"])
-def test_a_sample_compiles_and_the_cache_is_not_copied(cache_dtype):
+def test_a_sample_compiles_and_the_cache_is_not_copied(monkeypatch, cache_dtype):
     sizes = {"q_lens": (1,) * 4, "kv_lens": (1024,) * 4, "num_heads": 128}
-    report, cache = compiled(num_pages=8192, cache_dtype=cache_dtype, **sizes)
-    assert report.memory["aliased"] >= cache > 10 * report.memory["temporaries"]
+    memory, cache = compiled(monkeypatch, num_pages=8192, cache_dtype=cache_dtype, **sizes)
+    assert memory["aliased"] >= cache > 10 * memory["temporaries"]
 
 
 @pytest.mark.sweep
@@ -250,6 +248,8 @@ def test_a_sample_compiles_and_the_cache_is_not_copied(cache_dtype):
 @pytest.mark.parametrize("cache_dtype", [None, "float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("num_heads", [128, 3])
 @pytest.mark.parametrize("soft_cap", [None, 30.0])
-def test_everything_declared_compiles(num_heads, page_size, dtype, cache_dtype, soft_cap):
-    compiled(num_heads=num_heads, page_size=page_size, dtype=dtype, soft_cap=soft_cap,
+def test_everything_declared_compiles(
+    monkeypatch, num_heads, page_size, dtype, cache_dtype, soft_cap
+):
+    compiled(monkeypatch, num_heads=num_heads, page_size=page_size, dtype=dtype, soft_cap=soft_cap,
              cache_dtype=cache_dtype)  # fmt: skip

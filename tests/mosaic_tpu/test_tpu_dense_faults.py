@@ -15,6 +15,8 @@ from pallas_kernels.dense import mosaic_tpu, mosaic_tpu_backward, mosaic_tpu_for
 from pallas_kernels.dense import mosaic_tpu_logits as logits
 from pallas_kernels.dense import mosaic_tpu_schedule as schedule
 
+pytestmark = pytest.mark.planted
+
 SMALL = {"q_len": 140, "heads": (2, 1)}
 PROBLEMS = {
     "causal": problem("causal", causal=True, **SMALL),

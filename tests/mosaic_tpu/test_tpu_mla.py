@@ -54,12 +54,18 @@ MORE = {
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
     """Tiles of a size that a small problem has several of."""
-    monkeypatch.setattr(mosaic_tpu, "tiles_for", lambda *_, **__: Tiles(64, 128, 3))
+    monkeypatch.setattr(mosaic_tpu, "tiles_for", lambda *_, **__: Tiles(64, 128, 3, 2))
 
 
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_it_agrees_with_the_oracle(options):
     row = row_of(mla_attention, **options)
+    assert row.verdict == PASS, str(row)
+
+
+def test_it_agrees_where_copies_are_started_between_the_products(monkeypatch):
+    monkeypatch.setattr(mosaic_tpu, "tiles_for", lambda *_, **__: Tiles(64, 128, 2, 2, False))
+    row = row_of(mla_attention, generation="v6e", **CASES["e4m3"])
     assert row.verdict == PASS, str(row)
 
 
@@ -103,6 +109,7 @@ def test_what_faults_are_planted_in_agrees_without_them(name):
     assert row.verdict == PASS, str(row)
 
 
+@pytest.mark.planted
 @pytest.mark.parametrize(("fault", "options"), FAULTS.values(), ids=FAULTS)
 def test_a_planted_fault_is_seen(monkeypatch, fault, options):
     monkeypatch.setattr(*fault)
@@ -120,7 +127,7 @@ def arguments_of(**options):
 REFUSED = {
     "fp8_ds_mla": ({"kv_cache_dtype": "fp8_ds_mla"}, "kv_cache_dtype is 'fp8_ds_mla', must be"),
     "soft cap": ({"soft_cap": -1.0}, "soft_cap is -1.0, must be above 0"),
-    "half a step": ({"k_pe": None}, "k_pe is None, must be given with the rest of kv_c, k_pe and"),
+    "half a step": ({"k_pe": None}, "k_pe is None, must be given with kv_c and slot_mapping: "),
     "plain rows": (
         {"latent_pages": jnp.zeros((9, 64, 192))}, "latent_pages has rows of 192, must be 384",
     ),

@@ -93,18 +93,25 @@ def test_prompts(monkeypatch, heads, options):
     check(batch((1, 140, 3), (30, 170, 9), heads=heads, **options))
 
 
-@pytest.mark.parametrize("generation", ["v5e", "v6e"])
+MANY = {
+    "64": ((16, 2), {"sliding_window": 70, "sinks": True}),
+    "128": ((16, 2), {"head_size": 128}),
+    "float32": ((8, 4), {"head_size": 128, "dtype": "float32"}),
+    "int8": ((16, 8), {"cache_dtype": "int8", "scales": "head"}),
+}
+# Kv heads in twos where the matrix unit is 256 wide, short spans turned; q and out by words.
+IN_QUICK = (("v6e", "64"), ("v5e", "128"))
+
+
 @pytest.mark.parametrize(
-    ("heads", "options"),
+    ("generation", "case"),
     [
-        # Kv heads in twos where the matrix unit is 256 wide, q and out by words.
-        ((16, 2), {"sliding_window": 70, "sinks": True}),
-        pytest.param((8, 4), {"head_size": 128, "dtype": "float32"}, marks=pytest.mark.sweep),
-        pytest.param((16, 8), {"cache_dtype": "int8", "scales": "head"}, marks=pytest.mark.sweep),
+        pytest.param(*which, marks=[] if which in IN_QUICK else pytest.mark.sweep)
+        for which in itertools.product(("v5e", "v6e"), MANY)
     ],
-    ids=["64", "float32", "int8"],
 )
-def test_many_heads(monkeypatch, generation, heads, options):
+def test_many_heads(monkeypatch, generation, case):
+    heads, options = MANY[case]
     tiles = SMALL._replace(tile_tokens=128, block_tokens=64, chunk_tokens=32)
     monkeypatch.setattr(mosaic_tpu, "tiles_for", lambda *_: tiles)
     check(batch((1, 70, 3), (75, 90, 9), heads=heads, **options), generation)
@@ -114,7 +121,7 @@ def test_tiles_change_no_numbers(monkeypatch):
     """Every field of the table, from one block a page to all in one; the cache bit for bit."""
     arguments = batch((1, 70, 3), (75, 90, 9), scales="head", cache_dtype="float8_e4m3fn")
     caches = []
-    for tiles in ((128, 8, 8, 2), (16, 64, 16, 4), (128, 128, 128, 3)):
+    for tiles in ((128, 8, 8, 2), (16, 128, 128, 3)):
         chosen = mosaic_tpu_tiles.Tiles(*tiles)
         monkeypatch.setattr(mosaic_tpu, "tiles_for", lambda *_, chosen=chosen: chosen)
         jax.clear_caches()
@@ -147,18 +154,26 @@ def test_one_kernel_writes_and_attends():
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("heads", [(3, 3), (3, 1), (8, 1), (10, 1)])
+@pytest.mark.parametrize(
+    "heads", [(3, 3), (3, 1), pytest.param((8, 1), marks=pytest.mark.sweep), (10, 1)]
+)
 def test_groups(heads):
     check(batch((1, 3), (30, 11), heads=heads, page_size=16))
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_large_pages_come_in_parts(monkeypatch):
+    """Four parts a page, the last page's only as far as there are keys."""
+    monkeypatch.setattr(mosaic_tpu, "MOST_ROWS", 8)
+    check(batch((1, 3), (49, 40), heads=(2, 1), page_size=32, sliding_window=20))
 
 
 @pytest.mark.usefixtures("small_tiles")
 def test_more_queries_than_keys_see_nothing():
     arguments = batch((5, 1, 20), (7, 3, 22), writes=False)
     arguments["kv_lens"] = np.array([2, 0, 9, 10**6], np.int32)
-    lse = check(arguments)["lse"]
-    assert np.isneginf(lse[[0, 1, 2, 5]]).all()
-    check(arguments | {"sinks": np.array([0, -np.inf, 1, 2], np.float32)})
+    lse = check(arguments | {"sinks": np.array([0, -np.inf, 1, 2], np.float32)})["lse"]
+    assert np.isneginf(lse[[0, 1, 2, 5], 1]).all()
 
 
 def test_no_sequences():

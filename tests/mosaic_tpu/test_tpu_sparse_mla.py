@@ -100,6 +100,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.planted
 @pytest.mark.parametrize(("module", "name", "fault", "options"), FAULTS.values(), ids=FAULTS)
 def test_a_planted_fault_is_found(monkeypatch, module, name, fault, options):
     monkeypatch.setattr(module, name, fault)
@@ -124,7 +125,7 @@ def arguments_of(**options):
 REFUSED = {
     "fp8_ds_mla": ({"kv_cache_dtype": "fp8_ds_mla"}, "kv_cache_dtype is 'fp8_ds_mla', must be"),
     "soft cap": ({"soft_cap": -1.0}, "soft_cap is -1.0, must be above 0"),
-    "half a step": ({"k_pe": None}, "k_pe is None, must be given with the rest of kv_c, k_pe and"),
+    "half a step": ({"k_pe": None}, "k_pe is None, must be given with kv_c and slot_mapping: "),
     "plain rows": ({"latent_pages": jnp.zeros((9, 64, 576))}, "latent_pages has 3 dimensions"),
     "another packing": (
         {"latent_pages": jnp.zeros((9, 64, 3, 2, 128))}, "latent_pages has rows of (3, 2, 128)",

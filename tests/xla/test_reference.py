@@ -172,7 +172,10 @@ def test_refusals():
     refused(r"num_q_heads is 4, must be a multiple of num_kv_heads, 3", **{
         n: jnp.zeros((B, S, 3, D), jnp.float32) for n in "kv"
     })  # fmt: skip
-    refused(r"kv_segment_ids is None, must be given", q_segment_ids=jnp.zeros((B, T), jnp.int32))
+    refused(
+        r"q_segment_ids and kv_segment_ids: one is given and one is None",
+        q_segment_ids=jnp.zeros((B, T), jnp.int32),
+    )
     refused(r"sliding_window is 0, must be above 0", sliding_window=0)
     refused(r"soft_cap is -1, must be above 0", soft_cap=-1)
     refused(r"dtypes are .*, must all be the same", v=given["v"].astype(jnp.bfloat16))

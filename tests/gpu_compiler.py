@@ -1,0 +1,78 @@
+"""Compiles a kernel for a GPU that is not here, and holds what ptxas says of it to the rules.
+
+    program = compiled_cleanly("h200", kernel, arguments)
+
+It compiles in this process: to start another for each of some hundred programs takes longer than
+ptxas does.
+"""
+
+import contextlib
+import ctypes
+import io
+import os
+import re
+import tempfile
+
+import pytest
+
+from attnsel_jax.aot import target_for
+from attnsel_jax.aot.arguments import described
+from attnsel_jax.aot.child import compiled
+from benchmarks.gpu.static.ptxas import read_ptxas
+from pallas_kernels import gpu_chip
+
+# Mosaic prints what ptxas -v says, and how much shared memory it will ask for.
+PRINTED = ("MOSAIC_GPU_DUMP_PTXAS", "MOSAIC_GPU_DUMP_RESOURCES")
+SMEM = re.compile(r"smem_scratch_bytes=(\d+)")
+
+
+def compiled_cleanly(chip, kernel, arguments, *, gradients=False):
+    """The compiled program of a call, none of whose kernels spills or is too large for the chip.
+
+    Skips where there is no compiler for the chip.
+    """
+    target = target_for(chip)
+    if missing := target.missing():
+        pytest.skip(f"no compiler for {chip} here: {missing}")
+    task = {"target": target.to_json(), "kernel": kernel, "arguments": described(arguments),
+            "gradients": gradients, "mesh": None}  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch, _printed() as printed:
+        for name in PRINTED:
+            patch.setenv(name, "1")
+        program = compiled(task)
+    check(printed[0], chip)
+    return program
+
+
+def check(text, chip):
+    """Asserts that kernels were compiled, and how."""
+    kernels, asked = read_ptxas(text), [int(size) for size in SMEM.findall(text)]
+    assert kernels, "no kernel was compiled"
+    assert len(asked) >= len(kernels), "a kernel's shared memory is not known"
+    assert max(asked) <= gpu_chip.CHIPS[chip].smem_bytes, f"shared memory: {asked}"
+    faults = {}
+    for name, found in kernels.items():
+        bytes_of = {"spill stores": found.spill_stores, "spill loads": found.spill_loads,
+                    "stack": found.stack}  # fmt: skip
+        said = [f"{count} B {what}" for what, count in bytes_of.items() if count]
+        if said or found.faults:
+            faults[name] = [*said, *found.faults]
+    assert not faults, str(faults)
+
+
+@contextlib.contextmanager
+def _printed():
+    """A list that what is printed inside, by Python and by compilers, is put into at the end."""
+    said, libc, of_python = [], ctypes.CDLL(None), io.StringIO()
+    libc.fflush(None)
+    before = os.dup(1)
+    with tempfile.TemporaryFile() as file, contextlib.redirect_stdout(of_python):
+        os.dup2(file.fileno(), 1)
+        try:
+            yield said
+        finally:
+            libc.fflush(None)
+            os.dup2(before, 1)
+            os.close(before)
+            file.seek(0)
+            said.append(of_python.getvalue() + file.read().decode(errors="replace"))
