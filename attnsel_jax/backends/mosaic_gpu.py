@@ -6,7 +6,7 @@ from attnsel_jax.config import AttentionType
 from attnsel_jax.constraints import EITHER, AtLeast, OneOf
 from attnsel_jax.platforms import DeviceCapability
 
-AMPERE, HOPPER, BLACKWELL = (DeviceCapability(major, 0) for major in (8, 9, 10))
+AMPERE, HOPPER = DeviceCapability(8, 0), DeviceCapability(9, 0)
 BOTH_OPS = {
     **{"platform": OneOf("cuda"), "jax_version": AtLeast((0, 11))},
     **{"dtype": OneOf("bfloat16", "float16"), "attn_type": OneOf(*AttentionType)},
@@ -16,7 +16,7 @@ BOTH_OPS = {
 }
 DENSE = Capabilities(
     **BOTH_OPS,
-    compute_capability=OneOf(AMPERE, HOPPER, BLACKWELL),
+    compute_capability=OneOf(AMPERE, HOPPER),
     head_size_v=OneOf(64, 80, 96, 128, 192, 256),
     **dict.fromkeys(("has_bias", "has_segment_ids", "has_lens", "has_q_offset"), EITHER),
     needs_grad=EITHER,
@@ -36,20 +36,24 @@ class MosaicGpuBackend(AttentionBackend):
     name, family = "MOSAIC_GPU", "standard"
     capabilities = {"paged": PAGED, "dense": DENSE}
     kernels = {op: f"pallas_kernels.{op}.mosaic_gpu:{op}_attention" for op in ("paged", "dense")}
-    layout, preferred_block_size = "by_head", 64
+    layout = "by_head"
+    preferred_block_size = 64
 
     @classmethod
     def supports_combination(cls, config, device):
         """No gradient beside bias or slopes; v as k, or 128 by 192; float8 up to head size 128."""
         size, size_v, cache = config.head_size, config.head_size_v, str(config.cache_dtype)
         if config.op == "dense":
-            for name in ("has_bias", "has_alibi"):
-                if config.needs_grad and getattr(config, name):
+            added = ("has_bias", "has_alibi") if config.needs_grad else ()
+            for name in added:
+                if getattr(config, name):
                     yield Rejection(name, True, "False with needs_grad")
-            if config.needs_grad and (chip := device.compute_capability) in (AMPERE, BLACKWELL):
-                yield Rejection("needs_grad", True, f"False with compute_capability {chip}")
-            if device.compute_capability == AMPERE and size not in AMPERE_HEAD_SIZES:
-                yield Rejection("head_size", size, AMPERE_HEAD_SIZES, "with compute_capability 8.0")
+            if device.compute_capability == AMPERE:
+                if config.needs_grad:
+                    yield Rejection("needs_grad", True, "False with compute_capability 8.0")
+                if size not in AMPERE_HEAD_SIZES:
+                    allowed = AMPERE_HEAD_SIZES
+                    yield Rejection("head_size", size, allowed, "with compute_capability 8.0")
             sizes = OneOf(*HEAD_SIZES_V.get(size, (size,)))
             if size_v is not None and size in DENSE.head_size and size_v not in sizes:
                 yield Rejection("head_size_v", size_v, f"{sizes} with head_size {size}")
