@@ -16,13 +16,12 @@ BOTH_OPS = {
 }
 DENSE = Capabilities(
     **BOTH_OPS,
-    compute_capability=OneOf(AMPERE, HOPPER),
+    **{"compute_capability": OneOf(AMPERE, HOPPER), "needs_grad": EITHER},
     head_size_v=OneOf(64, 80, 96, 128, 192, 256),
     **dict.fromkeys(("has_bias", "has_segment_ids", "has_lens", "has_q_offset"), EITHER),
-    needs_grad=EITHER,
 )
 PAGED = Capabilities(
-    **BOTH_OPS,
+    **BOTH_OPS | {"head_size": OneOf(64, 80, 96, 128, 192)},  # at 256 no prompt's kernel compiles
     compute_capability=OneOf(HOPPER),
     kv_cache_dtype=OneOf("bfloat16", "float16", "fp8_e4m3", "fp8_e5m2"),
     block_size=OneOf(16, 32, 64, 128, 256),
@@ -36,24 +35,21 @@ class MosaicGpuBackend(AttentionBackend):
     name, family = "MOSAIC_GPU", "standard"
     capabilities = {"paged": PAGED, "dense": DENSE}
     kernels = {op: f"pallas_kernels.{op}.mosaic_gpu:{op}_attention" for op in ("paged", "dense")}
-    layout = "by_head"
-    preferred_block_size = 64
+    layout, preferred_block_size = "by_head", 64
 
     @classmethod
     def supports_combination(cls, config, device):
         """No gradient beside bias or slopes; v as k, or 128 by 192; float8 up to head size 128."""
         size, size_v, cache = config.head_size, config.head_size_v, str(config.cache_dtype)
         if config.op == "dense":
-            added = ("has_bias", "has_alibi") if config.needs_grad else ()
-            for name in added:
-                if getattr(config, name):
+            for name in ("has_bias", "has_alibi"):
+                if config.needs_grad and getattr(config, name):
                     yield Rejection(name, True, "False with needs_grad")
             if device.compute_capability == AMPERE:
                 if config.needs_grad:
                     yield Rejection("needs_grad", True, "False with compute_capability 8.0")
                 if size not in AMPERE_HEAD_SIZES:
-                    allowed = AMPERE_HEAD_SIZES
-                    yield Rejection("head_size", size, allowed, "with compute_capability 8.0")
+                    yield Rejection("head_size", size, AMPERE_HEAD_SIZES, "with Ampere, 8.0")
             sizes = OneOf(*HEAD_SIZES_V.get(size, (size,)))
             if size_v is not None and size in DENSE.head_size and size_v not in sizes:
                 yield Rejection("head_size_v", size_v, f"{sizes} with head_size {size}")

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from attnsel_jax.cli.terminal import CHECK_FAILED, callers_mistakes, console, progress_console
-from benchmarks.gpu import measured, page, results
+from benchmarks.gpu import measured, page, results, tuning
 from benchmarks.gpu.contenders import CONTENDERS, contender, reason_against
 from benchmarks.gpu.static.measuring import check_compiler, compile_and_read
 from benchmarks.gpu.works import WORKS, Work, named
@@ -99,6 +99,41 @@ def _static(
                     results.written(output, chip, data)
         _print(chip, page.STATIC_COLUMNS, page.static_rows(rows))
     return ok
+
+
+@app.command()
+def tune(
+    op: Annotated[str, typer.Option(help="dense or paged.")] = "dense",
+    head_dim: Annotated[int, typer.Option(help="Head size; dense works of it are taken.")] = 128,
+    backward: Annotated[bool, typer.Option("--backward", help="Of dense.")] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="Of paged; else prompts.")] = False,
+    cache_dtype: Annotated[str, typer.Option(help="Of a paged cache.")] = "bfloat16",
+    chip: Annotated[str, typer.Option(help="To compile for.")] = gpu_chip.DEFAULT,
+    most: Annotated[int, typer.Option(help="Candidates to compile.")] = 48,
+) -> None:
+    """Ranks sizes of our kernels by what the compiler makes of them; prints the table's row."""
+    phase = "decode" if decode else "prefill"
+    with callers_mistakes():
+        check_compiler()
+        work = tuning.work_of(op, head_dim, backward=backward, cache_dtype=cache_dtype)
+        target, tried = tuning.target_of(work, phase=phase), []
+        candidates = list(target.candidates(gpu_chip.CHIPS[chip]))[:most]
+    options = {"phase": phase} if op == "paged" else {}
+    with progress_console().status("compiling") as status:
+        for sizes in candidates:
+            status.update(f"{work.name}: {len(tried)} of {len(candidates)}")
+            found = compile_and_read(work, "ours", chip, {"tiles": sizes, **options})
+            tried.append(tuning.judged(target, sizes, found))
+    best = tuning.ranked(tried, waits_for_bytes=decode)
+    table = Table(*target.domain, "tensor cores, at most", "KiB in flight", "faults")
+    for c in best:
+        share = f"{100 * c.overlapped:.0f} % to {100 * c.alone:.0f} %"
+        said = (share, f"{c.in_flight / 1024:.0f}", escape(", ".join(c.faults)[:100]))
+        table.add_row(*map(str, c.sizes.values()), *said)
+    console().print(table)
+    if not best or best[0].faults:
+        raise typer.Exit(CHECK_FAILED)
+    console().print(escape(tuning.row(target, best[0].sizes)), soft_wrap=True)
 
 
 def _compiled(work: Work, name: str, chip: str) -> list[Any]:

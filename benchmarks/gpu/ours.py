@@ -5,6 +5,7 @@ from typing import Any
 from attnsel_jax.platforms import CHIPS
 from attnsel_jax.registry import AttentionBackendEnum
 from benchmarks.arguments import kernel_program, rejections
+from benchmarks.gpu import tuning
 from benchmarks.tpu_static.batches import Program
 from benchmarks.tpu_static.works import Work
 
@@ -39,6 +40,13 @@ def choices(work: Work) -> list[dict[str, Any]]:
     return [{}]
 
 
-def program(work: Work, *, writes: bool = True) -> Program:
-    """The call of the kernel that the backend declares; see `kernel_program` for `writes`."""
+def program(
+    work: Work, *, writes: bool = True, tiles: dict[str, Any] | None = None, phase: str = "prefill"
+) -> Program:
+    """The call of the kernel that the backend declares; see `kernel_program` for `writes`.
+
+    `tiles` takes the place of the table's sizes in this process, of `phase` where it is paged.
+    """
+    if tiles is not None:
+        tuning.target_of(work, phase=phase).use(tiles)
     return kernel_program(work, backend_of(work), writes=writes)

@@ -20,11 +20,10 @@ from pallas_kernels.dense import (
 )
 from pallas_kernels.dense.mosaic_gpu_forward import Operands
 from pallas_kernels.dense.mosaic_gpu_geometry import Static, in_whole_tiles_of_rows, seen_keys
-from pallas_kernels.dense.mosaic_gpu_tiles import forward_tiles
+from pallas_kernels.dense.mosaic_gpu_tiles import TILES, forward_tiles
 from pallas_kernels.dense.mosaic_gpu_weights import BLOCK, Arrays
 
 DTYPES = ("bfloat16", "float16")
-HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 # Compute capability -> its forward.
 FORWARD = {
     (8, 0): mosaic_gpu_ampere.forward,
@@ -83,7 +82,7 @@ def dense_attention(
         q, k, v, scale, causal, q_offset, sliding_window, attention_chunk_size, soft_cap, bias,
             alibi_slopes, q_segment_ids, kv_segment_ids, q_lens, kv_lens, sinks: the contract's,
             see `pallas_kernels.dense`; q, k and v bfloat16 or float16; (head_dim, head_dim_v) one
-            of `HEAD_DIMS`.
+            of the chip's in `mosaic_gpu_tiles.TILES`.
         mask: must be None.
 
     Returns:
@@ -165,8 +164,9 @@ def _check(x: Floats, q_segment_ids, kv_segment_ids, q_lens, kv_lens) -> dict[st
     masked = {"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids}
     masked |= {"q_lens": q_lens, "kv_lens": kv_lens}
     dims = contract_checks.check_dense(x._asdict() | masked, DTYPES)
-    if (sizes := (dims["head_dim"], dims["head_dim_v"])) not in HEAD_DIMS:
-        allowed = ", ".join(f"{d}/{dv}" for d, dv in HEAD_DIMS)
+    head_dims = TILES[_chip().capability]
+    if (sizes := (dims["head_dim"], dims["head_dim_v"])) not in head_dims:
+        allowed = ", ".join(f"{d}/{dv}" for d, dv in head_dims)
         raise ValueError(
             f"head_dim/head_dim_v is {sizes[0]}/{sizes[1]}, must be one of {allowed}: pad the "
             f"heads with zeros, or use XLA"

@@ -63,10 +63,12 @@ def backward(
         share = jnp.where(some, jnp.exp(sinks - lse), 0.0)
         dsinks = -jnp.sum(share * delta, axis=(0, 1))
     padded = {name: in_whole_tiles_of_rows(getattr(x, name)) for name in ("q", "k", "v", "dout")}
-    x, tiles = x._replace(**padded), backward_tiles(static.head_dim)
-    stages = {"k_stages": tiles.k_stages, "v_stages": tiles.v_stages}
-    dq = query_gradients(static, x, block_kv=tiles.block_kv, **stages)
-    dk, dv = key_gradients(static, x, tiles.q_stages, split=tiles.split)
+    x = x._replace(**padded)
+    tiles = backward_tiles(
+        static.head_dim, capped=static.soft_cap is not None, segmented=static.segments
+    )
+    dq = query_gradients(static, x, tiles)
+    dk, dv = key_gradients(static, x, tiles)
     dk, dv = (gradient[:, : static.kv_len] for gradient in (dk, dv))
     return Gradients(dq[:, : static.q_len], dk, dv, dsinks)
 

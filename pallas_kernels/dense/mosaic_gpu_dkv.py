@@ -25,6 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dense.mosaic_gpu_dq import drain
 from pallas_kernels.dense.mosaic_gpu_geometry import Static, row_of
+from pallas_kernels.dense.mosaic_gpu_tiles import BackwardTiles
 from pallas_kernels.dense.mosaic_gpu_weights import (
     LAYOUTS,
     TILE,
@@ -36,6 +37,7 @@ from pallas_kernels.dense.mosaic_gpu_weights import (
     swizzled,
     weights,
 )
+from pallas_kernels.gpu_addresses import tied_to
 
 CONSUMERS = 2
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
@@ -67,10 +69,9 @@ class Exchange(NamedTuple):
     v_free: Any
 
 
-def key_gradients(
-    static: Static, x: Arrays, stages: int, *, split: bool
-) -> tuple[jax.Array, jax.Array]:
+def key_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> tuple[jax.Array, jax.Array]:
     """The gradients of k and v, like k and v."""
+    split, stages = tiles.split, tiles.q_stages
     given = Arrays(*(field is not None for field in x))
 
     def body(*refs: Any) -> None:
@@ -78,7 +79,8 @@ def key_gradients(
         arrays = Arrays(*(refs.pop(0) if there else None for there in given))
         dk, dv, *scratch = refs
         shared, more = Shared(*scratch[: len(Shared._fields)]), scratch[len(Shared._fields) :]
-        block(static, arrays, (dk, dv), shared, Exchange(*more) if split else None)
+        exchange = Exchange(*more) if split else None
+        block(static, arrays, (dk, dv), shared, exchange, tied=tiles.tied)
 
     owners = 1 if split else CONSUMERS
     return plgpu.kernel(
@@ -137,8 +139,9 @@ class Steps(NamedTuple):
 
 
 def block(
-    static: Static, x: Arrays, results: tuple[Any, Any], shared: Shared, exchange: Exchange | None
-) -> None:
+    static: Static, x: Arrays, results: tuple[Any, Any], shared: Shared,
+    exchange: Exchange | None, *, tied: bool,
+) -> None:  # fmt: skip
     """One block of the grid: its keys, and the queries that see them."""
     b, kv_head = lax.axis_index("batch"), lax.axis_index("kv_head")
     index, wg = lax.axis_index("block"), lax.axis_index("wg")
@@ -150,7 +153,7 @@ def block(
         accumulators = [plgpu.ACC((TILE, width), jnp.float32)]
         if exchange is None:
             accumulators.append(plgpu.ACC((TILE, static.head_dim), jnp.float32))
-        call = _Block(static, x, results, shared, exchange, at, steps, kv_head, wg)
+        call = _Block(static, x, results, shared, exchange, at, steps, kv_head, wg, tied)
         pl.run_scoped(functools.partial(role, call), *accumulators)
 
     @pl.when(wg < CONSUMERS)
@@ -231,6 +234,7 @@ class _Block(NamedTuple):
     steps: Steps
     kv_head: Any
     owner: Any  # which of the block's keys are this warpgroup's
+    tied: bool
 
     def weights(self, n: Any, slot: Any, logits: jax.Array) -> Any:
         """The weights of step n, keys first."""
@@ -254,13 +258,13 @@ class _Block(NamedTuple):
 def together(call: _Block, dv_acc: Any, dk_acc: Any) -> None:
     """A warpgroup that owns dk and dv of its 64 keys."""
     shared, dtype = call.shared, call.x.q.dtype
-    k, v = shared.k.at[call.owner], shared.v.at[call.owner]
     plgpu.barrier_wait(shared.kv_full)
 
     @pl.loop(0, call.steps.count)
     def _(n):
         slot = lax.rem(n, jnp.int32(shared.q.shape[0]))
         q, dout = shared.q.at[slot], shared.dout.at[slot]
+        k, v = (tile.at[tied_to(n, call.owner, tied=call.tied)] for tile in (shared.k, shared.v))
 
         def dlogits(logits_acc, dp_acc):
             plgpu.barrier_wait(shared.q_full.at[slot])
@@ -282,14 +286,13 @@ def together(call: _Block, dv_acc: Any, dk_acc: Any) -> None:
         plgpu.barrier_arrive(shared.q_empty.at[slot])
 
     dk, dv = call.results
-    call.leave(dk_acc[...] * call.static.scale, k, dk)
-    call.leave(dv_acc[...], v, dv)
+    call.leave(dk_acc[...] * call.static.scale, shared.k.at[call.owner], dk)
+    call.leave(dv_acc[...], shared.v.at[call.owner], dv)
 
 
 def value_role(call: _Block, dv_acc: Any) -> None:
     """The warpgroup of a split block that has dv: it computes the weights, for both."""
     shared, exchange, dtype = call.shared, call.exchange, call.x.q.dtype
-    k = shared.k.at[0]
     plgpu.barrier_wait(shared.kv_full)
 
     @pl.loop(0, call.steps.count)
@@ -300,7 +303,7 @@ def value_role(call: _Block, dv_acc: Any) -> None:
 
         def probabilities(logits_acc):
             plgpu.barrier_wait(shared.q_full.at[slot])
-            plgpu.wgmma(logits_acc, k, q.transpose((1, 0)))
+            plgpu.wgmma(logits_acc, shared.k.at[tied_to(n, 0, tied=call.tied)], q.transpose((1, 0)))
             w = call.weights(n, slot, logits_acc[...])
             pl.when(n >= 2)(functools.partial(plgpu.barrier_wait, exchange.p_empty.at[turn]))
             # What dlogits are a multiple of: the weight, and the soft cap's slope.
@@ -325,7 +328,6 @@ def value_role(call: _Block, dv_acc: Any) -> None:
 def key_role(call: _Block, dk_acc: Any) -> None:
     """The warpgroup of a split block that has dk."""
     shared, exchange = call.shared, call.exchange
-    v = shared.v.at[0]
     plgpu.barrier_wait(shared.kv_full)
 
     @pl.loop(0, call.steps.count)
@@ -336,7 +338,7 @@ def key_role(call: _Block, dk_acc: Any) -> None:
 
         def dlogits(dp_acc):
             plgpu.barrier_wait(shared.dout_full.at[slot])
-            plgpu.wgmma(dp_acc, v, dout.transpose((1, 0)))
+            plgpu.wgmma(dp_acc, shared.v.at[tied_to(n, 0, tied=call.tied)], dout.transpose((1, 0)))
             plgpu.barrier_wait(exchange.p_full.at[turn])
             p = plgpu.load(exchange.p.at[turn], layout=WGMMA)
             plgpu.barrier_arrive(exchange.p_empty.at[turn])

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dense.mosaic_gpu_geometry import Static, row_of, seen_interval
+from pallas_kernels.dense.mosaic_gpu_tiles import BackwardTiles
 from pallas_kernels.dense.mosaic_gpu_weights import (
     BLOCK,
     LAYOUTS,
@@ -26,6 +27,7 @@ from pallas_kernels.dense.mosaic_gpu_weights import (
     swizzled,
     weights,
 )
+from pallas_kernels.gpu_addresses import tied_to
 
 CONSUMERS = BLOCK // TILE
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
@@ -45,24 +47,22 @@ class Shared(NamedTuple):
     v_empty: Any
 
 
-def query_gradients(
-    static: Static, x: Arrays, *, block_kv: int, k_stages: int, v_stages: int
-) -> jax.Array:
+def query_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> jax.Array:
     """dq, like q.
 
     Args:
         static: the call.
         x: its arrays.
-        block_kv: keys of a tile; divides 128.
-        k_stages, v_stages: tiles of keys, of values, in flight.
+        tiles: sizes of the pipeline; its block_kv divides 128.
     """
+    block_kv, k_stages, v_stages = tiles.block_kv, tiles.k_stages, tiles.v_stages
     given = Arrays(*(field is not None for field in x))
 
     def body(*refs: Any) -> None:
         refs = list(refs)
         arrays = Arrays(*(refs.pop(0) if there else None for there in given))
         dq, *scratch = refs
-        block(static, arrays, dq, Shared(*scratch))
+        block(static, arrays, dq, Shared(*scratch), tied=tiles.tied)
 
     dtype = x.q.dtype
     ring = functools.partial(plgpu.Barrier, num_arrivals=1)
@@ -97,7 +97,7 @@ class KeyRange(NamedTuple):
     count: jax.Array
 
 
-def block(static: Static, x: Arrays, dq: Any, shared: Shared) -> None:
+def block(static: Static, x: Arrays, dq: Any, shared: Shared, *, tied: bool) -> None:
     """One block of the grid: BLOCK queries of a head, and the keys that they see."""
     b, head = lax.axis_index("batch"), lax.axis_index("head")
     index, wg = lax.axis_index("block"), lax.axis_index("wg")
@@ -111,7 +111,7 @@ def block(static: Static, x: Arrays, dq: Any, shared: Shared) -> None:
         plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
         mine = at._replace(query=at.query + wg * TILE)
         pl.run_scoped(
-            functools.partial(_consume, static, x, dq, shared, mine, keys, head, wg),
+            functools.partial(_consume, static, x, dq, shared, mine, keys, head, wg, tied),
             plgpu.ACC((TILE, static.head_dim), jnp.float32),
         )
 
@@ -163,20 +163,22 @@ def drain(empty: Any, stages: int, count: Any) -> None:
         plgpu.barrier_wait(empty.at[lax.rem(n, jnp.int32(stages))])
 
 
-def _consume(static, x: Arrays, dq, shared: Shared, at: Place, keys: KeyRange, head, wg, dq_acc):
+def _consume(
+    static, x: Arrays, dq, shared: Shared, at: Place, keys: KeyRange, head, wg, tied, dq_acc
+):
     """One warpgroup's 64 queries against every key tile of the block."""
     numbers = (at.b, head, pl.ds(at.query, TILE))
     lse, delta = (
         plgpu.load(rows.at[numbers], layout=LAYOUTS[0], optimized=False)
         for rows in (x.lse, x.delta)
     )
-    q, dout = shared.q.at[wg], shared.dout.at[wg]
     plgpu.barrier_wait(shared.q_full.at[wg])
 
     @pl.loop(0, keys.count)
     def _(n):
         k_slot, v_slot = (lax.rem(n, jnp.int32(t.shape[0])) for t in (shared.k, shared.v))
         k, v = shared.k.at[k_slot], shared.v.at[v_slot]
+        q, dout = (tile.at[tied_to(n, wg, tied=tied)] for tile in (shared.q, shared.dout))
 
         def dlogits(logits_acc, dp_acc):
             plgpu.barrier_wait(shared.k_full.at[k_slot])
@@ -185,7 +187,7 @@ def _consume(static, x: Arrays, dq, shared: Shared, at: Place, keys: KeyRange, h
             plgpu.wgmma(dp_acc, dout, v.transpose((1, 0)))
             logits = plgpu.wgmma_accumulator_load(logits_acc, wait_n=1)
             here = at._replace(key=(keys.first + n) * k.shape[0])
-            w = weights(static, x, here, logits, lse, queries=0)
+            w = weights(static, x, here, logits, lse, queries=0, sloped=True)
             dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
             plgpu.barrier_arrive(shared.v_empty.at[v_slot])
             return logit_gradients(w, dp, delta, queries=0).astype(x.q.dtype)
@@ -196,7 +198,8 @@ def _consume(static, x: Arrays, dq, shared: Shared, at: Place, keys: KeyRange, h
         plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(shared.k_empty.at[k_slot])
 
-    q[...] = (dq_acc[...] * static.scale).astype(x.q.dtype)
+    staging = shared.q.at[wg]
+    staging[...] = (dq_acc[...] * static.scale).astype(x.q.dtype)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(q, dq.at[at.b, pl.ds(at.query, TILE), head])
+    plgpu.copy_smem_to_gmem(staging, dq.at[at.b, pl.ds(at.query, TILE), head])
     plgpu.wait_smem_to_gmem(0)

@@ -19,6 +19,7 @@ from pallas_kernels.dense.mosaic_gpu_geometry import (
     row_of,
     seen_interval,
 )
+from pallas_kernels.gpu_addresses import tied_to
 
 # Consumers -> (registers a thread of theirs, of the producer's). A block is launched with 65536
 # registers over its threads, rounded down to 8 each: more in sum than that would wait for ever.
@@ -292,7 +293,8 @@ def consume(static: Static, x: Operands, out, lse, shared: Shared, place: Place,
             plgpu.barrier_wait(shared.k_full.at[slot])
             if turns:
                 plgpu.barrier_wait(shared.turn.at[wg])
-            plgpu.wgmma(s_ref, q, shared.k.at[slot].transpose((1, 0)))
+            q_here = shared.q.at[tied_to(tile, wg, tied=static.tiles.tied)]
+            plgpu.wgmma(s_ref, q_here, shared.k.at[slot].transpose((1, 0)))
             plgpu.wgmma(o_ref, p, shared.v.at[before])
             if turns:
                 plgpu.barrier_arrive(shared.turn.at[lax.rem(wg + 1, jnp.int32(consumers))])

@@ -7,6 +7,8 @@ numbers.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from pallas_kernels.gpu_chip import GpuChip
 
@@ -20,6 +22,7 @@ class Tiles:
         stages: key tiles, and value tiles, in shared memory; at least 2.
         consumers: warpgroups of `rows` queries each.
         turns: whether consumers issue their products in turn (Hopper).
+        tied: whether the queries' addresses are computed in the loop (Hopper, `gpu_addresses`).
         rows: queries of a consumer: wgmma's M, tcgen05's.
     """
 
@@ -27,6 +30,7 @@ class Tiles:
     stages: int
     consumers: int = 2
     turns: bool = True
+    tied: bool = False
     rows: int = 64
 
 
@@ -43,10 +47,18 @@ TILES = {
         (64, 64): {PLAIN: Tiles(128, 4)},
         (80, 80): {PLAIN: Tiles(128, 4)},
         (96, 96): {PLAIN: Tiles(128, 4)},
-        (128, 128): {PLAIN: Tiles(128, 3), SEGMENTED: Tiles(128, 2)},
-        (192, 128): {PLAIN: Tiles(128, 2, turns=False), CAPPED: Tiles(64, 2, turns=False)},
+        (128, 128): {PLAIN: Tiles(128, 3), SEGMENTED: Tiles(128, 2, tied=True)},
+        (192, 128): {
+            PLAIN: Tiles(128, 2, turns=False),
+            CAPPED: Tiles(64, 2, turns=False),
+            SEGMENTED: Tiles(128, 2, turns=False, tied=True),
+        },
         (192, 192): {PLAIN: Tiles(64, 2, turns=False)},
-        (256, 256): {PLAIN: Tiles(64, 2, turns=False)},
+        (256, 256): {
+            PLAIN: Tiles(64, 2, turns=False),
+            CAPPED: Tiles(64, 2, turns=False, tied=True),
+            SEGMENTED: Tiles(64, 2, turns=False, tied=True),
+        },
     },
     (10, 0): {
         (64, 64): {PLAIN: Tiles(128, 4, rows=128)},
@@ -64,7 +76,11 @@ def forward_tiles(
     chip: GpuChip, head_dim: int, head_dim_v: int, *, capped: bool, segmented: bool
 ) -> Tiles:
     """The tiles of a shape class on a chip."""
-    classes = TILES[chip.capability][head_dim, head_dim_v]
+    return _of_class(TILES[chip.capability][head_dim, head_dim_v], capped, segmented)
+
+
+def _of_class(classes: Mapping[str, Any], capped: bool, segmented: bool) -> Any:
+    """What a soft cap asks for, else what segments do, else the plain tiles."""
     asked = [CAPPED] * capped + [SEGMENTED] * segmented
     return next((classes[name] for name in asked if name in classes), classes[PLAIN])
 
@@ -78,6 +94,7 @@ class BackwardTiles:
         k_stages, v_stages: key and value tiles in flight there.
         q_stages: query tiles in flight where keys are owned (dk, dv).
         split: dk and dv of the same keys are two warpgroups'.
+        tied: whether addresses of what stays are computed in the loops (`gpu_addresses`).
     """
 
     block_kv: int
@@ -85,17 +102,33 @@ class BackwardTiles:
     v_stages: int
     q_stages: int
     split: bool
+    tied: bool = False
 
 
-# The largest head_dim that they are for -> tiles, capability 9.0. Above 128, dk and dv of 64 keys
-# do not fit one warpgroup's registers.
+# The largest head_dim that they are for -> shape class -> tiles, capability 9.0. Above 128, dk and
+# dv of 64 keys do not fit one warpgroup's registers; at 128 not beside a soft cap's slopes. `tied`
+# is for what spilled without it (bytes stored + loaded, dk and dv): at 96 with everything 12 + 16,
+# at 128 with a window 8 + 4, with chunks and lengths 36 + 44, at 192 with everything 12 + 20; dq
+# at 256 176 + 188. It costs dk and dv at 64 49 instructions of 566 a tile.
 BACKWARD_TILES = {
-    128: BackwardTiles(64, 2, 2, 2, split=False),
-    192: BackwardTiles(64, 2, 2, 2, split=True),
-    256: BackwardTiles(64, 2, 1, 2, split=True),
+    80: {PLAIN: BackwardTiles(64, 2, 2, 2, split=False)},
+    96: {
+        PLAIN: BackwardTiles(64, 2, 2, 2, split=False),
+        CAPPED: BackwardTiles(64, 2, 2, 2, split=False, tied=True),
+    },
+    128: {
+        PLAIN: BackwardTiles(64, 2, 2, 2, split=False, tied=True),
+        CAPPED: BackwardTiles(64, 2, 2, 2, split=True),
+    },
+    192: {
+        PLAIN: BackwardTiles(64, 2, 2, 2, split=True),
+        CAPPED: BackwardTiles(64, 2, 2, 2, split=True, tied=True),
+    },
+    256: {PLAIN: BackwardTiles(64, 2, 1, 2, split=True, tied=True)},
 }
 
 
-def backward_tiles(head_dim: int) -> BackwardTiles:
-    """The tiles of the backward for a head size."""
-    return next(tiles for largest, tiles in BACKWARD_TILES.items() if head_dim <= largest)
+def backward_tiles(head_dim: int, *, capped: bool, segmented: bool) -> BackwardTiles:
+    """The tiles of the backward for a head size and a shape class."""
+    classes = next(tiles for largest, tiles in BACKWARD_TILES.items() if head_dim <= largest)
+    return _of_class(classes, capped, segmented)

@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gpu_addresses import tied_to
 from pallas_kernels.masks import window_bounds
 from pallas_kernels.paged.mosaic_gpu_geometry import ROWS, Geometry, Masks, swizzled_columns
 from pallas_kernels.paged.mosaic_gpu_pages import Ring, Span
@@ -57,11 +58,12 @@ class Tools(NamedTuple):
 
     Attributes:
         ring: the tiles.
-        q: [64, head_dim], this warpgroup's.
+        q: [warpgroups, 64, head_dim].
         wide: [keys, head_dim], where a float8 tile is converted to; or None.
         patched: a barrier of both warpgroups, where they share tiles; or None.
         warpgroup: its index.
         stride: tiles from one that it takes to the next.
+        tied: whether the address of q is computed in the loop.
     """
 
     ring: Ring
@@ -70,6 +72,7 @@ class Tools(NamedTuple):
     patched: Any
     warpgroup: Any
     stride: int
+    tied: bool
 
 
 def row_index() -> jax.Array:
@@ -207,8 +210,10 @@ def _logits(slot: Any, rows: Rows, first_key: Any, tools: Tools, geometry: Geome
         _widen(k, tools.wide, None, first_key, geometry)
         k = tools.wide
 
+    q = tools.q.at[tied_to(first_key, tools.warpgroup, tied=tools.tied)]
+
     def product(acc):
-        plgpu.wgmma(acc, tools.q, k.transpose((1, 0)))
+        plgpu.wgmma(acc, q, k.transpose((1, 0)))
         return acc[...]
 
     logits = pl.run_scoped(product, plgpu.ACC((ROWS, keys), F32))

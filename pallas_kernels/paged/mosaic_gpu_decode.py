@@ -77,7 +77,7 @@ def decode(
         partial outputs, float32 [partial_rows, partial_width] (each divided by its own sum), and
         their lse in units of log2, float32 [partial_rows].
     """
-    keys, stages, warpgroups = geometry.tiles.decode
+    keys, stages, warpgroups, _ = geometry.tiles.decode
     tile = (warpgroups, ROWS, geometry.head_dim)
     wide = (warpgroups, keys, geometry.head_dim)
     transforms = swizzled(geometry.dtype, geometry.head_dim)
@@ -118,7 +118,7 @@ def decode(
             def attend(i, count):
                 item = item_of(i)
                 queries = q.at[item.unit, pl.ds(item.first_row, ROWS)]
-                fetch_queries(queries, tools.q, scratch["q_full"].at[warpgroup])
+                fetch_queries(queries, tools.q.at[warpgroup], scratch["q_full"].at[warpgroup])
                 described = _rows(item, factor, more, geometry)
                 state, count = attend_span(item.span, described, count, tools, geometry)
                 if warpgroups == 1:
@@ -186,11 +186,12 @@ def _item(index: Any, block: Any, seqs: Any, rows: Any, blocks: Any, geometry: G
 def _tools(scratch: dict[str, Any], warpgroup: Any, geometry: Geometry) -> Tools:
     return Tools(
         ring=scratch["ring"],
-        q=scratch["q_smem"].at[warpgroup],
+        q=scratch["q_smem"],
         wide=scratch["wide"].at[warpgroup] if geometry.converts else None,
         patched=None,
         warpgroup=warpgroup,
         stride=geometry.tiles.decode.warpgroups,
+        tied=geometry.tiles.decode.tied,
     )
 
 

@@ -96,7 +96,7 @@ def prefill(
         out [num_tokens, num_q_heads, head_dim], nothing of use for tokens that are decoded; lse
         float32 [num_q_heads, tiles, 64 or 128], natural.
     """
-    keys, stages, warpgroups = geometry.tiles.prefill
+    keys, stages, warpgroups, _ = geometry.tiles.prefill
     tile = (warpgroups, ROWS, geometry.head_dim)
     transforms = swizzled(geometry.dtype, geometry.head_dim)
     scratch = {
@@ -134,7 +134,7 @@ def prefill(
             def attend(i, count):
                 item = item_of(i)
                 queries = q.at[pl.ds(item.token, ROWS), item.head]
-                fetch_queries(queries, tools.q, scratch["q_full"].at[warpgroup])
+                fetch_queries(queries, tools.q.at[warpgroup], scratch["q_full"].at[warpgroup])
                 rows = _rows(item, per_head, geometry)
                 state, count = attend_span(item.span, rows, count, tools, geometry)
                 _finish(state, item, per_head, out, lse, scratch, warpgroup, geometry)
@@ -186,11 +186,12 @@ def _item(index: Any, warpgroup: Any, tiles: Any, geometry: Geometry) -> Item:
 def _tools(scratch: dict[str, Any], warpgroup: Any, geometry: Geometry) -> Tools:
     return Tools(
         ring=scratch["ring"],
-        q=scratch["q_smem"].at[warpgroup],
+        q=scratch["q_smem"],
         wide=scratch["wide"].at[warpgroup] if geometry.converts else None,
         patched=scratch.get("patched"),
         warpgroup=warpgroup,
         stride=1,
+        tied=geometry.tiles.prefill.tied,
     )
 
 

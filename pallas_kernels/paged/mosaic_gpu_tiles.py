@@ -12,11 +12,13 @@ class Phase(NamedTuple):
         keys: of a tile.
         stages: tiles in shared memory; decoding with two warpgroups has an even number.
         warpgroups: that compute, 1 or 2.
+        tied: whether the queries' addresses are computed in the loop (`gpu_addresses`).
     """
 
     keys: int
     stages: int
     warpgroups: int = 2
+    tied: bool = False
 
 
 class Tiles(NamedTuple):
@@ -26,26 +28,43 @@ class Tiles(NamedTuple):
     prefill: Phase
 
 
-# By chip, bytes of a cached number, and head sizes up to the key.
+# By chip, bytes of a cached number, and head sizes up to the key. Decoding waits for bytes: 1 us of
+# latency x 4.8 TB/s / 132 cores want 36 KiB of keys and values in flight (2 x keys x head size x
+# bytes x stages), the more the longer memory takes under load: there are 120 to 144 KiB with
+# caches of 16 bits and 96 KiB with those of 8, whose converted tiles take the rest.
 HOPPER = {
     2: {
         64: Tiles(Phase(64, 8), Phase(128, 3)),
         80: Tiles(Phase(64, 6), Phase(64, 4)),
         128: Tiles(Phase(64, 4), Phase(128, 2)),
-        192: Tiles(Phase(64, 3, 1), Phase(64, 3, 1)),
-        256: Tiles(Phase(64, 2, 1), Phase(64, 2, 1)),
+        192: Tiles(Phase(64, 3, 1, tied=True), Phase(64, 3, 1, tied=True)),
+        256: Tiles(Phase(64, 2, 1, tied=True), Phase(64, 2, 1, tied=True)),
     },
     1: {
-        64: Tiles(Phase(64, 8), Phase(64, 4)),
-        96: Tiles(Phase(64, 6), Phase(64, 4)),
-        128: Tiles(Phase(64, 4), Phase(64, 4, 1)),
+        64: Tiles(Phase(64, 12), Phase(64, 4)),
+        96: Tiles(Phase(64, 8), Phase(64, 4)),
+        128: Tiles(Phase(64, 6), Phase(64, 4, 1, tied=True)),
+    },
+}
+# The same where a soft cap or slopes take registers: two warpgroups that decode spill
+# from head size 96 of 8 bits on, 128 of 16.
+ADDED = {
+    2: {128: Tiles(Phase(64, 4, 1), Phase(64, 4))},
+    1: {
+        96: Tiles(Phase(64, 8, 1), Phase(64, 4)),
+        128: Tiles(Phase(64, 6, 1, tied=True), Phase(64, 4, 1, tied=True)),
     },
 }
 TILES = {"h100": HOPPER, "h200": HOPPER}
 
 
-def tiles_for_chip(head_dim: int, itemsize: int) -> Tiles:
+def tiles_for_chip(head_dim: int, itemsize: int, *, added: bool = False) -> Tiles:
     """The sizes for the chip that is traced for.
+
+    Args:
+        head_dim: of the cache.
+        itemsize: bytes of a cached number.
+        added: whether something is added to the logits or caps them.
 
     Raises:
         ValueError: it is a chip, or a head size, that these kernels do not run with.
@@ -59,4 +78,5 @@ def tiles_for_chip(head_dim: int, itemsize: int) -> Tiles:
             f"head_dim is {head_dim}, must be at most {max(by_size)} with a cache of {itemsize} "
             f"byte a number: converting its tiles takes more registers than there are"
         )
-    return by_size[min(size for size in by_size if size >= head_dim)]
+    size = min(size for size in by_size if size >= head_dim)
+    return ADDED[itemsize].get(size, by_size[size]) if added else by_size[size]

@@ -1,0 +1,209 @@
+"""Finds sizes for our Hopper kernels by compiling them with no GPU, and prints the tables' rows.
+
+    python -m benchmarks.gpu tune --op dense --head-dim 128
+
+A candidate that ptxas refuses, that spills or has another fault of `static.reading` is dropped;
+the others are ranked by the bound of their steady loop on the tensor cores' share: first if all
+else overlaps, then if nothing does, then by bytes in flight. The bound knows nothing of memory: for
+decoding, whose loop waits for bytes, `IN_FLIGHT` says how many a core must have asked for. Tiles
+change speed, never numbers: the kernels' own tests hold after tuning as before.
+"""
+
+import dataclasses
+import importlib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from benchmarks.gpu.static.measuring import COMPILED, Compiled
+from benchmarks.tpu_static.works import Work
+from pallas_kernels.gpu_chip import GpuChip
+
+Sizes = dict[str, Any]
+DENSE = "pallas_kernels.dense.mosaic_gpu_tiles"
+PAGED = "pallas_kernels.paged.mosaic_gpu_tiles"
+ROWS = 64  # of a warpgroup's queries
+# Little's law: 1 us of latency x 4.8 TB/s / 132 cores. Less in flight, and memory idles.
+IN_FLIGHT = 36 << 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One entry of a table.
+
+    Attributes:
+        module: where the table is.
+        path: keys and field names that lead from `TILES` (or another name, the first) to it.
+        kernel: how the name begins of what it is for.
+        domain: values worth trying, by field.
+        smem: sizes -> bytes of shared memory that the tiles take.
+        in_flight: sizes -> bytes of keys and values that are asked for at once.
+    """
+
+    module: str
+    path: tuple[Any, ...]
+    kernel: str
+    domain: dict[str, tuple[Any, ...]]
+    smem: Callable[[Sizes], int]
+    in_flight: Callable[[Sizes], int]
+
+    def candidates(self, chip: GpuChip) -> Iterator[Sizes]:
+        """Sizes that fit the chip's shared memory."""
+        for values in itertools.product(*self.domain.values()):
+            sizes = dict(zip(self.domain, values, strict=True))
+            if self.smem(sizes) <= chip.smem_bytes:
+                yield sizes
+
+    def use(self, sizes: Sizes) -> None:
+        """Puts sizes in the entry's place, in this process."""
+        table = getattr(importlib.import_module(self.module), self.path[0])
+        *way, of_size, last = self.path[1:]
+        for key in way:
+            table = table[key]
+        row = table[of_size]
+        if isinstance(row, tuple):  # of phases
+            table[of_size] = row._replace(**{last: getattr(row, last)._replace(**sizes)})
+        else:  # of shape classes
+            row[last] = dataclasses.replace(row[last], **sizes)
+
+
+def work_of(op: str, head_dim: int, *, backward: bool, cache_dtype: str) -> Work:
+    """A call that an entry is for: 4096 tokens of one sequence, causal.
+
+    Raises:
+        ValueError: an op that nothing is tuned for.
+    """
+    if op not in ("dense", "paged"):
+        raise ValueError(f"op is {op!r}, must be one of dense, paged: nothing else has a choice")
+    heads, lens = ((16, 16) if op == "dense" else (32, 8)), (4096,)
+    more = {"backward": backward, "causal": True} if op == "dense" else {"cache_dtype": cache_dtype}
+    page = () if op == "dense" else (64,)
+    name = f"tune_{op}_{head_dim}"
+    return Work(name, name, op, *heads, head_dim, head_dim, lens, lens, *page, **more)
+
+
+def target_of(work: Work, *, phase: str = "prefill") -> Target:
+    """The entry that a work's kernel takes its sizes from.
+
+    Args:
+        work: dense (forward, or backward's), or paged.
+        phase: of paged, "decode" or "prefill".
+
+    Raises:
+        ValueError: nothing is to be chosen for the op.
+    """
+    if work.op == "dense":
+        return _backward(work) if work.backward else _forward(work)
+    if work.op == "paged":
+        return _paged(work, phase)
+    raise ValueError(
+        f"op is {work.op}, must be one of dense, paged: what the latent kernels hold is no choice"
+    )
+
+
+def _forward(work: Work) -> Target:
+    sizes = (work.head_size, work.head_size_v)
+    domain = {"block_kv": (64, 128, 192), "stages": (2, 3, 4), "turns": (False, True),
+              "tied": (False, True)}  # fmt: skip
+
+    def ring(s: Sizes) -> int:
+        return 2 * s["stages"] * s["block_kv"] * sum(sizes)
+
+    def smem(s: Sizes) -> int:
+        return ring(s) + 4 * ROWS * sizes[0]
+
+    path = ("TILES", (9, 0), sizes, "plain")
+    return Target(DENSE, path, "attnsel_dense_forward", domain, smem, ring)
+
+
+def _backward(work: Work) -> Target:
+    sizes = (work.head_size, work.head_size_v)
+    table = importlib.import_module(DENSE).BACKWARD_TILES
+    largest = next(size for size in table if size >= work.head_size)
+    domain = {"k_stages": (2, 3), "v_stages": (1, 2), "split": (False, True),
+              "tied": (False, True)}  # fmt: skip
+
+    def keys(s: Sizes) -> int:
+        return 2 * ROWS * (s["k_stages"] * sizes[0] + s["v_stages"] * sizes[1])
+
+    def smem(s: Sizes) -> int:
+        return keys(s) + 4 * ROWS * sum(sizes)
+
+    return Target(
+        DENSE, ("BACKWARD_TILES", largest, "plain"), "attnsel_dense_d", domain, smem, keys
+    )
+
+
+def _paged(work: Work, phase: str) -> Target:
+    itemsize = 1 if work.cache_dtype.startswith("float8") else 2
+    table = importlib.import_module(PAGED).HOPPER[itemsize]
+    largest = min(size for size in table if size >= work.head_size)
+    domain = {"keys": (64, 128), "stages": (2, 3, 4, 6, 8), "warpgroups": (1, 2),
+              "tied": (False, True)}  # fmt: skip
+
+    def tiles(s: Sizes) -> int:
+        return 2 * itemsize * s["stages"] * s["keys"] * work.head_size
+
+    def smem(s: Sizes) -> int:
+        queries = 2 * s["warpgroups"] * ROWS * work.head_size
+        wide = 2 * s["warpgroups"] * s["keys"] * work.head_size if itemsize == 1 else 0
+        return tiles(s) + queries + wide + 4 * ROWS * work.head_size
+
+    path = ("HOPPER", itemsize, largest, phase)
+    return Target(PAGED, path, f"paged_{phase}", domain, smem, tiles)
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """Sizes, and what the compiler made of them.
+
+    Attributes:
+        sizes: of the entry.
+        faults: why it is dropped; empty = it is not.
+        overlapped, alone: bounds on the tensor cores' share, of the worst of the entry's kernels.
+        in_flight: bytes of keys and values.
+    """
+
+    sizes: Sizes
+    faults: tuple[str, ...]
+    overlapped: float
+    alone: float
+    in_flight: int
+
+
+def judged(target: Target, sizes: Sizes, found: Compiled) -> Candidate:
+    """A candidate by what was compiled."""
+    kernels = [kernel for kernel in found.kernels if kernel.name.startswith(target.kernel)]
+    faults = [fault for kernel in kernels for fault in kernel.faults]
+    if found.verdict != COMPILED or not kernels:
+        faults = [found.reason or "no kernel was compiled"]
+    shares = []
+    for kernel in kernels:
+        loops = [loop for loop in (kernel.code.loops if kernel.code else ()) if loop.alone]
+        if loops:
+            first = max(loops, key=lambda loop: loop.code.flops)
+            shares.append((first.overlapped, first.alone))
+    overlapped, alone = (min(column) for column in zip(*shares, strict=True)) if shares else (0, 0)
+    return Candidate(sizes, tuple(faults), overlapped, alone, target.in_flight(sizes))
+
+
+def ranked(tried: list[Candidate], *, waits_for_bytes: bool) -> list[Candidate]:
+    """The best first; who has a fault comes last.
+
+    Args:
+        tried: candidates.
+        waits_for_bytes: too little in flight comes after enough of it, whatever the loop.
+    """
+
+    def worth(c: Candidate) -> tuple[Any, ...]:
+        short = waits_for_bytes and c.in_flight < IN_FLIGHT
+        return bool(c.faults), short, -c.overlapped, -c.alone, -c.in_flight
+
+    return sorted(tried, key=worth)
+
+
+def row(target: Target, sizes: Sizes) -> str:
+    """The entry as the table's file has it."""
+    kind = {"TILES": "Tiles", "BACKWARD_TILES": "BackwardTiles", "HOPPER": "Phase"}[target.path[0]]
+    given = ", ".join(f"{field}={value}" for field, value in sizes.items())
+    return f"{target.path[0]}{''.join(f'[{key!r}]' for key in target.path[1:])}: {kind}({given})"

@@ -1,0 +1,83 @@
+"""The tuner of the GPU kernels: what it tries, how it ranks, what it prints."""
+
+import dataclasses
+
+import pytest
+
+from benchmarks.gpu import tuning
+from benchmarks.gpu.static.measuring import COMPILED, REFUSED, Compiled
+from benchmarks.gpu.static.ptxas import Resources
+from benchmarks.gpu.static.reading import KernelFigures
+from benchmarks.gpu.static.sass import Code, Kernel, Loop
+from pallas_kernels import gpu_chip
+from pallas_kernels.dense import mosaic_gpu_tiles as dense_tiles
+from pallas_kernels.paged import mosaic_gpu_tiles as paged_tiles
+
+H200 = gpu_chip.CHIPS["h200"]
+DENSE = tuning.target_of(tuning.work_of("dense", 128, backward=False, cache_dtype=""))
+DECODE_WORK = tuning.work_of("paged", 128, backward=False, cache_dtype="bfloat16")
+DECODE = tuning.target_of(DECODE_WORK, phase="decode")
+
+
+def found(overlapped, alone, faults=(), name="attnsel_dense_forward_0", verdict=COMPILED):
+    code = Code(100, {"HGMMA.64x128x16": 8}, 1 << 20, {})
+    kernel = Kernel(code, (Loop(code, overlapped, alone),))
+    figures = KernelFigures(name, "mosaic", Resources("sm_90a"), 0, 384, (1,), kernel, faults)
+    return Compiled("w", "ours", {}, "h200", verdict, "too large", (figures,))
+
+
+def test_candidates_fit_shared_memory_and_hold_what_the_table_has():
+    tried = list(DENSE.candidates(H200))
+    assert all(2 * s["stages"] * s["block_kv"] * 256 <= H200.smem_bytes for s in tried)
+    assert {"block_kv": 128, "stages": 3, "turns": True, "tied": False} in tried
+    assert not any(s["block_kv"] == 192 and s["stages"] == 4 for s in tried)
+
+
+def test_a_fault_comes_last_and_the_better_loop_first():
+    sizes = next(DENSE.candidates(H200))
+    good, better, spills, refused = (
+        tuning.judged(DENSE, sizes, compiled)
+        for compiled in (found(1.0, 0.6), found(1.0, 0.66), found(1.0, 0.9, ("spills",)),
+                         found(1.0, 0.9, verdict=REFUSED))
+    )  # fmt: skip
+    order = tuning.ranked([spills, good, refused, better], waits_for_bytes=False)
+    assert order[:2] == [better, good]
+    assert refused.faults == ("too large",)
+    other = tuning.judged(DENSE, sizes, found(1.0, 1.0, name="another"))
+    assert other.faults, "a kernel that is not the entry's says nothing of it"
+
+
+def test_decoding_needs_bytes_in_flight_before_a_better_loop():
+    few = tuning.Candidate({}, (), 1.0, 0.9, tuning.IN_FLIGHT - 1)
+    enough = dataclasses.replace(few, alone=0.5, in_flight=tuning.IN_FLIGHT)
+    assert tuning.ranked([few, enough], waits_for_bytes=True) == [enough, few]
+    assert tuning.ranked([few, enough], waits_for_bytes=False) == [few, enough]
+
+
+def test_a_row_reads_as_the_table_s_and_is_used_in_its_place(monkeypatch):
+    sizes = {"block_kv": 64, "stages": 2, "turns": False, "tied": True}
+    assert tuning.row(DENSE, sizes) == (
+        "TILES[(9, 0)][(128, 128)]['plain']: Tiles(block_kv=64, stages=2, turns=False, tied=True)"
+    )
+    classes = dense_tiles.TILES[9, 0][128, 128]
+    monkeypatch.setitem(classes, "plain", classes["plain"])
+    DENSE.use(sizes)
+    used = dense_tiles.forward_tiles(H200, 128, 128, capped=False, segmented=False)
+    assert used == dense_tiles.Tiles(**sizes)
+    monkeypatch.setitem(paged_tiles.HOPPER[2], 128, paged_tiles.HOPPER[2][128])
+    DECODE.use({"keys": 64, "stages": 6})
+    with gpu_chip.for_chip("h200"):
+        assert paged_tiles.tiles_for_chip(128, 2, added=False).decode.stages == 6
+
+
+def test_what_is_decoded_has_enough_bytes_in_flight_in_the_table():
+    for itemsize, of_size in paged_tiles.HOPPER.items():
+        for size, tiles in of_size.items():
+            phase = tiles.decode
+            in_flight = 2 * itemsize * size * phase.keys * phase.stages
+            assert in_flight >= tuning.IN_FLIGHT, (itemsize, size, in_flight)
+
+
+def test_an_op_without_a_choice_is_refused():
+    with pytest.raises(ValueError, match="op is 'mla', must be one of dense, paged"):
+        tuning.work_of("mla", 576, backward=False, cache_dtype="")
