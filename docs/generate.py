@@ -120,25 +120,37 @@ def meshes() -> str:
     from attnsel_jax.cli.terminal import si
 
     run = json.loads((ROOT / "benchmarks" / "meshes.json").read_text())
+    parts = ("arguments", "outputs", "temporaries")
+
+    def figures(row: dict) -> list[str]:
+        if row["too_much"]:  # the compiler's own words
+            return ["-", "-", f"too much: {row['too_much']}", "-"]
+        memory = [si(row["memory"][part], "B") for part in parts]
+        return [*memory, si(sum(row["sent"].values()), "B")]
+
+    def body(of: tuple[str, bool]) -> list[list[str]]:
+        return [
+            [
+                f"`{row['backend']}`", f"{row['chip']} x {row['devices']}", f"{row['length']:,}",
+                f"`{row['form']}`", *figures(row), si(row["formula"], "B"),
+            ]
+            for row in run["rows"]
+            if (row["op"], row["gradients"]) == of
+        ]  # fmt: skip
+
     shape = ", ".join(f"{name} {value}" for name, value in run["shape"].items())
-    body = [
-        [
-            f"{row['chip']} x {row['devices']}",
-            f"{row['length']:,}",
-            f"`{row['form']}`",
-            *(si(row["memory"][part], "B") for part in ("arguments", "outputs", "temporaries")),
-            si(sum(row["sent"].values()), "B"),
-            si(row["formula"], "B"),
-        ]
-        for row in run["rows"]
-    ]
-    header = ["devices", "length", "form", "arguments", "outputs", "temporaries", "sent", "formula"]
+    header = ["backend", "devices", "length", "form", *parts, "sent", "formula"]
+    works = {
+        "One causal sequence, forward.": ("dense", False),
+        "The same with the gradients of q, k and v.": ("dense", True),
+        "Decoding: one new token of one sequence, whose pages are spread.": ("paged", False),
+        "The same for MLA.": ("mla", False),
+    }
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     return "\n\n".join(
         [
-            f"`{run['command']}`, {run['date']}, {versions}: one causal sequence, backend "
-            f"{run['backend']}, {shape}; bytes of one device.",
-            table(header, body),
+            f"`{run['command']}`, {run['date']}, {versions}: {shape}; bytes of one device.",
+            *(f"{said}\n\n{table(header, body(of))}" for said, of in works.items()),
         ]
     )
 

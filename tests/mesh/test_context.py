@@ -88,9 +88,12 @@ def test_beside_batch_and_heads(form):
     check(problem, mesh(data=2, model=2, seq=2), form, q_len="seq", kv_len="seq", **cuts)
 
 
-def test_on_the_reference_backend_and_an_odd_mesh():
-    problem = Problem("causal", "dense", "", dense_inputs, DENSE, gradients=True)
-    check(problem, mesh(seq=3), "ring", "XLA_REFERENCE", q_len="seq", kv_len="seq")
+@pytest.mark.parametrize(("form", "q_len"), [("ring", 24), ("ring", 21), ("all_gather", 21)])
+def test_on_the_reference_backend_and_an_odd_mesh(form, q_len):
+    """Shares of 8, and odd ones of 7, whose halves are not whole: in natural order."""
+    options = DENSE | {"q_len": q_len}
+    problem = Problem("causal", "dense", "", dense_inputs, options, gradients=True)
+    check(problem, mesh(seq=3), form, "XLA_REFERENCE", q_len="seq", kv_len="seq")
 
 
 def with_bias(form, wide, name="XLA_REFERENCE", **options):

@@ -16,6 +16,7 @@ from attnsel_jax.cache_layouts import layout_named
 from attnsel_jax.mesh import groups, over_mesh, spread_pages
 from attnsel_jax.mesh.dimensions import page_counts
 from attnsel_jax.mesh.merging import Partial, nothing
+from attnsel_jax.mesh.positions import pieces
 from attnsel_jax.mesh.ring import _of_logits
 from attnsel_jax.mesh.spread_pages import _whole_pages
 from attnsel_jax.mesh.zigzag import to_zigzag
@@ -93,6 +94,11 @@ def of_first_keys(x, rows, keys):
     return _of_logits(x, rows, keys._replace(start=0))
 
 
+def with_even_shares(device, n, length, zigzag):
+    return [p._replace(start=p.start // length * (length // 2 * 2))
+            for p in pieces(device, n, length, zigzag)]  # fmt: skip
+
+
 class Unturned:
     """A layout whose pages are split into what no turn changes: each slot is the page's first."""
 
@@ -137,6 +143,9 @@ FAULTS = {
     "chunks that are torn": (
         "attnsel_jax.mesh.ring", "in_zigzag", lambda *_: True,
         lambda: around(attention_chunk_size=2),
+    ),
+    "odd shares counted as even ones": (
+        "attnsel_jax.mesh.ring", "pieces", with_even_shares, lambda: around(q_len=20),
     ),
     "queries of every device at 0": (
         "attnsel_jax.mesh.whole_keys", "met", lambda *_: {}, lambda: around("all_gather"),

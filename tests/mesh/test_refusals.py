@@ -80,6 +80,17 @@ def test_positions_that_the_axis_does_not_divide():
     )
 
 
+@pytest.mark.parametrize("form", ["ring", "all_gather", "all_to_all"])
+def test_queries_that_the_axis_does_not_divide(form):
+    on = mesh(False, seq=4)
+    call = dense(ones(1, 10, 4, 8), ones(1, 8, 4, 8), on, context="seq", form=form)
+    refused(
+        call,
+        r"^q_len of q is 10, must be a multiple of 4, the size of mesh axis 'seq': pad "
+        "them and pass query_seq_lengths and key_value_seq_lengths, or cut",
+    )
+
+
 def test_a_dimension_that_is_never_cut():
     on = mesh(model=4)
     call = dense(ones(1, 8, 4, 8), ones(1, 8, 4, 8), on, ((None, None, None, "model"), ()))
