@@ -109,11 +109,11 @@ def _geometry(q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, of_class
     chunks = max(1, min(tiles.block_tokens // page_size, most) // chunk_pages)
     chunks = 1 << (chunks.bit_length() - 1)
     tile_tokens = _tile_tokens(q, tiles)
-    # Heads that are no whole registers: XLA keeps tokens along lanes, and so do prompts.
+    # Heads that are half a register: XLA keeps tokens along lanes, and so do prompts.
     in_columns = (
         of_class.startswith("prefill")
         and mosaic_tpu_prompt.serves(tile_tokens, head_dim)
-        and head_dim % LANES != 0
+        and (head_dim, q.dtype) == (LANES // 2, jnp.bfloat16)
     )
     return Geometry(
         num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
