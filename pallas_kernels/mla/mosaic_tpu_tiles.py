@@ -46,7 +46,7 @@ OTHERS = {
 
 # The same where VMEM is 16 MiB (v4).
 SMALL = {
-    "decode": Tiles(rows=128, block_kv=256, blocks=2, lead=1),
+    "decode": Tiles(rows=128, block_kv=256, blocks=1, lead=1),
     "prefill": Tiles(rows=256, block_kv=256, blocks=1, lead=1),
 }
 
