@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import tpu_chip
 from pallas_kernels.shape_checks import check_positive
 from pallas_kernels.sparse_mla.mosaic_tpu_arguments import check_tiled, quantised
-from pallas_kernels.sparse_mla.mosaic_tpu_attend import Arrays, Sizes, attend_tokens
+from pallas_kernels.sparse_mla.mosaic_tpu_attend import Arrays, Sizes, attend_tokens, factors_of
 from pallas_kernels.sparse_mla.mosaic_tpu_positions import chosen_rows
 from pallas_kernels.sparse_mla.mosaic_tpu_rows import Row, stored_rows, write_rows
 from pallas_kernels.sparse_mla.mosaic_tpu_tiles import tiles
@@ -77,15 +77,14 @@ def sparse_mla_attention(
     )  # fmt: skip
     sizes = Sizes(
         *chosen, num_heads=ql_nope.shape[1], num_keys=gathered.rows.shape[2], row=row,
-        q_dtype=ql_nope.dtype, cache_dtype=latent_pages.dtype, scale=float(scale),
-        soft_cap=soft_cap,
+        q_dtype=ql_nope.dtype, cache_dtype=latent_pages.dtype, soft_cap=soft_cap,
     )  # fmt: skip
     rows = None
     if kv_c is not None:
         rows = stored_rows(*(quantised(x, kv_scale, latent_pages.dtype) for x in (kv_c, k_pe)))
     out, lse, written = _call(
         gathered,
-        jnp.ones((1,), jnp.float32) if kv_scale is None else kv_scale.reshape(1),
+        factors_of(kv_scale, scale, soft_cap),
         slot_mapping, ql_nope, q_pe, rows,
         latent_pages.reshape(-1, row.packed, tpu_chip.LANES), sizes=sizes,
     )  # fmt: skip
@@ -93,11 +92,11 @@ def sparse_mla_attention(
     return out[:, :heads], lse[:, 0, :heads], written.reshape(latent_pages.shape)
 
 
-def _call(gathered, kv_scale, slot_mapping, ql_nope, q_pe, rows, pages, *, sizes):
+def _call(gathered, factors, slot_mapping, ql_nope, q_pe, rows, pages, *, sizes):
     """The `pallas_call`."""
     num_tokens, num_heads, _ = ql_nope.shape
     writes = rows is not None
-    scalars = [gathered.groups, gathered.tokens, kv_scale, *([slot_mapping] if writes else [])]
+    scalars = [gathered.groups, gathered.tokens, factors, *([slot_mapping] if writes else [])]
     arrays = [ql_nope, q_pe, gathered.rows, gathered.bias, *([rows] if writes else []), pages]
     in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
@@ -123,7 +122,7 @@ def _call(gathered, kv_scale, slot_mapping, ql_nope, q_pe, rows, pages, *, sizes
 def _kernel(*refs, sizes: Sizes, writes: bool):
     """The phases of the kernel, one after another."""
     refs = iter(refs)
-    groups, tokens, kv_scale = (next(refs) for _ in range(3))
+    groups, tokens, factors = (next(refs) for _ in range(3))
     slot_mapping = next(refs) if writes else None
     ql_nope, q_pe, rows_at, bias = (next(refs) for _ in range(4))
     rows = next(refs) if writes else None
@@ -132,7 +131,7 @@ def _kernel(*refs, sizes: Sizes, writes: bool):
         write_rows(slot_mapping, rows, pages, sizes.row)
     attend_tokens(
         sizes,
-        Arrays(ql_nope, q_pe, rows_at, bias, pages, out, lse, groups, tokens, kv_scale),
+        Arrays(ql_nope, q_pe, rows_at, bias, pages, out, lse, groups, tokens, factors),
     )
     _blank_padding(out, lse, tokens[0])
 

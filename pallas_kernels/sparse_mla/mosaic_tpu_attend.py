@@ -39,7 +39,7 @@ class Sizes:
         num_keys: of a list, whole groups.
         row: of the cache.
         q_dtype, cache_dtype: of queries and output; of the rows as they are stored.
-        scale, soft_cap: of the logits.
+        soft_cap: of the logits.
     """
 
     block_kv: int
@@ -49,7 +49,6 @@ class Sizes:
     row: Row
     q_dtype: jnp.dtype
     cache_dtype: jnp.dtype
-    scale: float
     soft_cap: float | None
 
     @property
@@ -58,8 +57,18 @@ class Sizes:
         return jax.lax.Precision.HIGHEST if self.q_dtype == jnp.float32 else None
 
 
+def factors_of(kv_scale: jax.Array | None, scale: float, soft_cap: float | None) -> jax.Array:
+    """float32 [2]: of products, to base 2 or to what is capped; of the output.
+
+    Made before the kernel: there it would be a product of scalars, which the replay reads as 0.
+    """
+    kv_scale = jnp.ones((), jnp.float32) if kv_scale is None else kv_scale
+    of_products = scale * LOG2_E if soft_cap is None else scale / soft_cap
+    return jnp.stack([kv_scale * of_products, kv_scale])
+
+
 class Arrays(NamedTuple):
-    """The arrays in HBM; and in SMEM the groups of each token, the tokens, the cache's scale."""
+    """The arrays in HBM; and in SMEM the groups of each token, the tokens, `factors_of`."""
 
     ql_nope: Any
     q_pe: Any
@@ -70,7 +79,7 @@ class Arrays(NamedTuple):
     lse: Any
     groups: Any
     tokens: Any
-    kv_scale: Any
+    factors: Any
 
 
 class Cursor(NamedTuple):
@@ -146,7 +155,6 @@ class _Attending:
     def __init__(self, sizes, arrays, scratch):
         self.sizes, self.arrays, self.scratch = sizes, arrays, scratch
         self.num_tokens = arrays.tokens[0]
-        self.factor = sizes.scale * arrays.kv_scale[0]
 
     def run(self) -> None:
         """Fills the pipeline, turns it until every token is through, and empties it."""
@@ -296,12 +304,9 @@ class _Attending:
         products = _dot(scratch.ql_nope[slot], keys[:, : row.rank], (1, 1), sizes.precision)
         rotary = keys[:, row.rank : row.width]
         products += _dot(scratch.q_pe[slot], rotary, (1, 1), sizes.precision)
-        factor = self.factor
-        if sizes.soft_cap is None:
-            logits = products * (factor * LOG2_E)
-        else:
-            capped = jnp.tanh(products * (factor / sizes.soft_cap))
-            logits = capped * (sizes.soft_cap * LOG2_E)
+        logits = products * self.arrays.factors[0]
+        if sizes.soft_cap is not None:
+            logits = jnp.tanh(logits) * (sizes.soft_cap * LOG2_E)
         scratch.logits[block][...] = jnp.where(scratch.bias[block][...] == 0, logits, MASKED)
 
     def _multiply_values(self, block: int) -> None:
@@ -325,7 +330,7 @@ class _Attending:
         pl.when(token >= 2)(lambda: self._each_output(token - 2, _wait))
         m, l = scratch.m[...], scratch.l[...]
         seen = m > 0.5 * MASKED
-        factor = jnp.where(seen, self.arrays.kv_scale[0] / l, 0.0)
+        factor = jnp.where(seen, self.arrays.factors[1] / l, 0.0)
         out = jnp.where(_widened(seen, rank), scratch.acc[...] * _widened(factor, rank), 0.0)
         scratch.out[slot] = out.astype(self.sizes.q_dtype)
         lse = jnp.where(seen, (m + jnp.log2(l)) * LN_2, -jnp.inf)
