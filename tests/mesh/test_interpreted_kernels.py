@@ -31,7 +31,7 @@ def _small_tiles(monkeypatch):
     """Tiles of a size that a small problem has several of."""
     paged = PagedTiles(tile_tokens=32, block_tokens=32, chunk_tokens=16, num_buffers=3)
     monkeypatch.setattr(paged_kernel, "tiles_for", lambda *_: paged)
-    monkeypatch.setattr(mla_kernel, "tiles_for", lambda *_, **__: MlaTiles(32, 64, 3))
+    monkeypatch.setattr(mla_kernel, "tiles_for", lambda *_, **__: MlaTiles(32, 64, 3, 2))
     monkeypatch.setattr(sparse_kernel, "tiles", lambda *_, **__: SparseTiles(32, 2))
     monkeypatch.setattr(mosaic_tpu_indexer, "BLOCK_KV", 128)
 

@@ -67,9 +67,8 @@ def spread_indexer():
 
 def scores_by_rank(kernel, arrays, counts):
     """The scores of what lies here, first page first, wherever in the sequence that page is."""
-    mine, _ = spread_pages._own_pages(
-        arrays, spread_pages._visible_lengths(arrays, causal=True), counts
-    )
+    seen = spread_pages._seen(arrays, causal=True)
+    mine, _ = spread_pages._own_pages(arrays, seen, counts)
     return kernel({n: a for n, a in arrays.items() if n != "num_seqs"} | mine)
 
 
