@@ -18,6 +18,8 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, 
           "f32": 4, "s64": 8, "u64": 8, "f64": 8}  # fmt: skip
 _CALL = re.compile(rf"^\s*(?:ROOT )?%(\S+) = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*)"')
+# One that is cut into fusions stands in each of them.
+_CHAIN = re.compile(r'channel_id=(\d+).*?chain_id="(\w+)"')
 _PRODUCT = re.compile(r" = [^=]*? (?:convolution|dot)\(")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 
@@ -56,7 +58,7 @@ class Collective:
 def collectives_of(text: str) -> list[Collective]:
     """The collectives of a compiled program's text."""
     computations, entry = computations_of(text)
-    return list(_within(computations, entry, 1)) if entry else []
+    return list(_within(computations, entry, 1, set())) if entry else []
 
 
 def sent_bytes(collectives: list[Collective]) -> dict[str, float]:
@@ -67,19 +69,28 @@ def sent_bytes(collectives: list[Collective]) -> dict[str, float]:
     return sent
 
 
-def _within(computations: Computations, name: str, times: int) -> Iterator[Collective]:
-    lines = computations.get(name, [])
+def _within(
+    computations: Computations, where: str, times: int, chains: set[tuple[str, ...]]
+) -> Iterator[Collective]:
+    lines = computations.get(where, [])
     for at, line in enumerate(lines):
         call = _CALL.match(line)
+        chain = call and _CHAIN.search(line)
+        if chain and chain.groups() in chains:
+            continue
+        if chain:
+            chains.add(chain.groups())
         if call:
             name, result, kind, started = call.groups()
             found = _collective(kind, result, bool(started), line, times)
             until = _end(name, lines[at + 1 :]) if started else 0
             between = lines[at + 1 : at + 1 + until]
+            if where.startswith("all-reduce-scatter"):  # a fusion that keeps a share
+                found = dataclasses.replace(found, kind="reduce-scatter", sent=found.sent / 2)
             yield dataclasses.replace(found, beside=_work(computations, between))
             continue
         for other, trips in called(computations, line):
-            yield from _within(computations, other, times * trips)
+            yield from _within(computations, other, times * trips, chains)
 
 
 def _end(name: str, following: Sequence[str]) -> int:

@@ -24,14 +24,21 @@ def all_gather_attention(
     kernel: Kernel, arrays: Arrays, static: dict[str, Any], axis: str, n: int
 ) -> tuple[jax.Array, jax.Array]:
     """Out and lse of this device's queries over all keys; arguments as of `ring_attention`."""
-    whole = {
-        name: jax.lax.all_gather(arrays[name], axis, axis=1, tiled=True)
-        for name in BY_KEY
-        if name in arrays
-    }
+    whole = {name: _gathered(arrays[name], axis) for name in BY_KEY if name in arrays}
     (mine,) = pieces(jax.lax.axis_index(axis), n, arrays["q"].shape[1], zigzag=False)
     (every,) = pieces(jnp.int32(0), n, whole["k"].shape[1], zigzag=False)
     return kernel(arrays | whole | met(arrays, static, mine, every, arrays["q"].shape[0]))
+
+
+def _gathered(x: jax.Array, axis: str) -> jax.Array:
+    """All positions, the second dimension, of what each device has some of.
+
+    They are gathered as rows of a matrix: of more dimensions, TPU compilers make the gradient's
+    reduce-scatter an all-reduce, which sends twice as much (of a matrix too on 16 v6e).
+    """
+    first = jnp.moveaxis(x, 1, 0)
+    rows = jax.lax.all_gather(first.reshape(first.shape[0], -1), axis, axis=0, tiled=True)
+    return jnp.moveaxis(rows.reshape(-1, *first.shape[1:]), 0, 1)
 
 
 def all_to_all_attention(

@@ -58,6 +58,15 @@ def test_heads_and_batch_send_nothing_on_a_tpu_slice():
     assert report.memory["arguments"] == pytest.approx(alone.memory["arguments"] / 8, rel=0.3)
 
 
+def test_gradients_of_gathered_keys_are_scattered_and_not_sent_to_all():
+    needs_compiler("v5e")
+    over = MeshCall(XLA, "dense", {"seq": 4}, context="seq", form="all_gather")
+    report = compile_for("v5e", DENSE, dense_call(), over=over, gradients=True)
+    assert report.compiled, report.refusal
+    kv = 3 * 2 * LOCAL
+    assert report.sent == pytest.approx({"all-gather": kv, "reduce-scatter": kv})
+
+
 def test_a_pallas_kernel_with_heads_cut_and_pages_spread():
     """Opaque to XLA, and it need not know: what is sent is the merge of partial results."""
     needs_compiler("v5e")
@@ -125,6 +134,19 @@ TEXT = """HloModule jit_f
   ROOT %g.2 = f32[32]{0} all-gather(%p), replica_groups=mesh['s'=8] {'s'}
 }, execution_thread="sparsecore"
 
+%start.1 (p: f32[8]) -> f32[32] {
+  ROOT %g.3 = f32[32]{0} all-gather(%p), channel_id=1, replica_groups=mesh['s'=4] {'s'}, frontend_attributes={chain_id="0"}
+}
+
+%done.1 (p: f32[8]) -> f32[32] {
+  ROOT %g.4 = f32[32]{0} all-gather(%p), channel_id=1, replica_groups=mesh['s'=4] {'s'}, frontend_attributes={chain_id="0"}
+}
+
+%all-reduce-scatter.1 (p: f32[32]) -> f32[8] {
+  %r.2 = f32[32]{0} all-reduce(%p), channel_id=2, replica_groups={{0,1,2,3}}
+  ROOT %d = f32[8]{0} dynamic-slice(%r.2, %i), dynamic_slice_sizes={8}
+}
+
 ENTRY %main (q: f32[2,8]) -> f32[2,8] {
   %while.1 = (s32[], f32[2,8]) while(%t), condition=%cond.1, body=%body.1
   %while.2 = (s32[], f32[2,8]) while(%t), condition=%cond.2, body=%body.1, backend_config={"known_trip_count":{"n":"5"}}
@@ -136,6 +158,9 @@ ENTRY %main (q: f32[2,8]) -> f32[2,8] {
   %c = f32[4] conditional(%w), branch_computations={%branch, %other}
   %o = ((), ()) custom-call-start(), called_computations={%offloaded}
   %u = f32[32] custom-call-update(%o)
+  %f.1 = f32[32] fusion(%z), kind=kCustom, calls=%start.1
+  %f.2 = f32[32] fusion(%f.1), kind=kCustom, calls=%done.1
+  %f.3 = f32[8] fusion(%z), kind=kCustom, calls=%all-reduce-scatter.1
 }
 """  # noqa: E501
 
@@ -152,6 +177,8 @@ def test_collectives_are_read_off_a_program_s_text():
         Collective("reduce-scatter", 4, 1, 96),
         Collective("all-reduce", 4, 1, 42),
         Collective("all-gather", 8, 1, 112),
+        Collective("all-gather", 4, 1, 96),
+        Collective("reduce-scatter", 4, 1, 96),
     ]
     assert sent_bytes(found)["collective-permute"] == 8 * 64 + 2 * 16
     assert collectives_of("") == []
