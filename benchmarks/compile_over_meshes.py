@@ -60,8 +60,8 @@ def formula(op, length, devices, form, gradients, **_):
     exchange of q, kv, out. Backward kv goes on n times, the last for nothing, with the gradients of
     both, float32; dout, dq, dk and dv are exchanged. All-gather: kv reaches n - 1 devices; back,
     their gradients are reduced and scattered; on 16 devices XLA all-reduces them, which is twice
-    as much. All-to-all: an n-th of q, kv and out stays; back, of their gradients. Spread pages: out,
-    its weight and the maximum of a token's heads are all-reduced.
+    as much. All-to-all: an n-th of q, kv and out stays; back, of their gradients. Spread pages:
+    out, its weight and the maximum of a token's heads are all-reduced.
     """
     n = devices
     if form == "spread pages":
