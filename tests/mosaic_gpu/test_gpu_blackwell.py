@@ -86,6 +86,7 @@ def test_a_planted_fault_goes_red(name, monkeypatch, unproved):
     assert compared(case, "b200").verdict == FAIL
 
 
+@pytest.mark.sweep  # alone: what a process compiles after it is compiled for sm_100a too
 @pytest.mark.xfail(strict=True, reason="it compiles, but 48 + 176 bytes of scalars are spilled")
 def test_it_compiles():
     compiles("b200", q_len=1024, kv_len=1024)

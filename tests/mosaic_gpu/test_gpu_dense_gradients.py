@@ -82,7 +82,7 @@ def forgetting(**fields):
 
 
 def without_slope(*args, **kwargs):
-    return mosaic_gpu_weights.weights(*args, **kwargs)._replace(slope=None)
+    return mosaic_gpu_weights.weights(*args, **kwargs | {"sloped": False})._replace(slope=None)
 
 
 def without_delta(w, dp, delta, *, queries):
