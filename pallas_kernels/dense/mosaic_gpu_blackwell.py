@@ -107,6 +107,7 @@ def check_proved(static: Static, x: Operands) -> None:
     rules = (
         ("head_dim/head_dim_v", "{}/{}".format(*sizes), sizes == (128, 128), "128/128"),
         ("dtype", x.q.dtype.name, x.q.dtype == jnp.bfloat16, "bfloat16"),
+        ("causal", static.causal, static.causal, "True"),
         ("q_offset", static.offset, static.offset == 0, "0"),
         ("sliding_window", window, window is None, "None"),
         ("attention_chunk_size", static.attention_chunk_size, *_none(static.attention_chunk_size)),

@@ -97,6 +97,7 @@ def test_it_compiles():
     [
         ({"dtype": "float16"}, "dtype is float16, must be bfloat16 with compute_capability 10.0"),
         ({"size": 64}, "head_dim/head_dim_v is 64/64, must be 128/128 with"),
+        ({"causal": False}, "causal is False, must be True with"),
         ({"soft_cap": 3.0}, "soft_cap is 3.0, must be None with"),
         ({"q_offset": 3}, "q_offset is 3, must be 0 with"),
         ({"sinks": jnp.zeros((1,), jnp.float32)}, "sinks is given, must be None with"),
@@ -107,7 +108,7 @@ def test_what_is_not_proved_is_refused(arguments, text):
     arguments = dict(arguments)
     x = jnp.zeros((1, 8, 1, arguments.pop("size", 128)), arguments.pop("dtype", "bfloat16"))
     with pytest.raises(ValueError, match=text), gpu_chip.for_chip("b200"):
-        mosaic_gpu.dense_attention(x, x, x, **arguments)
+        mosaic_gpu.dense_attention(x, x, x, **{"causal": True} | arguments)
 
 
 def test_registers_of_a_block_s_roles_fit_what_it_is_launched_with():
