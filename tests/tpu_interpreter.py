@@ -20,6 +20,10 @@ from pallas_kernels import tpu_chip
 fill_gaps()
 
 
+# What a race is raised as, by newer jax and by `tpu_interpreter`.
+RACE = (jax.errors.JaxRuntimeError, AssertionError)
+
+
 class _Tee(io.TextIOBase):
     """Writes on, and remembers whether the interpreter reported a race."""
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from tpu_interpreter import tpu_interpreter
+from tpu_interpreter import RACE, tpu_interpreter
 
 from attnsel_jax.platforms import CHIPS
 from pallas_kernels import tpu_chip
@@ -88,5 +88,5 @@ def test_the_interpreter_reports_a_race():
         copy.wait()
 
     x = jnp.ones((8, 128), jnp.float32)
-    with pytest.raises(Exception, match="RACE DETECTED"), tpu_interpreter():
+    with pytest.raises(RACE, match="RACE DETECTED"), tpu_interpreter():
         call(kernel, pltpu.VMEM((8, 128), jnp.float32), pltpu.SemaphoreType.DMA)(x)
