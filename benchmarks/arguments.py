@@ -8,9 +8,9 @@ import numpy as np
 from attnsel_jax.backend import AttentionBackend
 from attnsel_jax.kv_cache import stored_dtype
 from attnsel_jax.platforms import Device
-from benchmarks.tpu_static import batches
-from benchmarks.tpu_static.batches import Program, floats
-from benchmarks.tpu_static.works import Work
+from benchmarks import batches
+from benchmarks.batches import Program, floats
+from benchmarks.work import Work
 
 LATENT, ROPE = 512, 64
 # What is None where nothing is written.

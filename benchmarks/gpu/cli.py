@@ -14,7 +14,8 @@ from attnsel_jax.cli.terminal import CHECK_FAILED, callers_mistakes, console, pr
 from benchmarks.gpu import measured, page, results, tuning
 from benchmarks.gpu.contenders import CONTENDERS, contender, reason_against
 from benchmarks.gpu.static.measuring import check_compiler, compile_and_read
-from benchmarks.gpu.works import WORKS, Work, named
+from benchmarks.gpu.works import WORKS
+from benchmarks.work import Work, named
 from pallas_kernels import gpu_chip
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="GPU kernels, measured or read.")
@@ -50,7 +51,7 @@ def run(
 ) -> None:
     """On a GPU: checks ours, then times everybody. Without one: what the compiler makes of all."""
     with callers_mistakes():
-        works, names = named(work or ()), list(only or CONTENDERS)
+        works, names = named(WORKS, work or ()), list(only or CONTENDERS)
         for name in names:
             contender(name)
         if static or jax.default_backend() != "gpu":

@@ -10,7 +10,7 @@ import numpy as np
 
 from attnsel_jax.xla import fp8_ds_mla
 from benchmarks.arguments import LATENT, ROPE
-from benchmarks.tpu_static.batches import Program
+from benchmarks.batches import Program
 
 PAST_CACHE = 256 << 20  # bytes: several times the second-level cache of any of these chips
 MOST_SETS = 4

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.gpu import calibration, checks, contenders, racing, results
-from benchmarks.tpu_static.works import Work
+from benchmarks.work import Work
 
 NAME = "gpu"
 COMPILERS = 8

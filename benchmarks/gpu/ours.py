@@ -5,9 +5,9 @@ from typing import Any
 from attnsel_jax.platforms import CHIPS
 from attnsel_jax.registry import AttentionBackendEnum
 from benchmarks.arguments import kernel_program, rejections
+from benchmarks.batches import Program
 from benchmarks.gpu import tuning
-from benchmarks.tpu_static.batches import Program
-from benchmarks.tpu_static.works import Work
+from benchmarks.work import Work
 
 PACKAGE = "attnsel_jax"
 BACKENDS = {

@@ -15,10 +15,10 @@ import numpy as np
 
 from attnsel_jax.compare.comparing import RAISED
 from benchmarks.arguments import WRITTEN, contract_arguments
+from benchmarks.batches import Program
 from benchmarks.gpu import clock, contenders, inputs, ours
 from benchmarks.gpu.sampled import sampled_deviation
-from benchmarks.tpu_static.batches import Program
-from benchmarks.tpu_static.works import Work
+from benchmarks.work import Work
 
 ROUNDS = 5
 # Outputs of two right answers in bfloat16 differ by less than this share of their norm.

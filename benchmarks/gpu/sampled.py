@@ -15,7 +15,7 @@ from attnsel_jax.backend import AttentionBackend
 from attnsel_jax.cache_layouts import LATENT_LAYOUTS, LAYOUTS
 from attnsel_jax.compare.deviations import Deviation, deviation
 from attnsel_jax.compare.expected import expected
-from benchmarks.tpu_static.works import Work
+from benchmarks.work import Work
 
 QUERIES, LATENT_HEADS = 16, 16
 

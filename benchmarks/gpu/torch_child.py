@@ -13,7 +13,7 @@ import sys
 import time
 from typing import Any
 
-from benchmarks.tpu_static.works import Work
+from benchmarks.work import Work
 
 FORMS = {"torch flash": "FLASH_ATTENTION", "torch cudnn": "CUDNN_ATTENTION"}
 ROUNDS, WINDOW_S = 5, 0.03

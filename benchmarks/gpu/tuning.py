@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks.gpu.static.measuring import COMPILED, Compiled
-from benchmarks.tpu_static.works import Work
+from benchmarks.work import Work
 from pallas_kernels.gpu_chip import GpuChip
 
 Sizes = dict[str, Any]

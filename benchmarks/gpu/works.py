@@ -1,12 +1,10 @@
 """What is computed on GPUs: the named works, in the order in which a run takes them.
 
 Operations are counted as 4 B H T S D for a forward pass, half of it when causal, three and a half
-times as much with the backward pass; see `benchmarks.tpu_static.works.Work` for the floors.
+times as much with the backward pass; see `benchmarks.work.Work` for the floors.
 """
 
-from collections.abc import Sequence
-
-from benchmarks.tpu_static.works import Work
+from benchmarks.work import Work
 
 TOKENS = 16384  # of all sequences together, where only the length varies (FlashAttention-3's way)
 
@@ -81,19 +79,3 @@ _LATENT = [
     _latent("sparse_mla_decode", 64, 1, 16384, 2048, "fp8_ds_mla"),
 ]  # fmt: skip
 WORKS: dict[str, Work] = {w.name: w for w in [*_FORWARD, *_PAGED, *_BACKWARD, *_LATENT]}
-
-
-def named(patterns: Sequence[str]) -> list[Work]:
-    """The works whose names are, or begin with, one of these; all where there are none.
-
-    Raises:
-        ValueError: one of them names none.
-    """
-    found: dict[str, Work] = {}
-    for pattern in patterns or ("",):
-        exact = {pattern: WORKS[pattern]} if pattern in WORKS else {}
-        matching = exact or {n: work for n, work in WORKS.items() if n.startswith(pattern)}
-        if not matching:
-            raise ValueError(f"work is {pattern!r}, must be, or begin, one of {', '.join(WORKS)}")
-        found |= matching
-    return list(found.values())

@@ -16,7 +16,7 @@ from jax.experimental import topologies
 from benchmarks.tpu_static.chips import chip_named
 from benchmarks.tpu_static.contenders import program_of
 from benchmarks.tpu_static.stand_ins import recorded, traced_as
-from benchmarks.tpu_static.works import Work
+from benchmarks.work import Work
 from pallas_kernels import tpu_chip
 
 _INSTRUCTION = re.compile(r"%(\S+) = .*?\b([a-z\-]+)\(")

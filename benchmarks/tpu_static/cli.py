@@ -16,7 +16,8 @@ from benchmarks.tpu_static.measuring import MEASURED, Measurement, measure
 from benchmarks.tpu_static.page import COLUMNS, cells
 from benchmarks.tpu_static.results import FOLDER, current
 from benchmarks.tpu_static.running import check_compiler, keep, rows
-from benchmarks.tpu_static.works import WORKS, Work, named
+from benchmarks.tpu_static.works import WORKS
+from benchmarks.work import Work, named
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="TPU kernels measured without a TPU."
@@ -66,7 +67,7 @@ def run(
     with callers_mistakes():
         check_compiler()
         generations = [chip_named(name).generation for name in generation or CHIPS]
-        works, names = named(work or ()), list(only or CONTENDERS)
+        works, names = named(WORKS, work or ()), list(only or CONTENDERS)
         for name in names:
             contender(name)
     found: dict[str, list[dict[str, Any]]] = {}
@@ -112,7 +113,7 @@ def tune(
     with callers_mistakes():
         check_compiler()
         for chip in generation or CHIPS:
-            for this in named(work or ()):
+            for this in named(WORKS, work or ()):
                 _tune(this, chip_named(chip).generation, most, write, cache_dtype)
 
 

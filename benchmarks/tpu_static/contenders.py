@@ -14,8 +14,8 @@ import importlib
 import importlib.util
 from typing import Any, Protocol
 
-from benchmarks.tpu_static.batches import Program
-from benchmarks.tpu_static.works import Work
+from benchmarks.batches import Program
+from benchmarks.work import Work
 
 OURS = "ours"
 CONTENDERS: dict[str, str] = {

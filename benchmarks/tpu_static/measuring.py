@@ -14,7 +14,7 @@ from benchmarks.tpu_static.dump import FLAGS, read_kernels
 from benchmarks.tpu_static.replay import replay
 from benchmarks.tpu_static.schedule import KernelFigures, figures
 from benchmarks.tpu_static.stand_ins import number_of
-from benchmarks.tpu_static.works import Work
+from benchmarks.work import Work
 
 TIMEOUT_S = 300.0
 STOPPED = "stopped after"  # how the reason of what took too long begins

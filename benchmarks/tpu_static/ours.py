@@ -6,9 +6,9 @@ from typing import Any
 from attnsel_jax.platforms import CHIPS
 from attnsel_jax.registry import AttentionBackendEnum
 from benchmarks.arguments import kernel_program, rejections
+from benchmarks.batches import Program
 from benchmarks.tpu_static import tuning
-from benchmarks.tpu_static.batches import Program
-from benchmarks.tpu_static.works import Work
+from benchmarks.work import Work
 from pallas_kernels import tpu_chip
 
 PACKAGE = "attnsel_jax"

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.tpu_static.contenders import contender, is_installed
 from benchmarks.tpu_static.measuring import Measurement, measure
 from benchmarks.tpu_static.results import row, written
-from benchmarks.tpu_static.works import Work
+from benchmarks.work import Work
 
 NOT_INSTALLED, DOES_NOT_SERVE = "not installed", "does not serve"
 

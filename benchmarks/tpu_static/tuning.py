@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 from benchmarks.tpu_static.measuring import MEASURED, Measurement
-from benchmarks.tpu_static.works import Work
+from benchmarks.work import Work
 
 DTYPE = "bfloat16"  # of every work's cache, unless another is asked for
 Sizes = dict[str, int]

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from attnsel_jax.backends.xla import XlaBackend
 from benchmarks.gpu import cli, clock, inputs, measured, ours, page, racing
 from benchmarks.gpu.contenders import CONTENDERS, OURS
-from benchmarks.tpu_static.works import Work
+from benchmarks.work import Work
 
 DENSE = Work("dense", "", "dense", 4, 2, 16, 16, (48,) * 2, (48,) * 2)
 WORKS = {

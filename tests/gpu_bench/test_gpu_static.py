@@ -4,7 +4,8 @@ import pytest
 
 from benchmarks.gpu import page
 from benchmarks.gpu.static import measuring, ptxas, sass
-from benchmarks.gpu.works import WORKS, named
+from benchmarks.gpu.works import WORKS
+from benchmarks.work import named
 
 PTXAS = """
 ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized
@@ -72,11 +73,13 @@ def test_operations_of_an_instruction(name, flops):
 
 
 def test_works_are_named_and_unknown_ones_are_refused():
-    assert named(["paged_decode_1x"]) == [w for n, w in WORKS.items() if "paged_decode_1x" in n]
+    assert named(WORKS, ["paged_decode_1x"]) == [
+        w for n, w in WORKS.items() if "paged_decode_1x" in n
+    ]
     with pytest.raises(
         ValueError, match="work is 'sparsely', must be, or begin, one of dense_d128"
     ):
-        named(["sparsely"])
+        named(WORKS, ["sparsely"])
 
 
 def test_operations_are_counted_as_the_rivals_count_them():

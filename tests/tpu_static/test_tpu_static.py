@@ -28,7 +28,8 @@ from benchmarks.tpu_static.replay import Transfers, _words, replay
 from benchmarks.tpu_static.scalar_code import Operation, ScalarCode, arguments, split
 from benchmarks.tpu_static.schedule import figures
 from benchmarks.tpu_static.stand_ins import number_of, recorded, traced_as
-from benchmarks.tpu_static.works import WORKS, Work, named
+from benchmarks.tpu_static.works import WORKS
+from benchmarks.work import Work, named
 from pallas_kernels.dense import mosaic_tpu_tiles as dense_tiles
 
 SCHEDULE = pathlib.Path(__file__).parent / "schedule"
@@ -205,9 +206,9 @@ def test_the_stated_floors():
 
 
 def test_works_are_named_by_their_beginning():
-    assert [work.name for work in named(["mla"])] == ["mla_decode", "mla_prefill"]
+    assert [work.name for work in named(WORKS, ["mla"])] == ["mla_decode", "mla_prefill"]
     with pytest.raises(ValueError, match="work is 'conv', must be, or begin, one of dense_causal"):
-        named(["conv"])
+        named(WORKS, ["conv"])
 
 
 @pytest.mark.parametrize("name", CONTENDERS)

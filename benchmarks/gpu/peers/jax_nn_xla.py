@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from benchmarks.batches import Program
 from benchmarks.gpu.peers import jax_nn_cudnn
 from benchmarks.gpu.peers.jax_nn_cudnn import jax_nn_program
-from benchmarks.tpu_static.batches import Program
-from benchmarks.tpu_static.works import Work
+from benchmarks.work import Work
 
 PACKAGE = "jax"
 MOST_LOGITS = 1 << 33  # in float32 and their gradients; more is left to others

@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.tpu_static import batches
-from benchmarks.tpu_static.batches import Program, floats
-from benchmarks.tpu_static.works import Work
+from benchmarks import batches
+from benchmarks.batches import Program, floats
+from benchmarks.work import Work
 
 PACKAGE = "jax"
 KEYS = 128  # of a block: twice as many do not fit shared memory at head size 128

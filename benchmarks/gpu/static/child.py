@@ -14,7 +14,7 @@ from jax.experimental import topologies
 
 from attnsel_jax.aot.targets import target_for
 from benchmarks.gpu.contenders import program_of
-from benchmarks.tpu_static.works import Work
+from benchmarks.work import Work
 from pallas_kernels import gpu_chip
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from attnsel_jax.aot.targets import target_for
 from benchmarks.gpu.static import toolkit
 from benchmarks.gpu.static.reading import KernelFigures, read_kernels
-from benchmarks.tpu_static.works import Work
+from benchmarks.work import Work
 from pallas_kernels import gpu_chip
 
 TIMEOUT_S = 300.0

@@ -4,8 +4,8 @@ from typing import Any
 
 import jax
 
-from benchmarks.tpu_static.batches import Program, floats
-from benchmarks.tpu_static.works import Work
+from benchmarks.batches import Program, floats
+from benchmarks.work import Work
 
 PACKAGE = "jax"
 

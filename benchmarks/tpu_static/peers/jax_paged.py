@@ -4,9 +4,9 @@ from typing import Any
 
 import jax
 
-from benchmarks.tpu_static import batches
-from benchmarks.tpu_static.batches import Program, floats
-from benchmarks.tpu_static.works import Work
+from benchmarks import batches
+from benchmarks.batches import Program, floats
+from benchmarks.work import Work
 
 PACKAGE = "jax"
 

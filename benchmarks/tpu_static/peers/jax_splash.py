@@ -4,9 +4,9 @@ from typing import Any
 
 import jax
 
-from benchmarks.tpu_static.batches import Program
+from benchmarks.batches import Program
 from benchmarks.tpu_static.peers.jax_flash import dense_program
-from benchmarks.tpu_static.works import Work
+from benchmarks.work import Work
 
 PACKAGE = "jax"
 

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.tpu_static import batches
-from benchmarks.tpu_static.batches import Program, floats
+from benchmarks import batches
+from benchmarks.batches import Program, floats
 from benchmarks.tpu_static.peers.bare_packages import kernel_module
 from benchmarks.tpu_static.peers.tpu_inference_ragged import distribution
-from benchmarks.tpu_static.works import Work
+from benchmarks.work import Work
 
 PACKAGE = "tpu_inference"
 LATENT, ROPE = 512, 64

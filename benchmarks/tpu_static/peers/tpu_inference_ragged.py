@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.tpu_static import batches
-from benchmarks.tpu_static.batches import Program, floats
+from benchmarks import batches
+from benchmarks.batches import Program, floats
 from benchmarks.tpu_static.peers.bare_packages import kernel_module
-from benchmarks.tpu_static.works import Work
+from benchmarks.work import Work
 
 PACKAGE = "tpu_inference"
 

@@ -5,11 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.tpu_static import batches
-from benchmarks.tpu_static.batches import Program
+from benchmarks import batches
+from benchmarks.batches import Program
 from benchmarks.tpu_static.peers.bare_packages import kernel_module
 from benchmarks.tpu_static.peers.tpu_inference_ragged import ragged_program
-from benchmarks.tpu_static.works import Work
+from benchmarks.work import Work
 
 PACKAGE = "tpu_inference"
 

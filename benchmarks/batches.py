@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.tpu_static.works import Work
+from benchmarks.work import Work
 
 
 @dataclasses.dataclass(frozen=True)
