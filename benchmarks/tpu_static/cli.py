@@ -137,7 +137,7 @@ def _tune(work: Work, generation: str, most: int, write: bool, cache_dtype: str)
         cells_ = said if found.verdict == MEASURED else refused
         shown.add_row(*map(str, sizes.values()), *cells_)
     out.print(shown)
-    if write and best[0][1].verdict == MEASURED and best[0][0] != table.sizes:
+    if write and tuning.is_sure(best[0][1]) and best[0][0] != table.sizes:
         out.print(f"written: {table.write(best[0][0])}")
 
 

@@ -15,7 +15,7 @@ WIDE = 128  # the largest head size that is not wide
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Sizes in queries and keys, all multiples of 128.
+    """Sizes in queries and keys, all multiples of 128, and how many tiles go together.
 
     Attributes:
         block_q: queries of a tile; they lie along lanes.
@@ -23,6 +23,7 @@ class Tiles:
         step_kv: keys that one step multiplies while the tile before is exponentiated.
         major_q: queries in VMEM at a time, a multiple of block_q.
         major_kv: keys in VMEM at a time, a multiple of block_kv.
+        together: tiles that need no mask in one run of code without a branch, an even number.
     """
 
     block_q: int
@@ -30,6 +31,22 @@ class Tiles:
     step_kv: int
     major_q: int
     major_kv: int
+    together: int = 2
+
+    def __post_init__(self) -> None:
+        """Refuses sizes that are not whole.
+
+        Raises:
+            ValueError: a size is no multiple of what it must be one of.
+        """
+        units = {
+            "block_q": LANES, "block_kv": self.step_kv, "step_kv": LANES, "major_q": self.block_q,
+            "major_kv": self.block_kv, "together": 2,
+        }  # fmt: skip
+        for name, unit in units.items():
+            size = getattr(self, name)
+            if size % unit:
+                raise ValueError(f"{name} is {size}, must be a multiple of {unit}")
 
 
 # Measured by replaying the compiled schedule with a model of the DMAs (jax 0.12.0.1, libtpu 0.0.52,
@@ -92,11 +109,11 @@ TILES = {
     ("v5p", "float32", "backward_wide"): Tiles(512, 512, 256, 1024, 1024),
     ("v5p", "float32", "backward_bias"): Tiles(512, 512, 256, 512, 512),
     ("v5p", "float32", "backward_wide_bias"): Tiles(512, 512, 256, 512, 512),
-    ("v6e", "bfloat16", "forward"): Tiles(512, 512, 256, 4096, 4096),
+    ("v6e", "bfloat16", "forward"): Tiles(512, 512, 256, 4096, 4096, 4),
     ("v6e", "bfloat16", "forward_wide"): Tiles(512, 512, 256, 2048, 2048),
     ("v6e", "bfloat16", "forward_bias"): Tiles(512, 512, 256, 1024, 1024),
     ("v6e", "bfloat16", "forward_wide_bias"): Tiles(512, 512, 256, 512, 512),
-    ("v6e", "bfloat16", "backward"): Tiles(512, 512, 256, 4096, 4096),
+    ("v6e", "bfloat16", "backward"): Tiles(512, 512, 256, 4096, 4096, 4),
     ("v6e", "bfloat16", "backward_wide"): Tiles(512, 512, 256, 1024, 1024),
     ("v6e", "bfloat16", "backward_bias"): Tiles(512, 512, 256, 1024, 1024),
     ("v6e", "bfloat16", "backward_wide_bias"): Tiles(512, 512, 256, 512, 512),
@@ -108,11 +125,11 @@ TILES = {
     ("v6e", "float32", "backward_wide"): Tiles(512, 512, 256, 1024, 1024),
     ("v6e", "float32", "backward_bias"): Tiles(512, 512, 256, 512, 512),
     ("v6e", "float32", "backward_wide_bias"): Tiles(512, 512, 256, 512, 512),
-    ("7x", "bfloat16", "forward"): Tiles(512, 512, 256, 4096, 4096),
+    ("7x", "bfloat16", "forward"): Tiles(512, 512, 256, 4096, 4096, 4),
     ("7x", "bfloat16", "forward_wide"): Tiles(512, 512, 256, 2048, 2048),
     ("7x", "bfloat16", "forward_bias"): Tiles(512, 512, 256, 1024, 1024),
     ("7x", "bfloat16", "forward_wide_bias"): Tiles(512, 512, 256, 512, 512),
-    ("7x", "bfloat16", "backward"): Tiles(512, 512, 256, 4096, 4096),
+    ("7x", "bfloat16", "backward"): Tiles(512, 512, 256, 4096, 4096, 4),
     ("7x", "bfloat16", "backward_wide"): Tiles(512, 512, 256, 1024, 1024),
     ("7x", "bfloat16", "backward_bias"): Tiles(512, 512, 256, 1024, 1024),
     ("7x", "bfloat16", "backward_wide_bias"): Tiles(512, 512, 256, 512, 512),
@@ -158,7 +175,8 @@ def fitted(tiles: Tiles, q_len: int, kv_len: int) -> Tiles:
     block_q = min(tiles.block_q, _up(q_len, LANES))
     block_kv = min(tiles.block_kv, _up(kv_len, LANES))
     step_kv = tiles.step_kv if block_kv % tiles.step_kv == 0 else LANES
-    return Tiles(
+    return dataclasses.replace(
+        tiles,
         block_q=block_q,
         block_kv=block_kv,
         step_kv=step_kv,

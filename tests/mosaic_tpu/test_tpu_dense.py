@@ -120,14 +120,20 @@ def test_longer_problems_and_every_gradient_agree_with_the_oracle(case):
     check(case, detect_races=True)
 
 
-def test_tiles_change_no_numbers(monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "tiles"),
+    [({"causal": True, "sliding_window": 200}, Tiles(128, 256, 128, 384, 256)),
+     ({}, Tiles(128, 128, 128, 384, 384, together=4))],
+    ids=["other sizes", "four together, two left over"],
+)  # fmt: skip
+def test_tiles_change_no_numbers(options, tiles, monkeypatch):
     """The same tiles give the same bits; others differ in the order of float32 sums."""
     shape = (1, 300, 1, 64)
     q, k, v, dout = (jax.random.normal(jax.random.key(i), shape) for i in range(4))
 
     def results(times):
         def attend(q, k, v):
-            return mosaic_tpu.dense_attention(q, k, v, causal=True, sliding_window=200)
+            return mosaic_tpu.dense_attention(q, k, v, **options)
 
         @jax.jit
         def both(q, k, v):
@@ -138,19 +144,22 @@ def test_tiles_change_no_numbers(monkeypatch):
             return [[np.asarray(x) for x in both(q, k, v)] for _ in range(times)]
 
     first, second = results(2)
-    use(Tiles(128, 256, 128, 384, 256), monkeypatch)
+    use(tiles, monkeypatch)
     names = ["out", "lse", "dq", "dk", "dv"]
     for name, cut, again, other in zip(names, first, second, *results(1), strict=True):
         np.testing.assert_array_equal(cut, again, err_msg=name)
         np.testing.assert_allclose(other, cut, rtol=2e-5, atol=2e-5, err_msg=name)
 
 
-def test_the_table_s_tiles_are_whole(monkeypatch):
-    monkeypatch.undo()
-    for key, tiles in mosaic_tpu_tiles.TILES.items():
-        assert all(size % 128 == 0 for size in dataclasses.astuple(tiles)), key
-        assert tiles.block_kv % tiles.step_kv == 0, key
-        assert (tiles.major_q % tiles.block_q, tiles.major_kv % tiles.block_kv) == (0, 0), key
+@pytest.mark.parametrize(
+    ("sizes", "text"),
+    [((128, 384, 256, 256, 384), "block_kv is 384, must be a multiple of 256"),
+     ((256, 128, 128, 384, 128), "major_q is 384, must be a multiple of 256"),
+     ((128, 128, 128, 128, 128, 3), "together is 3, must be a multiple of 2")],
+)  # fmt: skip
+def test_tiles_that_are_not_whole_are_refused(sizes, text):
+    with pytest.raises(ValueError, match=text):
+        Tiles(*sizes)
 
 
 def test_the_table_has_every_call_that_is_declared():
@@ -195,7 +204,26 @@ def test_a_work_list_is_the_same_constant_or_computed(options):
 def test_no_tile_is_computed_that_nobody_sees(options, tiles):
     """8 x 8 tiles of 128; a window of 129 reaches one tile back."""
     work = work_list(static(**options), Masks(*[None] * 5))
-    assert work.majors[mosaic_tpu_schedule.COUNT].sum() == tiles
+    kinds = work.majors[[mosaic_tpu_schedule.FREE, mosaic_tpu_schedule.MASKED]]
+    assert kinds.sum() == tiles
+
+
+def test_free_tiles_go_together_and_the_rest_is_masked():
+    """8 x 8 tiles of 128 in one major block: 28 lie below the diagonal; 30 are whole."""
+    tiles = dataclasses.replace(CUT, major_q=1024, major_kv=1024)
+    schedule = mosaic_tpu_schedule
+
+    def of(together, **options):
+        call = static(tiles=dataclasses.replace(tiles, together=together), **options)
+        rows, majors, _ = work_list(call, Masks(*[None] * 5))
+        free = rows[schedule.FREE_STOP] - rows[schedule.FREE_START]
+        assert free.sum() == majors[schedule.FREE].item()
+        return free.tolist(), majors[schedule.MASKED].item()
+
+    assert of(4) == ([0, 1, 2, 3, 4, 5, 6, 7], 8)
+    assert of(6) == ([0, 1, 2, 3, 4, 5, 6, 3], 12)
+    assert of(20) == ([0, 1, 2, 3, 4, 5, 5, 0], 16)
+    assert of(32) == ([0] * 8, 36)
 
 
 def test_major_blocks_that_nobody_sees_are_not_loaded():
