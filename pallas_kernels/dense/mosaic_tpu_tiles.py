@@ -51,15 +51,15 @@ class Tiles:
 
 # Measured by replaying the compiled schedule with a model of the DMAs (jax 0.12.0.1, libtpu 0.0.52,
 # November 2026; nothing of it ran on a TPU), causal, 8 heads, 4096, 128, bfloat16, microseconds on
-# v5e, v6e, 7x.
-#   Forward: these tiles 237, 121, 93. By a prototype that had two tiles of queries in one block of
-# code and no work list, (block_q, block_kv, step_kv): (512, 512, 256) 241, 117, 93; (256, 512, 256)
-# 239, 128, 104; (512, 512, 128) 252, 143, -; (512, 1024, 256) 271, 121, 94; (256, 512, 512) 262,
-# 144, 118; (128, 512, 128) 369, 251, -. Without the two halves in turn (products, softmax): 292,
-# 161, 124.
-#   Backward: these tiles 549, 206, 164. When they took 210 on v6e (before the walk looked ahead):
-# (512, 512, 512) 219; (512, 256, 256) 225; (256, 512, 512) 232; (512, 1024, 256) 232;
-# (1024, 512, 256) 238; (256, 512, 256) 240; (512, 512, 128) 271; major_q 2048 215, 1024 222.
+# v5e, v6e, 7x. What these tiles take is in benchmarks/results/tpu_static.
+#   Forward, by a prototype that had two tiles of queries in one block of code and no work list,
+# (block_q, block_kv, step_kv): (512, 512, 256) 241, 117, 93; (256, 512, 256) 239, 128, 104;
+# (512, 512, 128) 252, 143, -; (512, 1024, 256) 271, 121, 94; (256, 512, 512) 262, 144, 118;
+# (128, 512, 128) 369, 251, -. Without the two halves in turn (products, softmax): 292, 161, 124.
+#   Backward, when these tiles took 210 on v6e, two together: (512, 512, 512) 219; (512, 256, 256)
+# 225; (256, 512, 512) 232; (512, 1024, 256) 232; (1024, 512, 256) 238; (256, 512, 256) 240;
+# (512, 512, 128) 271; major_q 2048 215, 1024 222.
+#   Two, four together: forward 121, 112 on v6e, 93, 85 on 7x; backward 206, 199 and 164, 157.
 TILES = {
     ("v4", "bfloat16", "forward"): Tiles(512, 512, 256, 1024, 1024),
     ("v4", "bfloat16", "forward_wide"): Tiles(512, 512, 256, 1024, 1024),
@@ -77,11 +77,11 @@ TILES = {
     ("v4", "float32", "backward_wide"): Tiles(256, 256, 256, 512, 512),
     ("v4", "float32", "backward_bias"): Tiles(256, 256, 256, 256, 256),
     ("v4", "float32", "backward_wide_bias"): Tiles(256, 256, 256, 256, 256),
-    ("v5e", "bfloat16", "forward"): Tiles(512, 512, 256, 4096, 4096),
+    ("v5e", "bfloat16", "forward"): Tiles(512, 512, 256, 4096, 4096, 4),
     ("v5e", "bfloat16", "forward_wide"): Tiles(512, 512, 256, 2048, 2048),
     ("v5e", "bfloat16", "forward_bias"): Tiles(512, 512, 256, 1024, 1024),
     ("v5e", "bfloat16", "forward_wide_bias"): Tiles(512, 512, 256, 512, 512),
-    ("v5e", "bfloat16", "backward"): Tiles(512, 512, 256, 4096, 4096),
+    ("v5e", "bfloat16", "backward"): Tiles(512, 512, 256, 4096, 4096, 4),
     ("v5e", "bfloat16", "backward_wide"): Tiles(512, 512, 256, 1024, 1024),
     ("v5e", "bfloat16", "backward_bias"): Tiles(512, 512, 256, 1024, 1024),
     ("v5e", "bfloat16", "backward_wide_bias"): Tiles(512, 512, 256, 512, 512),
