@@ -6,6 +6,7 @@ rows of tiles with nothing, something and everything to see, and odd and even nu
 
 import dataclasses
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,13 @@ from attnsel_jax.backends.mosaic_tpu import MosaicTpuBackend
 from attnsel_jax.compare.comparison import PASS
 from attnsel_jax.platforms import CHIPS, Device
 from attnsel_jax.problems import QUICK
-from pallas_kernels.dense import mosaic_tpu, mosaic_tpu_schedule, mosaic_tpu_tiles
+from pallas_kernels import masks
+from pallas_kernels.dense import (
+    mosaic_tpu,
+    mosaic_tpu_schedule,
+    mosaic_tpu_tiles,
+    mosaic_tpu_walk,
+)
 from pallas_kernels.dense.mosaic_tpu_schedule import Masks, Static, work_list
 from pallas_kernels.dense.mosaic_tpu_tiles import Tiles
 
@@ -224,6 +231,45 @@ def test_free_tiles_go_together_and_the_rest_is_masked():
     assert of(6) == ([0, 1, 2, 3, 4, 5, 6, 3], 12)
     assert of(20) == ([0, 1, 2, 3, 4, 5, 5, 0], 16)
     assert of(32) == ([0] * 8, 36)
+
+
+@pytest.mark.parametrize("together", [2, 4])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"causal": False, "kv_len": 900}, {"sliding_window": (300, 100), "causal": False},
+     {"attention_chunk_size": 300, "q_offset": 77}, {"q_len": 130, "q_offset": 800}],
+    ids=str,
+)  # fmt: skip
+def test_a_walk_meets_every_tile_once(options, together, monkeypatch):
+    """By plain numbers: free tiles and masked ones, each of its kind, all that anyone sees."""
+    plain = types.SimpleNamespace(where=lambda condition, a, b: a if condition else b)
+    monkeypatch.setattr(mosaic_tpu_walk, "jnp", plain)
+    call = static(tiles=Tiles(128, 128, 128, 1024, 512, together), **options)
+    work, schedule = work_list(call, Masks(*[None] * 5)), mosaic_tpu_schedule
+    some, every = np.zeros((2, call.q_majors * call.rows, call.kv_majors * call.columns), bool)
+    for i, j in np.ndindex(call.q_majors, call.kv_majors):
+        walk = mosaic_tpu_walk.Walk(call, work, 0, i, j)
+        for masked, count, first in ((False, schedule.FREE, schedule.FIRST_FREE),
+                                     (True, schedule.MASKED, schedule.FIRST_MASKED)):  # fmt: skip
+            count, row = walk.of_major(count), walk.of_major(first)
+            tile = mosaic_tpu_walk.Tile(row, walk.start_of(row, masked)) if count else None
+            for _ in range(count):
+                at = i * call.rows + tile.row, j * call.columns + tile.column
+                assert not some[at], "met before"
+                some[at], every[at] = True, not masked
+                tile = walk.following(tile, masked)
+    q_pos = call.q_offset + np.arange(some.shape[0] * 128)[:, None]
+    kv_pos = np.arange(some.shape[1] * 128)
+    seen = masks.seen(q_pos, kv_pos, **call.positions)
+    seen = np.broadcast_to(True if seen is None else seen, (q_pos.size, kv_pos.size))
+    exists = (q_pos < call.q_offset + call.q_len) & (kv_pos < call.kv_len)
+
+    def of_tiles(x, reduce):
+        return reduce(x.reshape(some.shape[0], 128, some.shape[1], 128), axis=(1, 3))
+
+    np.testing.assert_array_equal(some, of_tiles(seen & exists, np.any))
+    whole = of_tiles(seen & (kv_pos < call.kv_len), np.all)
+    assert not (every & ~whole).any(), "a tile that needs a mask has none"
 
 
 def test_major_blocks_that_nobody_sees_are_not_loaded():
