@@ -94,8 +94,7 @@ def search(
     tried: dict[tuple[int, ...], float] = {}
 
     def time_of(found: Measurement) -> float:
-        sure = found.verdict == MEASURED and not any(kernel.doubts for kernel in found.kernels)
-        return found.estimated_us if sure else float("inf")
+        return found.estimated_us if is_sure(found) else float("inf")
 
     found = measure(sizes)
     best, best_time = sizes, time_of(found)
@@ -129,11 +128,16 @@ def neighbours(sizes: Sizes) -> list[Sizes]:
     return found
 
 
+def is_sure(found: Measurement) -> bool:
+    """Whether it was measured, and the replay understood all of it."""
+    return found.verdict == MEASURED and not any(kernel.doubts for kernel in found.kernels)
+
+
 def ranked(tried: list[tuple[Sizes, Measurement]]) -> list[tuple[Sizes, Measurement]]:
-    """Candidates by time, then by bytes moved; what was refused comes last."""
+    """Candidates by time, then by bytes moved; what is doubtful or was refused comes last."""
     return sorted(
-        tried, key=lambda pair: (pair[1].verdict != MEASURED, pair[1].estimated_us,
-                                 pair[1].bytes_moved)
+        tried, key=lambda pair: (not is_sure(pair[1]), pair[1].verdict != MEASURED,
+                                 pair[1].estimated_us, pair[1].bytes_moved)
     )  # fmt: skip
 
 

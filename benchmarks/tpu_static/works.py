@@ -1,5 +1,6 @@
 """What is computed on TPUs: the named works, in the order of the tables."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,9 +14,17 @@ def _spread(count: int, low: int, high: int) -> tuple[int, ...]:
     return tuple(int(n) for n in np.random.default_rng(0).permutation(lengths))
 
 
-def _dense(name: str, description: str, *, backward: bool) -> Work:
+def _dense(name: str, heads: tuple[int, int, int]) -> tuple[Work, Work]:
+    """Forward, and forward with backward."""
+    q, kv, size = heads
+    what = f"{q} heads" if q == kv else f"{q} / {kv} heads"
+    description = f"causal, batch 1, {what} of {size}, 4096 tokens"
     lens = (4096,)
-    return Work(name, description, "dense", 8, 8, 128, 128, lens, lens, backward=backward)
+    forward = Work(name, description, "dense", q, kv, size, size, lens, lens)
+    again = "the same, forward and backward"
+    return forward, dataclasses.replace(
+        forward, name=f"{name}_grad", description=again, backward=True
+    )
 
 
 def _prefill(page_size: int, heads: tuple[int, int, int]) -> Work:
@@ -47,8 +56,9 @@ def _latent(
 _D128, _D64 = (32, 8, 128), (64, 8, 64)  # query heads, kv heads, head size
 _PAGES = (16, 64, 256)
 _ALL = (
-    _dense("dense_causal", "causal, batch 1, 8 heads, 4096 tokens, head size 128", backward=False),
-    _dense("dense_causal_grad", "the same, forward and backward", backward=True),
+    *_dense("dense_causal", (8, 8, 128)),
+    *_dense("dense_causal_d64", (16, 16, 64)),
+    *_dense("dense_causal_gqa", (32, 8, 128)),
     *(_prefill(page, _D128) for page in _PAGES),
     *(_decode(page, _D128) for page in _PAGES),
     *(_prefill(page, _D64) for page in (16, 64)),

@@ -405,10 +405,13 @@ def test_the_tuner_writes_the_dense_table():
     assert same == path.read_text()
 
 
-def test_the_tuner_goes_downhill_and_never_takes_what_is_refused():
+def test_the_tuner_goes_downhill_and_never_takes_what_is_refused_or_doubtful():
     def measured(sizes):
         if sizes["rows"] > 256:
             return Measurement("w", "ours", sizes, REFUSED, "too large")
+        if sizes["num_buffers"] > 3:
+            kernel = types.SimpleNamespace(doubts=["read as 0: spop (1)"])
+            return Measurement("w", "ours", sizes, MEASURED, kernels=(kernel,))
         time = abs(sizes["rows"] - 256) + abs(sizes["num_buffers"] - 3)
         return Measurement("w", "ours", sizes, MEASURED, replayed_us=1.0 + time)
 
