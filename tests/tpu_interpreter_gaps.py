@@ -2,9 +2,10 @@
 
 `fill_gaps()` makes `ref.bitcast(dtype).reshape(shape)[...]` readable, and `ref.bitcast(dtype)[...]`
 writable, as Mosaic compiles it: numbers narrower than 32 bits that lie in one sublane are one word,
-the first of them lowest. `pltpu.pack_elementwise` makes such words of two bfloat16. And under `jax.shard_map` it lets a device begin and end a kernel when it likes: as jax has it all
-devices meet before and after each kernel, so a kernel that only some of them run (in a ring, a
-piece of keys that this device's queries do not see) waits for ever. It reaches into `jax._src`:
+the first of them lowest. `pltpu.pack_elementwise` makes such words of two bfloat16. And under
+`jax.shard_map` it lets a device begin and end a kernel when it likes: as jax has it all devices
+meet before and after each kernel, so a kernel that only some of them run (in a ring, a piece of
+keys that this device's queries do not see) waits for ever. It reaches into `jax._src`:
 `tests/mosaic_tpu` and `tests/mesh` say loudly when something has moved.
 """
 
