@@ -423,6 +423,15 @@ def test_the_tuner_goes_downhill_and_never_takes_what_is_refused_or_doubtful():
     assert len(list(tuning.search({"rows": 64, "num_buffers": 2}, measured, most=3))) == 3
 
 
+def test_the_tuner_tries_once_what_changes_nothing():
+    def measured(sizes):
+        return Measurement("w", "ours", sizes, MEASURED, replayed_us=1.0 + abs(sizes["keys"] - 256))
+
+    tried = [sizes for sizes, _ in tuning.search({"rows": 64, "keys": 64}, measured, most=16)]
+    assert [sizes["rows"] for sizes in tried] == [64, 128, 64, 64, 64]
+    assert [sizes["keys"] for sizes in tried] == [64, 64, 128, 256, 512]
+
+
 def test_an_op_without_a_table_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pallas_kernels.dense.mosaic_tpu_tiles", types.ModuleType("t"))
     with pytest.raises(ValueError, match="mosaic_tpu_tiles has no TILES, must have"):
