@@ -64,6 +64,44 @@ def test_it_agrees_with_the_oracle_on_more_shapes(options):
     assert row.verdict == PASS, str(row)
 
 
+# Tiles of four tokens, two multiplied at once; of blocks of 128 keys; the rest gathers.
+MASKED = Tiles(32, 2, reach=1000, rows=64, step_rows=32, masked_kv=128)
+# One gathers; full tiles and a half full one; a tile that is less; a context of three blocks.
+MIXED = {"q_lens": (1, 11, 5, 0, 4), "kv_lens": (150, 70, 7, 9, 300), "pad_tokens": 3}
+MASKED_CASES = {
+    "float32": {},
+    "bfloat16": {"dtype": "bfloat16"},
+    "e4m3-soft-cap": {"cache_dtype": "float8_e4m3fn", "scaled": True, "soft_cap": 5.0,
+                      "q_lens": (8,), "kv_lens": (129,)},
+}  # fmt: skip
+MORE_MASKED = {
+    "masked-only": {"q_lens": (8,), "kv_lens": (256,), "pad_tokens": 0},
+    "longer-contexts-gather": {"topk": 10},
+    "nothing-written": {"writes": False, "dtype": "bfloat16"},
+    "e5m2": {"cache_dtype": "float8_e5m2", "dtype": "bfloat16"},
+    "page-256": {"page_size": 256},
+    "page-16": {"page_size": 16, "dtype": "bfloat16"},
+    "sixteen-heads": {"num_heads": 16, "dtype": "bfloat16"},
+    "forty-heads": {"num_heads": 40},
+    "long-lists": {"topk": 290, "q_lens": (6, 4), "kv_lens": (200, 300)},
+}
+
+
+@pytest.mark.parametrize("options", MASKED_CASES.values(), ids=MASKED_CASES)
+def test_masked_tiles_agree_with_the_oracle(monkeypatch, options):
+    monkeypatch.setattr(mosaic_tpu, "tiles", lambda *_, **__: MASKED)
+    row = interpreted(**MIXED | options)
+    assert row.verdict == PASS, str(row)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("options", MORE_MASKED.values(), ids=MORE_MASKED)
+def test_masked_tiles_agree_with_the_oracle_on_more_shapes(monkeypatch, options):
+    monkeypatch.setattr(mosaic_tpu, "tiles", lambda *_, **__: MASKED)
+    row = interpreted(**MIXED | options)
+    assert row.verdict == PASS, str(row)
+
+
 @pytest.mark.sweep
 @pytest.mark.parametrize("buffers", [3, 4])
 def test_more_buffers_change_nothing(monkeypatch, buffers):
