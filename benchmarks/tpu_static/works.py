@@ -44,6 +44,12 @@ def _latent(
     )
 
 
+def _indexer(name: str, description: str, q_lens: Sequence[int], kv_lens: Sequence[int]) -> Work:
+    return Work(
+        name, description, "indexer_scores", 64, 1, 128, 0, tuple(q_lens), tuple(kv_lens), 64
+    )
+
+
 _D128, _D64 = (32, 8, 128), (64, 8, 64)  # query heads, kv heads, head size
 _PAGES = (16, 64, 256)
 _ALL = (
@@ -63,5 +69,7 @@ _ALL = (
         "sparse_mla_prefill", "the last 256 tokens of 4096, 2048 positions each",
         (256,), (4096,), 2048,
     ),
+    _indexer("indexer_decode", "32 sequences of 8192, 64 index heads", (1,) * 32, (8192,) * 32),
+    _indexer("indexer_prefill", "the last 256 tokens of 4096, 64 index heads", (256,), (4096,)),
 )  # fmt: skip
 WORKS: dict[str, Work] = {work.name: work for work in _ALL}
