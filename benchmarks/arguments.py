@@ -20,6 +20,7 @@ WRITTEN = {
     "mla": ("kv_c", "k_pe", "slot_mapping"),
     "sparse_mla": ("kv_c", "k_pe", "slot_mapping"),
     "indexer_scores": (),
+    "topk_positions": (),
 }
 
 
@@ -64,6 +65,10 @@ def contract_arguments(work: Work, backend: type[AttentionBackend]) -> dict[str,
         return _dense(work)
     if work.op == "indexer_scores":
         return _indexer(work)
+    if work.op == "topk_positions":
+        return {
+            "scores": floats(work.tokens, work.positions, dtype="float32"), "topk": work.topk,
+        }  # fmt: skip
     cache = jax.ShapeDtypeStruct(
         backend.get_kv_cache_shape(
             batches.num_pages(work), work.page_size, work.num_kv_heads, work.head_size,

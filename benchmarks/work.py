@@ -17,7 +17,7 @@ class Work:
 
     Attributes:
         name, description: for tables.
-        op: "dense", "paged", "mla", "sparse_mla" or "indexer_scores".
+        op: "dense", "paged", "mla", "sparse_mla", "indexer_scores" or "topk_positions".
         num_heads, num_kv_heads: of queries, and of keys and values (1 for MLA).
         head_size: of a key; 576 = 512 + 64 for MLA.
         head_size_v: of a value; 512 for MLA, 0 for the indexer, which has none.
@@ -74,6 +74,8 @@ class Work:
     @property
     def flops(self) -> float:
         """Operations of the products; backward: five more for every two, logits recomputed."""
+        if self.op == "topk_positions":
+            return 0.0
         forward = 2.0 * self.num_heads * self.logits * (self.head_size + self.head_size_v)
         return forward * 3.5 if self.backward else forward
 
@@ -84,7 +86,7 @@ class Work:
             writes_cache: the call takes this step's keys and writes them to the cache; else it
                 finds them there, and reads them.
         """
-        if self.op == "indexer_scores":
+        if self.op in ("indexer_scores", "topk_positions"):
             return self._indexer_bytes()
         queries = self.tokens * self.num_heads * (self.head_size + self.head_size_v)
         if self.op == "dense":
@@ -103,11 +105,17 @@ class Work:
         new = self.tokens * (BYTES + of_cache) if writes_cache else 0
         return BYTES * queries + row * (cached * of_cache + new)
 
+    @property
+    def positions(self) -> int:
+        """Positions that a row of the page table can name, each with a score (indexer)."""
+        return max(-(-n // self.page_size) for n in self.kv_lens) * self.page_size
+
     def _indexer_bytes(self) -> float:
-        """Queries, float32 weights and keys in; a float32 score of each position out."""
-        pages = max(-(-n // self.page_size) for n in self.kv_lens)
+        """Float32 scores, out or in; with queries, float32 weights and keys, or positions."""
+        scores = 4 * self.tokens * self.positions
+        if self.op == "topk_positions":
+            return scores + 4 * self.tokens * self.topk
         queries = self.tokens * self.num_heads * (BYTES * self.head_size + 4)
-        scores = 4 * self.tokens * pages * self.page_size
         return queries + BYTES * self.head_size * sum(self.kv_lens) + scores
 
     @property
