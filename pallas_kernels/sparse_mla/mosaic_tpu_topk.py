@@ -184,7 +184,7 @@ def _pass(entries: Entries, apart: int, size: int) -> Entries:
 
 def _shuffled(x: jax.Array, lane: jax.Array, apart: int) -> jax.Array:
     """What lies `apart` lanes away, up or down, so that pairs see each other."""
-    return jnp.take_along_axis(x, lane ^ apart, axis=1)
+    return jnp.take_along_axis(x, lane ^ apart, axis=1, mode="promise_in_bounds")
 
 
 def _is_before(keys, positions, other_keys, other_positions) -> jax.Array:

@@ -198,6 +198,8 @@ def test_works_by_hand():
     assert indexer.flops == 2 * 4 * 128 * (99 + 100 + 20)
     # Bfloat16 queries, float32 weights; every key; a score of each of 7 pages for 3 tokens.
     assert indexer.floor_bytes() == 3 * 4 * (2 * 128 + 4) + 2 * 128 * 120 + 4 * 3 * 112
+    topk = Work("w", "", "topk_positions", 1, 1, 0, 0, (2, 1), (100, 20), 16, topk=5)
+    assert (topk.flops, topk.floor_bytes()) == (0, 4 * 3 * (112 + 5))
     assert dense.shape_class == "prefill"
     assert sparse.shape_class == "decode"
 
