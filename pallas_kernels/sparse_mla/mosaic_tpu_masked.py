@@ -175,6 +175,7 @@ class _Pass:
     def __init__(self, sizes, arrays, scratch):
         self.sizes, self.arrays, self.scratch = sizes, arrays, scratch
         self.tiles, self.num_tiles = arrays.tiles, arrays.tiles.number[0]
+        self.factors = [arrays.factors[i] for i in range(2)]
         self.parts = range(sizes.block_q // sizes.step_q)
 
     def run(self) -> None:
@@ -327,7 +328,7 @@ class _Pass:
         """Divides, sends a tile's output and lse off, and makes room for the next tile."""
         scratch, sizes, slot = self.scratch, self.sizes, jax.lax.rem(tile, 2)
         pl.when(tile >= 2)(lambda: self._each_output(tile - 2, _wait))
-        out, lse = finished(scratch.running, self.arrays.factors[1])
+        out, lse = finished(scratch.running, self.factors[1])
         scratch.out[slot] = out.astype(sizes.q_dtype).reshape(scratch.out.shape[1:])
         for i in range(sizes.block_q):
             of_token = lse[i * sizes.num_heads : (i + 1) * sizes.num_heads]
@@ -363,9 +364,9 @@ class _Pass:
         """Adds a block to some tokens' running softmax."""
         sizes, scratch, rows = self.sizes, self.scratch, self._rows(part)
         products = scratch.logits[slot][rows]
-        logits = scaled_logits(products, self.arrays.factors[0], sizes.soft_cap)
+        logits = scaled_logits(products, self.factors[0], sizes.soft_cap)
         logits += self._bias(cursor, part)
-        values = scratch.keys[slot][:, : sizes.row.rank]
+        values = scratch.keys[slot].at[:, pl.ds(0, sizes.row.rank)]
         add_block(scratch.running, rows, logits, values, sizes.precision)
 
     def _bias(self, cursor: Cursor, part: int) -> jax.Array:

@@ -34,16 +34,15 @@ def reset(running: Running) -> None:
     running.acc[...] = jnp.zeros_like(running.acc)
 
 
-def add_block(
-    running: Running, rows: Any, logits: jax.Array, values: jax.Array, precision: Any
-) -> None:
+def add_block(running: Running, rows: Any, logits: jax.Array, values: Any, precision: Any) -> None:
     """Adds a block of keys to some of the rows.
 
     Args:
         running: updated.
         rows: index of its rows.
         logits: float32 [rows, block_kv], to base 2; MASKED where a query does not see a key.
-        values: [block_kv, rank] in the dtype of the product.
+        values: reference, [block_kv, rank] in the dtype of the product. It is read last: before the
+            softmax, its registers would be held throughout.
         precision: of the product.
     """
     m_old = running.m[rows]
@@ -52,7 +51,7 @@ def add_block(
     p = jnp.exp2(logits - widened(m_new, logits.shape[1]))
     running.m[rows] = m_new
     running.l[rows] = kept * running.l[rows] + jnp.sum(p, axis=1, keepdims=True)
-    product = dot(p.astype(values.dtype), values, (1, 0), precision)
+    product = dot(p.astype(values.dtype), values[...], (1, 0), precision)
     running.acc[rows] = running.acc[rows] * widened(kept, values.shape[1]) + product
 
 
