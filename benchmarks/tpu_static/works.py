@@ -53,6 +53,17 @@ def _latent(
     )
 
 
+def _indexer(name: str, description: str, q_lens: Sequence[int], kv_lens: Sequence[int]) -> Work:
+    return Work(
+        name, description, "indexer_scores", 64, 1, 128, 0, tuple(q_lens), tuple(kv_lens), 64
+    )
+
+
+def _topk(name: str, description: str, q_lens: Sequence[int], kv_lens: Sequence[int]) -> Work:
+    lens = tuple(q_lens), tuple(kv_lens)
+    return Work(name, description, "topk_positions", 1, 1, 0, 0, *lens, 64, topk=2048)
+
+
 _D128, _D64 = (32, 8, 128), (64, 8, 64)  # query heads, kv heads, head size
 _PAGES = (16, 64, 256)
 _ALL = (
@@ -73,5 +84,9 @@ _ALL = (
         "sparse_mla_prefill", "the last 256 tokens of 4096, 2048 positions each",
         (256,), (4096,), 2048,
     ),
+    _indexer("indexer_decode", "32 sequences of 8192, 64 index heads", (1,) * 32, (8192,) * 32),
+    _indexer("indexer_prefill", "the last 256 tokens of 4096, 64 index heads", (256,), (4096,)),
+    _topk("topk_decode", "the best 2048 of 8192 scores of 32 tokens", (1,) * 32, (8192,) * 32),
+    _topk("topk_prefill", "the best 2048 of 4096 scores of 256 tokens", (256,), (4096,)),
 )  # fmt: skip
 WORKS: dict[str, Work] = {work.name: work for work in _ALL}

@@ -194,6 +194,12 @@ def test_works_by_hand():
     sparse = Work("w", "", "sparse_mla", 4, 1, 576, 512, (1,), (100,), 16, topk=10)
     assert sparse.logits == 10
     assert sparse.floor_bytes() == 2 * (4 * (576 + 512) + 576 * (10 + 2))
+    indexer = Work("w", "", "indexer_scores", 4, 1, 128, 0, (2, 1), (100, 20), 16)
+    assert indexer.flops == 2 * 4 * 128 * (99 + 100 + 20)
+    # Bfloat16 queries, float32 weights; every key; a score of each of 7 pages for 3 tokens.
+    assert indexer.floor_bytes() == 3 * 4 * (2 * 128 + 4) + 2 * 128 * 120 + 4 * 3 * 112
+    topk = Work("w", "", "topk_positions", 1, 1, 0, 0, (2, 1), (100, 20), 16, topk=5)
+    assert (topk.flops, topk.floor_bytes()) == (0, 4 * 3 * (112 + 5))
     assert dense.shape_class == "prefill"
     assert sparse.shape_class == "decode"
 
