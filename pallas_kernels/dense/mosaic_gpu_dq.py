@@ -204,7 +204,9 @@ def _consume(
         plgpu.load(rows.at[numbers], layout=LAYOUTS[0], optimized=False)
         for rows in (x.lse, x.delta)
     )
-    plgpu.barrier_wait(shared.q_full.at[wg])
+    # Sums lie in dout's place: both consumers' dout has arrived before either leaves any there.
+    for i in (wg,) if shared.sums is None else range(CONSUMERS):
+        plgpu.barrier_wait(shared.q_full.at[i])
 
     def step(n, sums):
         k_slot, v_slot = (
