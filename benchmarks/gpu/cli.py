@@ -1,5 +1,6 @@
 """`python -m benchmarks.gpu run | list`: one command, with a GPU or without."""
 
+import os
 import pathlib
 import random
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from attnsel_jax.cli.terminal import CHECK_FAILED, callers_mistakes, console, progress_console
-from benchmarks.gpu import measured, page, results, tuning
+from benchmarks.gpu import measured, page, results, tuning, watching
 from benchmarks.gpu.contenders import CONTENDERS, contender, reason_against
 from benchmarks.gpu.static.measuring import check_compiler, compile_and_read
 from benchmarks.gpu.works import WORKS
@@ -54,6 +55,7 @@ def run(
         works, names = named(WORKS, work or ()), list(only or CONTENDERS)
         for name in names:
             contender(name)
+        os.environ |= watching.MEMORY | os.environ  # what asks for the GPU takes none of its memory
         if static or jax.default_backend() != "gpu":
             check_compiler()
             ok = _static(works, names, chip or [gpu_chip.DEFAULT], output)
@@ -72,7 +74,7 @@ def _measure(works, names, output, seconds: float, seed: int | None) -> bool:
     for row in data["checks"]:
         if row["verdict"] in ("fail", "error"):
             console().print(escape(str(row)))
-    _print(f"{data['device']['kind']}", page.TIMED_COLUMNS, page.timed_rows(data))
+    _print(data["device"].get("kind", "no device"), page.TIMED_COLUMNS, page.timed_rows(data))
     console().print(
         f"calibration {data['calibration']}; PyTorch {data['torch'].get('calibration')}"
     )

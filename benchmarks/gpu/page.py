@@ -108,9 +108,10 @@ def measured_sections(folder: pathlib.Path = FOLDER) -> str:
     sections = []
     for path in sorted(folder.glob("*/gpu.json")):
         data = json.loads(path.read_text())
-        best = ", ".join(f"{value:.0f} {name}" for name, value in data["calibration"].items())
+        found = data["calibration"].items()
+        best = ", ".join(f"{x:.0f} {name}" for name, x in found if not isinstance(x, str))
         sections += [
-            f"### {data['device']['kind']}",
+            f"### {data['device'].get('kind', 'no device')}",
             f"{_made(data)} Calibration: {best} a second.",
             markdown(CHECK_COLUMNS, check_rows(data)),
             markdown(TIMED_COLUMNS, timed_rows(data)),
