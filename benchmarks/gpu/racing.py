@@ -110,6 +110,22 @@ def race(
     return _best(found)
 
 
+def seconds_of(work: Work, name: str, options: dict[str, Any]) -> float:
+    """Seconds of one contender with these options, held to the oracle before.
+
+    Raises:
+        RuntimeError: it is wrong, or did not run.
+    """
+    runner = _compiled(work, name, options)
+    _, wrong = _held_to_the_oracle(work, [runner])
+    if wrong:
+        raise RuntimeError(f"{wrong[0].verdict}: {wrong[0].reason}")
+    sets = _sets(runner)
+    for _ in range(ROUNDS):
+        _time_once(runner, sets)
+    return statistics.median(runner.samples or runner.wall)
+
+
 def _failed(work: Work, runner: _Runner, error: Exception) -> Timing:
     reason = f"{type(error).__name__}: {error}"[:500]
     return Timing(work.name, runner.name, runner.options, FAILED, reason)
@@ -129,8 +145,7 @@ def _result(work, name, options, future) -> _Runner | Timing:
     try:
         return future.result()
     except (*RAISED, ImportError, OSError) as error:
-        reason = f"{type(error).__name__}: {error}"[:500]
-        return Timing(work.name, name, options, FAILED, reason)
+        return Timing(work.name, name, options, FAILED, f"{type(error).__name__}: {error}"[:500])
 
 
 def _held_to_the_oracle(work: Work, runners: list[_Runner]) -> tuple[list[_Runner], list[Timing]]:

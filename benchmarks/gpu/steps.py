@@ -11,10 +11,11 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks.gpu import calibration, checks, racing, results
+from benchmarks.gpu.contenders import OURS
 from benchmarks.work import Work
 
 COMPILERS = 8
@@ -29,9 +30,18 @@ def steps_of(works: list[Work], names: list[str], seed: int) -> list[Step]:
     return [{"kind": "device"}, {"kind": "calibration"}, *of_checks, *races]
 
 
+def tuning_steps(work: Work, candidates: Sequence[dict[str, Any]], phase: str) -> list[Step]:
+    """To time our kernel at a work with each of these sizes."""
+    more = {"phase": phase} if work.op == "paged" else {}
+    of_work = dataclasses.asdict(work)
+    return [{"kind": "tuned", "work": of_work, "options": {"tiles": sizes} | more}
+            for sizes in candidates]  # fmt: skip
+
+
 def name_of(step: Step) -> str:
     """A step in words."""
-    more = {"check": step.get("at"), "race": step.get("work", {}).get("name")}
+    more = {"check": step.get("at"), "race": step.get("work", {}).get("name"),
+            "tuned": step.get("options")}  # fmt: skip
     return f"{step['kind']} {more.get(step['kind'], '')}".strip()
 
 
@@ -69,14 +79,16 @@ def take(step: Step) -> Iterator[Found]:
     elif step["kind"] == "check":
         for row in checks.check(step["at"], step["seed"]):
             yield "checks", row
+    elif step["kind"] == "tuned":
+        yield "tuned", {"seconds": racing.seconds_of(_work(step), OURS, step["options"])}
     else:
-        given = {name: _tuples(value) for name, value in step["work"].items()}
-        for timing in racing.race(Work(**given), step["names"], _pool()):
+        for timing in racing.race(_work(step), step["names"], _pool()):
             yield "timings", dataclasses.asdict(timing) | {"clocks_differ": timing.clocks_differ}
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _work(step: Step) -> Work:
+    given = {n: tuple(x) if isinstance(x, list) else x for n, x in step["work"].items()}
+    return Work(**given)
 
 
 @functools.cache
