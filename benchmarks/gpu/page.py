@@ -120,8 +120,12 @@ def measured_sections(folder: pathlib.Path = FOLDER) -> str:
 
 
 def _made(data: Mapping[str, Any]) -> str:
+    """How a file was made; `renewed` says so of the rows of those that a later run renewed."""
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
-    return f"`{data['command']}`, {data['date'][:10]}, {versions}."
+    said = f"`{data['command']}`, {data['date'][:10]}, {versions}."
+    if later := data.get("renewed"):
+        said += f" Rows of ours: {_made(later)}"
+    return said
 
 
 def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:

@@ -10,6 +10,7 @@ import pytest
 from gpu_compiler import compiled_cleanly
 from gpu_interpreter import gpu_interpreter, needs_gpu_interpreter
 
+from attnsel_jax.aot import child
 from attnsel_jax.backends.mosaic_gpu import MosaicGpuBackend
 from attnsel_jax.compare import compare
 from attnsel_jax.compare.comparison import FAIL, PASS
@@ -18,7 +19,6 @@ from attnsel_jax.config import AttentionSelectorConfig
 from attnsel_jax.platforms import Device
 from attnsel_jax.problems import Problem
 from attnsel_jax.problems.dense_inputs import dense_inputs
-from pallas_kernels import gpu_chip
 from pallas_kernels.dense import (
     mosaic_gpu,
     mosaic_gpu_backward,
@@ -186,21 +186,6 @@ def test_tiles_change_no_numbers_and_a_second_call_gives_the_same_bits(monkeypat
     jax.tree.map(np.testing.assert_array_equal, once, gradients()[0])
 
 
-def test_a_bias_s_gradient_that_nobody_asks_for_is_not_computed():
-    q = jnp.ones((1, 8, 1, 64), jnp.bfloat16)
-
-    def loss(q, bias):
-        return mosaic_gpu.dense_attention(q, q, q, bias=bias)[0].astype(jnp.float32).sum()
-
-    with gpu_chip.for_chip("h200"):
-        both, one = (
-            str(jax.jit(jax.grad(loss, which)).trace(q, jnp.zeros((1, 1, 8, 8))).jaxpr)
-            for which in ((0, 1), 0)
-        )
-    assert "attnsel_dense_dbias" in both
-    assert "attnsel_dense_dbias" not in one
-
-
 def test_what_would_spill_is_refused():
     config = AttentionSelectorConfig(
         256, "bfloat16", op="dense", needs_grad=True, has_alibi=True, has_soft_cap=True
@@ -242,7 +227,8 @@ def compiles(sizes, dtype="bfloat16", **features):
         return jax.ShapeDtypeStruct((2, 1101, heads, size), dtype)
 
     arguments = {"q": array(4, sizes[0]), "k": array(2, sizes[0]), "v": array(2, sizes[1])}
-    compiled_cleanly("h200", KERNEL, arguments | {"causal": True} | features, gradients=True)
+    arguments |= {"causal": True} | features
+    return compiled_cleanly("h200", KERNEL, arguments, gradients=True)
 
 
 @pytest.mark.parametrize(
@@ -252,6 +238,15 @@ def compiles(sizes, dtype="bfloat16", **features):
 )
 def test_gradients_compile(sizes):
     compiles(sizes)
+
+
+@pytest.mark.sweep
+def test_a_bias_s_gradient_that_nobody_asks_for_is_dropped(monkeypatch):
+    kernels = ("attnsel_dense_dkv", "attnsel_dense_dbias")
+    for wanted, compiled in ((("q", "k", "v"), [True, False]), (("bias",), [False, True])):
+        monkeypatch.setattr(child, "DIFFERENTIABLE", wanted)
+        text = compiles((64, 64), **biased((1, 4, 1101, 1101))).as_text()
+        assert [name in text for name in kernels] == compiled
 
 
 FEATURES = {
