@@ -88,7 +88,6 @@ def bias_gradient(static: Static, x: Arrays, dtype: Any, tiles: BackwardTiles) -
 
     # In memory, not in the program: a short loop would be unrolled, and spill.
     sharers = jnp.full((1,), static.batch * static.num_q_heads // math.prod(owned), jnp.int32)
-
     tile = functools.partial(swizzled, dtype=x.q.dtype)
     return plgpu.kernel(
         body,
