@@ -15,9 +15,9 @@ weights where the block's rotary keys were, which nobody reads any more, and the
 beside them. Blocks go into every accumulator in their order, so the maximum passes from owner to
 owner, and while one warpgroup computes weights the other one multiplies.
 
-The division of the work (two blocks of keys a step, one for each of two warpgroups; halves of V and
-of the sums; both weights meet both halves) is the one that Li and Liu describe as "seesaw" scheduling
-("A Deep-Dive Into the New Flash MLA Kernel", FlashMLA, docs/20250422-new-kernel-deep-dive.md, 2025).
+The division of the work (two blocks of keys a step, one for each of two warpgroups; halves of V
+and of the sums; both weights meet both halves) is what Li and Liu call "seesaw" scheduling ("A
+Deep-Dive Into the New Flash MLA Kernel", FlashMLA, docs/20250422-new-kernel-deep-dive.md, 2025).
 How weights and maxima pass between the warpgroups, it does not say; this is ours.
 """
 
