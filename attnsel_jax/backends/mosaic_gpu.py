@@ -39,12 +39,12 @@ class MosaicGpuBackend(AttentionBackend):
 
     @classmethod
     def supports_combination(cls, config, device):
-        """No gradient beside bias or slopes; v as k, or 128 by 192; float8 up to head size 128."""
+        """Sizes of v, float8 up to 128; at 256 no gradient with bias and cap, or segments."""
         size, size_v, cache = config.head_size, config.head_size_v, str(config.cache_dtype)
         if config.op == "dense":
-            for name in ("has_bias", "has_alibi"):
-                if config.needs_grad and getattr(config, name):
-                    yield Rejection(name, True, "False with needs_grad")
+            if config.needs_grad and size == 256 and (config.has_bias or config.has_alibi):
+                for name in filter(config.__getattribute__, ("has_soft_cap", "has_segment_ids")):
+                    yield Rejection(name, True, "False with needs_grad, bias, head_size 256")
             if device.compute_capability == AMPERE:
                 if config.needs_grad:
                     yield Rejection("needs_grad", True, "False with compute_capability 8.0")

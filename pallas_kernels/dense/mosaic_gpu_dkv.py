@@ -172,7 +172,13 @@ def block(
 
 
 def _steps(static: Static, at: Place, keys: int, kv_head: jax.Array) -> Steps:
-    """The tiles of queries that see one of `keys` keys from at.key on.
+    """What a block of `keys` keys from at.key on goes through."""
+    first, tiles = seeing_tiles(static, at, keys)
+    return Steps(first, tiles, kv_head * static.group, tiles * static.group)
+
+
+def seeing_tiles(static: Static, at: Place, keys: int) -> tuple[jax.Array, jax.Array]:
+    """(first, how many): the tiles of queries that see one of `keys` keys from at.key on.
 
     The interval of keys that a query sees grows with the query: the first query that sees any is
     the first whose interval ends after at.key, the last one the last whose begins before the end.
@@ -193,8 +199,7 @@ def _steps(static: Static, at: Place, keys: int, kv_head: jax.Array) -> Steps:
         stop = jnp.minimum(stop, end + size - row.offset)
     first = lax.div(first, jnp.int32(TILE))
     tiles = jnp.maximum(lax.div(stop + TILE - 1, jnp.int32(TILE)) - first, 0)
-    tiles = jnp.where((at.key < row.kv_len) & (stop > 0), tiles, 0)
-    return Steps(first, tiles, kv_head * static.group, tiles * static.group)
+    return first, jnp.where((at.key < row.kv_len) & (stop > 0), tiles, 0)
 
 
 def _produce(static: Static, x: Arrays, shared: Shared, at: Place, steps: Steps, kv_head) -> None:
@@ -238,7 +243,8 @@ class _Block(NamedTuple):
 
     def weights(self, n: Any, slot: Any, logits: jax.Array) -> Any:
         """The weights of step n, keys first."""
-        at = self.at._replace(query=self.steps.where(n)[1])
+        head, query = self.steps.where(n)
+        at = self.at._replace(query=query, head=head)
         lse = plgpu.load(self.shared.lse.at[slot], layout=LAYOUTS[1], optimized=False)
         return weights(self.static, self.x, at, logits, lse, queries=1)
 

@@ -295,11 +295,14 @@ FEATURES = (
     {"q_len": 33, "kv_len": 3},
     {"kv_len": 20000},
 )
+ADDED = FEATURES[4] | FEATURES[8]  # a bias and slopes, which spilled where each alone did not
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("features", [*FEATURES, "all"], ids=str)
+@pytest.mark.parametrize(
+    "features", [*FEATURES, ADDED, ADDED | FEATURES[2], ADDED | FEATURES[9], "all"], ids=str
+)
 def test_every_declared_feature_compiles(features, sizes):
     if features == "all":
         features = {}
