@@ -4,10 +4,13 @@ One warpgroup: each of its four warps has 16 of 64 rows. Results of a product be
 operand of the next without leaving the registers, as in FlashAttention-2 (Dao, 2023).
 """
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -30,6 +33,50 @@ def bring(source: Any, target: Any) -> None:
 def arrived(groups: int) -> None:
     """Waits until no more than so many groups are in flight, those sent for last."""
     plgpu.wait_gmem_to_smem(groups)
+
+
+class Ring(NamedTuple):
+    """Tiles that are brought ahead, each into the next of a ring of slots.
+
+    Attributes:
+        stages: slots; one less are on their way while a tile is read.
+        count: int32 []: tiles, which are counted from 0.
+        groups: of `cp.async` that bring a tile.
+        bring: (tile, slot) -> None: sends for a tile.
+    """
+
+    stages: int
+    count: Any
+    groups: int
+    bring: Callable[[Any, Any], None]
+
+    def begin(self) -> None:
+        """Sends for the first tiles; what was sent for before has arrived when it ends."""
+        ahead = self.stages - 1
+        for i in range(ahead):
+            pl.when(i < self.count)(functools.partial(self.bring, jnp.int32(i), i))
+        self._wait(self.count >= ahead)
+
+    def slot_of(self, tile: Any) -> Any:
+        """Where a tile is; sends for the one that the slot read before is for."""
+        slot, ahead = lax.rem(tile, jnp.int32(self.stages)), self.stages - 1
+        more = tile + ahead < self.count
+        pl.when(more)(lambda: self.bring(tile + ahead, free_slot(slot, self.stages)))
+        self._wait(more)
+        return slot
+
+    def _wait(self, more: Any) -> None:
+        """Until all but the newest tiles are there; where no newer were sent for, all."""
+        pl.when(more)(lambda: arrived(self.groups * (self.stages - 1)))
+        pl.when(jnp.logical_not(more))(lambda: arrived(0))
+
+
+def free_slot(slot: Any, stages: int) -> Any:
+    """The slot that no tile is in or on its way to, while this one is read.
+
+    Mosaic GPU puts a barrier before each copy: whoever read it has done so.
+    """
+    return lax.rem(slot + (stages - 1), jnp.int32(stages))
 
 
 def sums(rows: int, columns: int, dtype: Any) -> jax.Array:

@@ -22,7 +22,7 @@ DENSE = Capabilities(
 )
 PAGED = Capabilities(
     **BOTH_OPS | {"head_size": OneOf(64, 80, 96, 128, 192)},  # at 256 no prompt's kernel compiles
-    compute_capability=OneOf(HOPPER),
+    compute_capability=OneOf(AMPERE, HOPPER),
     kv_cache_dtype=OneOf("bfloat16", "float16", "fp8_e4m3", "fp8_e5m2"),
     block_size=OneOf(16, 32, 64, 128, 256),
 )
@@ -32,27 +32,27 @@ AMPERE_HEAD_SIZES, HEAD_SIZES_V = OneOf(64, 96, 128), {192: (128, 192)}  # other
 class MosaicGpuBackend(AttentionBackend):
     """Declares what its kernels honour, and what compiles for these chips."""
 
-    name, family = "MOSAIC_GPU", "standard"
+    name, family, layout, preferred_block_size = "MOSAIC_GPU", "standard", "by_head", 64
     capabilities = {"paged": PAGED, "dense": DENSE}
     kernels = {op: f"pallas_kernels.{op}.mosaic_gpu:{op}_attention" for op in ("paged", "dense")}
-    layout, preferred_block_size = "by_head", 64
 
     @classmethod
     def supports_combination(cls, config, device):
         """No gradient beside bias or slopes; v as k, or 128 by 192; float8 up to head size 128."""
         size, size_v, cache = config.head_size, config.head_size_v, str(config.cache_dtype)
+        if (ampere := device.compute_capability == AMPERE) and size not in AMPERE_HEAD_SIZES:
+            yield Rejection("head_size", size, AMPERE_HEAD_SIZES, "with Ampere, 8.0")
         if config.op == "dense":
             for name in ("has_bias", "has_alibi"):
                 if config.needs_grad and getattr(config, name):
                     yield Rejection(name, True, "False with needs_grad")
-            if device.compute_capability == AMPERE:
-                if config.needs_grad:
-                    yield Rejection("needs_grad", True, "False with compute_capability 8.0")
-                if size not in AMPERE_HEAD_SIZES:
-                    yield Rejection("head_size", size, AMPERE_HEAD_SIZES, "with Ampere, 8.0")
+            if ampere and config.needs_grad:
+                yield Rejection("needs_grad", True, "False with compute_capability 8.0")
             sizes = OneOf(*HEAD_SIZES_V.get(size, (size,)))
             if size_v is not None and size in DENSE.head_size and size_v not in sizes:
                 yield Rejection("head_size_v", size_v, f"{sizes} with head_size {size}")
+        elif ampere and cache.startswith("fp8"):
+            yield Rejection("kv_cache_dtype", cache, DENSE.dtype, "with Ampere: it has no float8")
         elif cache == "bfloat16" and config.dtype == "float16":
             yield Rejection("kv_cache_dtype", cache, OneOf("float16", "fp8_e4m3", "fp8_e5m2"),
                             "bfloat16 would drop three bits of each float16 query")  # fmt: skip

@@ -211,8 +211,8 @@ FAULTS = {
         )[1],
     ),
     "the page table": (
-        mosaic_gpu_pages, "_pages_of",
-        lambda *given, pages=mosaic_gpu_pages._pages_of: pages(*given)[::-1],
+        mosaic_gpu_pages, "pages_of",
+        lambda *given, pages=mosaic_gpu_pages.pages_of: pages(*given)[::-1],
     ),
 }  # fmt: skip
 
