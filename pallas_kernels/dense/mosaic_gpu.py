@@ -229,10 +229,10 @@ def _forward(static: Static, x: Floats, who: Masks):
 def _backward(static: Static, residuals, cotangents):
     x, who, out, lse = residuals
     dout, dlse = cotangents
-    if static.capability != (9, 0):
+    if static.capability not in mosaic_gpu_backward.KERNELS:
         raise ValueError(
-            "compute_capability is {}.{}, must be 9.0 where gradients are taken with MOSAIC_GPU: "
-            "use CUDNN or XLA".format(*static.capability)
+            "compute_capability is {}.{}, must be 8.0 or 9.0 where gradients are taken with "
+            "MOSAIC_GPU: use CUDNN or XLA".format(*static.capability)
         )
     for name, value in (("bias", x.bias), ("alibi_slopes", x.alibi_slopes)):
         if value is not None:

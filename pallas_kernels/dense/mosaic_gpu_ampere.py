@@ -99,23 +99,23 @@ def _stored_width(static: Static) -> int:
     return pl.cdiv(static.head_dim_v, LINE) * LINE
 
 
-def _as_matrices(static: Static, x: Operands) -> Operands:
-    """q, k and v as [batch * length, heads * size], their lengths whole tiles.
+def as_matrix(array: jax.Array, length: int, tile: int) -> jax.Array:
+    """[batch, length or more, heads, size] as [batch * length, heads * size], in whole tiles.
 
     `cp.async` takes two dimensions, and nothing here keeps it from reading past an array's end: a
     length that is not whole tiles is a copy.
     """
+    missing = length + -length % tile - array.shape[1]
+    array = jnp.pad(array, ((0, 0), (0, max(missing, 0)), (0, 0), (0, 0)))
+    array = array[:, : length + -length % tile]
+    return array.reshape(array.shape[0] * array.shape[1], -1)
 
-    def matrix(array, length, tile):
-        missing = length + -length % tile - array.shape[1]
-        array = jnp.pad(array, ((0, 0), (0, max(missing, 0)), (0, 0), (0, 0)))
-        array = array[:, : length + -length % tile]
-        return array.reshape(array.shape[0] * array.shape[1], -1)
 
+def _as_matrices(static: Static, x: Operands) -> Operands:
     return x._replace(
-        q=matrix(x.q, static.q_len, static.block_q),
-        k=matrix(x.k, static.kv_len, static.tiles.block_kv),
-        v=matrix(x.v, static.kv_len, static.tiles.block_kv),
+        q=as_matrix(x.q, static.q_len, static.block_q),
+        k=as_matrix(x.k, static.kv_len, static.tiles.block_kv),
+        v=as_matrix(x.v, static.kv_len, static.tiles.block_kv),
     )
 
 

@@ -1,4 +1,4 @@
-"""The backward of dense attention on Hopper: what surrounds its two kernels.
+"""The backward of dense attention on GPUs: what surrounds its two kernels.
 
     delta = sum(out * dout) - dlse                       one pass of XLA's
     dq           a block owns queries and goes through the keys       `mosaic_gpu_dq`
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.dense import mosaic_gpu_ampere_backward
 from pallas_kernels.dense.mosaic_gpu_dkv import key_gradients
 from pallas_kernels.dense.mosaic_gpu_dq import query_gradients
 from pallas_kernels.dense.mosaic_gpu_geometry import (
@@ -28,6 +29,15 @@ from pallas_kernels.dense.mosaic_gpu_geometry import (
 )
 from pallas_kernels.dense.mosaic_gpu_tiles import backward_tiles
 from pallas_kernels.dense.mosaic_gpu_weights import BLOCK, Arrays
+
+# Compute capability -> who gives dq, and dk with dv.
+KERNELS = {
+    (8, 0): (
+        mosaic_gpu_ampere_backward.query_gradients,
+        mosaic_gpu_ampere_backward.key_gradients,
+    ),
+    (9, 0): (query_gradients, key_gradients),
+}
 
 
 class Gradients(NamedTuple):
@@ -64,11 +74,11 @@ def backward(
         dsinks = -jnp.sum(share * delta, axis=(0, 1))
     padded = {name: in_whole_tiles_of_rows(getattr(x, name)) for name in ("q", "k", "v", "dout")}
     x = x._replace(**padded)
-    tiles = backward_tiles(
-        static.head_dim, capped=static.soft_cap is not None, segmented=static.segments
-    )
-    dq = query_gradients(static, x, tiles)
-    dk, dv = key_gradients(static, x, tiles)
+    capped, segmented = static.soft_cap is not None, static.segments
+    tiles = backward_tiles(static.capability, static.head_dim, capped=capped, segmented=segmented)
+    of_queries, of_keys = KERNELS[static.capability]
+    dq = of_queries(static, x, tiles)
+    dk, dv = of_keys(static, x, tiles)
     dk, dv = (gradient[:, : static.kv_len] for gradient in (dk, dv))
     return Gradients(dq[:, : static.q_len], dk, dv, dsinks)
 

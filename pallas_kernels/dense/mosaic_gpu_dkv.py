@@ -147,7 +147,7 @@ def block(
     index, wg = lax.axis_index("block"), lax.axis_index("wg")
     owners = shared.k.shape[0]
     at = Place(b, row_of(static, x.rows, b), jnp.int32(0), index * (owners * TILE))
-    steps = _steps(static, at, owners * TILE, kv_head)
+    steps = steps_of(static, at, owners * TILE, kv_head)
 
     def consume(role: Any, width: int, at: Place, wg: Any) -> None:
         accumulators = [plgpu.ACC((TILE, width), jnp.float32)]
@@ -171,7 +171,7 @@ def block(
         _produce(static, x, shared, at, steps, kv_head)
 
 
-def _steps(static: Static, at: Place, keys: int, kv_head: jax.Array) -> Steps:
+def steps_of(static: Static, at: Place, keys: int, kv_head: jax.Array) -> Steps:
     """The tiles of queries that see one of `keys` keys from at.key on.
 
     The interval of keys that a query sees grows with the query: the first query that sees any is

@@ -17,7 +17,7 @@ from pallas_kernels.contract_checks import check_logit_numbers, check_paged
 from pallas_kernels.masks import Window
 from pallas_kernels.paged import mosaic_gpu_ampere
 from pallas_kernels.paged.mosaic_gpu_decode import decode
-from pallas_kernels.paged.mosaic_gpu_geometry import CHUNK, ROWS, Geometry, Masks, round_up
+from pallas_kernels.paged.mosaic_gpu_geometry import ROWS, Geometry, Masks, round_up
 from pallas_kernels.paged.mosaic_gpu_merge import merge
 from pallas_kernels.paged.mosaic_gpu_prefill import PerHead, prefill
 from pallas_kernels.paged.mosaic_gpu_schedule import Decode, schedule_decode, schedule_prefill
@@ -165,7 +165,8 @@ def _per_head(
 def _prompts(queries, kv_pages, page_table, schedule, heads, geometry):
     """(out, lse) of tokens that are not decoded."""
     # Copies of queries take 64 rows from multiples of 8 on, past the last one too.
-    fewer = max(ROWS, round_up(geometry.num_tokens, CHUNK)) - geometry.num_tokens
+    whole = round_up(geometry.num_tokens, geometry.tiles.alignment)
+    fewer = max(ROWS, whole) - geometry.num_tokens
     queries = jnp.pad(queries, ((0, fewer), (0, 0), (0, 0)))
     _, prefill = KERNELS[gpu_chip.current().capability]
     out, lse = prefill(queries, kv_pages, page_table, schedule, heads, geometry)

@@ -130,7 +130,7 @@ def prefill(
                 block + i * geometry.num_blocks, jnp.int32(0), tiles, geometry
             )
             columns = pl.ds(item.head * head_dim, head_dim)
-            bring(q.at[pl.ds(item.token, ROWS), columns], shared.q)
+            _bring_queries(q, item.token, columns, shared.q, geometry.tiles.alignment)
             described = mosaic_gpu_prefill.rows_of(item, per_head, geometry)
             state = attend_span(
                 item.span, described, cache, shared, geometry.tiles.prefill, geometry
@@ -223,6 +223,15 @@ def _bring_tile(
             page = (side * cache.num_pages + page) * geometry.num_kv_heads + span.kv_head
             row = page * geometry.page_size + offset
             bring(cache.rows.at[pl.ds(row, size)], target.at[slot, pl.ds(j * size, size)])
+
+
+def _bring_queries(q: Any, token: Any, columns: Any, target: Any, size: int) -> None:
+    """Sends for 64 rows of queries, so many at a time, as far as there are any."""
+    for i in range(0, ROWS, size):
+
+        @pl.when(token + i < q.shape[0])
+        def _(i=i):
+            bring(q.at[pl.ds(token + i, size), columns], target.at[pl.ds(i, size)])
 
 
 def _leave_partial(state: State, row: Any, out: Any, lse: Any) -> None:

@@ -27,11 +27,13 @@ class Tiles(NamedTuple):
     Attributes:
         decode, prefill: of each.
         blocks: of a persistent grid that share a core.
+        alignment: tokens that tiles of prompts begin at a multiple of.
     """
 
     decode: Phase
     prefill: Phase
     blocks: int = 1
+    alignment: int = 8
 
 
 # By chip, bytes of a cached number, and head sizes up to the key. Decoding waits for bytes: 1 us of
@@ -61,12 +63,13 @@ ADDED = {
         128: Tiles(Phase(64, 6, 1, tied=True), Phase(64, 4, 1, tied=True)),
     },
 }
-# One warpgroup a block (mma takes 64 rows), and two blocks a core to hide each other's waits.
+# One warpgroup a block (mma takes 64 rows), and two blocks a core to hide each other's waits; no
+# copy of 16 rows of queries, the least that four warps share at any head size, crosses their end.
 AMPERE = {
     2: {
-        64: Tiles(Phase(64, 3, 1), Phase(64, 2, 1), blocks=2),
-        96: Tiles(Phase(64, 2, 1), Phase(64, 2, 1), blocks=2),
-        128: Tiles(Phase(64, 2, 1), Phase(64, 2, 1), blocks=2),
+        64: Tiles(Phase(64, 3, 1), Phase(64, 2, 1), blocks=2, alignment=16),
+        96: Tiles(Phase(64, 2, 1), Phase(64, 2, 1), blocks=2, alignment=16),
+        128: Tiles(Phase(64, 2, 1), Phase(64, 2, 1), blocks=2, alignment=16),
     },
 }
 TILES = {"a100": AMPERE, "h100": HOPPER, "h200": HOPPER}

@@ -94,7 +94,7 @@ def one_tile_less(*args):
     return steps._replace(count=jnp.maximum(steps.count - 1, 0))
 
 
-mosaic_gpu_dkv_steps = mosaic_gpu_dkv._steps
+mosaic_gpu_dkv_steps = mosaic_gpu_dkv.steps_of
 FAULTS = {
     "the causal edge": (PLAIN, mosaic_gpu_backward, "backward", forgetting(causal=False)),
     "the window": (
@@ -104,7 +104,7 @@ FAULTS = {
     "the cap's slope, of keys": (SPLIT, mosaic_gpu_dkv, "weights", without_slope),
     "segments": (SEGMENTS, mosaic_gpu_backward, "backward", forgetting(segments=False)),
     "delta": (PLAIN, mosaic_gpu_dq, "logit_gradients", without_delta),
-    "a tile of queries": (PLAIN, mosaic_gpu_dkv, "_steps", one_tile_less),
+    "a tile of queries": (PLAIN, mosaic_gpu_dkv, "steps_of", one_tile_less),
 }  # fmt: skip
 
 
