@@ -28,6 +28,7 @@ from pallas_kernels.dense.mosaic_gpu_weights import (
     TILE,
     Arrays,
     Place,
+    Weights,
     logit_gradients,
     weights,
 )
@@ -178,6 +179,8 @@ def _dkv_step(
     s = products(left_strips(k, static.head_dim), q)
     w = weights(static, x, at, s, _numbers(x.lse, at.b, head, query, 1), queries=1)
     dv = weighted_sum(dv, w.p, dout, None)
+    if w.slope is not None:  # one tile of registers less beside the next product
+        w = Weights(w.p * w.slope, None)
     dp = products(left_strips(v, static.head_dim_v), dout)
     ds = logit_gradients(w, dp, _numbers(x.delta, at.b, head, query, 1), queries=1)
     return weighted_sum(dk, ds, q, None), dv

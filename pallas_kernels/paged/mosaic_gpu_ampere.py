@@ -38,21 +38,29 @@ from pallas_kernels.paged.mosaic_gpu_attend import (
     seen_of,
     softmax_step,
 )
-from pallas_kernels.paged.mosaic_gpu_geometry import ROWS, Geometry
+from pallas_kernels.paged.mosaic_gpu_geometry import ROWS, Geometry, round_up
 from pallas_kernels.paged.mosaic_gpu_pages import Span, pages_of
 from pallas_kernels.paged.mosaic_gpu_prefill import PerHead
 from pallas_kernels.paged.mosaic_gpu_schedule import Decode, Prefill
 from pallas_kernels.paged.mosaic_gpu_tiles import Phase
 
 F32 = jnp.float32
+LINE = 128  # bytes of a line of the cache
 
 
 class Shared(NamedTuple):
-    """Shared memory: queries [64, head_dim]; keys and values, each [stages, keys, head_dim]."""
+    """A block's shared memory.
+
+    Attributes:
+        q: [64, head_dim].
+        k, v: [stages, keys, head_dim].
+        results: [64, whole lines]: where k is, when the keys are done with.
+    """
 
     q: Any
     k: Any
     v: Any
+    results: Any
 
 
 class Cache(NamedTuple):
@@ -76,7 +84,7 @@ def decode(
     def kernel(*refs):
         q, cache, table, seqs, of_seq, blocks, factor, *more = refs[: len(arrays)]
         out, lse, *shared = refs[len(arrays) :]
-        cache, shared = Cache(cache, kv_pages.shape[1], table), Shared(*shared)
+        cache, shared = Cache(cache, kv_pages.shape[1], table), _shared(*shared)
         block = lax.axis_index("block")
 
         def attend(i, _):
@@ -88,7 +96,10 @@ def decode(
             state = attend_span(
                 item.span, described, cache, shared, geometry.tiles.decode, geometry
             )
-            _leave_partial(state, item.partial_row, out, lse)
+            # Rows of no query are those of the block's next item, or nobody's.
+            partial, log_sum = mosaic_gpu_decode.normalised(state)
+            _store(partial, shared.results, out, item.partial_row, 0)
+            lse[pl.ds(item.partial_row, ROWS)] = log_sum
 
         lax.fori_loop(0, blocks[block, 1], attend, None)
 
@@ -99,7 +110,7 @@ def decode(
             jax.ShapeDtypeStruct((geometry.partial_rows,), F32),
         ],
         kernel_name="paged_decode_ampere",
-        **_launch(geometry.tiles.decode, geometry),
+        **_launch(geometry.tiles.decode, F32, geometry),
     )(*arrays)
 
 
@@ -113,6 +124,7 @@ def prefill(
     behind a sequence's last token may not be stored where the next sequence's results are.
     """
     num_tokens, num_q_heads, head_dim = q.shape
+    width = _stored_width(geometry.out_dtype, geometry)
     queries, cache = q.reshape(num_tokens, -1), kv_pages.reshape(-1, head_dim)
     arrays = [queries, cache, page_table, schedule.tiles, schedule.num_tiles, *heads[:4]]
     arrays += [] if heads.slopes is None else [heads.slopes]
@@ -121,7 +133,7 @@ def prefill(
         q, cache, table, tiles, num_tiles, *per_head = refs[: len(arrays)]
         out, lse, *shared = refs[len(arrays) :]
         per_head = PerHead(*per_head, *[None] * (5 - len(per_head)))
-        cache, shared = Cache(cache, kv_pages.shape[1], table), Shared(*shared)
+        cache, shared = Cache(cache, kv_pages.shape[1], table), _shared(*shared)
         block = lax.axis_index("block")
         left = num_tiles[0] * num_q_heads - block + (geometry.num_blocks - 1)
 
@@ -136,7 +148,7 @@ def prefill(
                 item.span, described, cache, shared, geometry.tiles.prefill, geometry
             )
             o, log_sum = mosaic_gpu_prefill.normalised(state, item, per_head, geometry)
-            out.at[pl.ds(item.tile * ROWS, ROWS), columns][...] = o
+            _store(o, shared.results, out, item.tile * ROWS, item.head * width)
             lse[item.head, item.tile] = log_sum
 
         lax.fori_loop(0, lax.div(left, jnp.int32(geometry.num_blocks)), attend, None)
@@ -145,25 +157,31 @@ def prefill(
     out, lse = plgpu.kernel(
         kernel,
         out_type=[
-            jax.ShapeDtypeStruct((tiles * ROWS, num_q_heads * head_dim), geometry.out_dtype),
+            jax.ShapeDtypeStruct((tiles * ROWS, num_q_heads * width), geometry.out_dtype),
             jax.ShapeDtypeStruct((num_q_heads, tiles, ROWS), F32),
         ],
         kernel_name="paged_prefill_ampere",
-        **_launch(geometry.tiles.prefill, geometry),
+        **_launch(geometry.tiles.prefill, geometry.out_dtype, geometry),
     )(*arrays)
-    return out[schedule.of_token].reshape(-1, num_q_heads, head_dim), lse
+    return out[schedule.of_token].reshape(-1, num_q_heads, width)[..., :head_dim], lse
 
 
-def _launch(sizes: Phase, geometry: Geometry) -> dict[str, Any]:
-    """What both kernels are launched with."""
+def _stored_width(dtype: Any, geometry: Geometry) -> int:
+    """Columns of stored rows: Mosaic GPU stores whole lines only."""
+    return round_up(geometry.head_dim, LINE // jnp.dtype(dtype).itemsize)
+
+
+def _launch(sizes: Phase, out_dtype: Any, geometry: Geometry) -> dict[str, Any]:
+    """What both kernels are launched with; their results have out_dtype."""
 
     def ring(stages, rows):
         return swizzled(*stages, rows, geometry.head_dim, dtype=geometry.dtype,
                         swizzle=swizzle_of(geometry))  # fmt: skip
 
-    stages = (sizes.stages,)
+    tiles = ring((sizes.stages,), sizes.keys)
+    results = swizzled(ROWS, _stored_width(out_dtype, geometry), dtype=out_dtype)
     return {
-        "scratch_types": [ring((), ROWS), ring(stages, sizes.keys), ring(stages, sizes.keys)],
+        "scratch_types": [ring((), ROWS), plgpu.RefUnion(tiles, results), tiles],
         "grid": (geometry.num_blocks,),
         "grid_names": ("block",),
         "compiler_params": plgpu.CompilerParams(
@@ -171,6 +189,11 @@ def _launch(sizes: Phase, geometry: Geometry) -> dict[str, Any]:
             reduction_scratch_bytes=0,  # rows are reduced within a warp
         ),
     }
+
+
+def _shared(q: Any, k_and_results: Any, v: Any) -> Shared:
+    k, results = k_and_results
+    return Shared(q, k, v, results)
 
 
 def swizzle_of(geometry: Geometry) -> int:
@@ -234,9 +257,10 @@ def _bring_queries(q: Any, token: Any, columns: Any, target: Any, size: int) -> 
             bring(q.at[pl.ds(token + i, size), columns], target.at[pl.ds(i, size)])
 
 
-def _leave_partial(state: State, row: Any, out: Any, lse: Any) -> None:
-    """Stores a partial result; rows of no query are the block's next item's, or nobody's."""
-    o, log_sum = mosaic_gpu_decode.normalised(state)
-    place = pl.ds(row, ROWS)
-    out.at[place, pl.ds(0, o.shape[1])][...] = o
-    lse[place] = log_sum
+def _store(rows: jax.Array, staging: Any, out: Any, first_row: Any, first_column: Any) -> None:
+    """Stores 64 rows of results through shared memory, 16 bytes a thread."""
+    width = rows.shape[1]
+    staging.at[:, pl.ds(0, width)][...] = rows
+    layout = plgpu.Layout.SMEM_GMEM_COPY(staging.shape, staging.dtype, SWIZZLE)
+    place = pl.ds(first_row, ROWS), pl.ds(first_column, staging.shape[1])
+    out[place] = plgpu.load(staging, layout=layout)
