@@ -91,7 +91,8 @@ def _sent(token, thread, location, source, target, source_steps, target_steps, s
 
     def arrive():
         value, place = read(source, source_steps)
-        if value is None or value.shape != old.shape:
+        before = any(part.start < 0 for part in place.range if isinstance(part, slice))
+        if before or value is None or value.shape != old.shape:
             raise IndexError(f"cp.async reads outside its array: {place}")
         write(value)
 

@@ -46,8 +46,6 @@ class MosaicGpuBackend(AttentionBackend):
             for name in ("has_bias", "has_alibi"):
                 if config.needs_grad and getattr(config, name):
                     yield Rejection(name, True, "False with needs_grad")
-            if ampere and config.needs_grad:
-                yield Rejection("needs_grad", True, "False with compute_capability 8.0")
             sizes = OneOf(*HEAD_SIZES_V.get(size, (size,)))
             if size_v is not None and size in DENSE.head_size and size_v not in sizes:
                 yield Rejection("head_size_v", size_v, f"{sizes} with head_size {size}")

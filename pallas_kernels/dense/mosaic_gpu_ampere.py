@@ -61,7 +61,7 @@ def forward(static: Static, x: Operands) -> tuple[jax.Array, jax.Array]:
     """
     tiles, dtype = static.tiles, x.q.dtype
     blocks = pl.cdiv(static.q_len, static.block_q)
-    rows, width = blocks * static.block_q, _stored_width(static)
+    rows, width = blocks * static.block_q, stored_width(static.head_dim_v)
     x = _as_matrices(static, x)
     given = Operands(*(field is not None for field in x))
 
@@ -94,9 +94,9 @@ def forward(static: Static, x: Operands) -> tuple[jax.Array, jax.Array]:
     return out[..., : static.head_dim_v], lse
 
 
-def _stored_width(static: Static) -> int:
+def stored_width(size: int) -> int:
     """Columns of a head's results: Mosaic GPU stores whole lines of 128 bytes of 16-bit numbers."""
-    return pl.cdiv(static.head_dim_v, LINE) * LINE
+    return pl.cdiv(size, LINE) * LINE
 
 
 def as_matrix(array: jax.Array, length: int, tile: int) -> jax.Array:

@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.dense.mosaic_gpu_ampere import as_matrix
+from pallas_kernels.dense.mosaic_gpu_ampere import as_matrix, stored_width
 from pallas_kernels.dense.mosaic_gpu_dkv import Steps, steps_of
 from pallas_kernels.dense.mosaic_gpu_dq import seen_tiles
 from pallas_kernels.dense.mosaic_gpu_geometry import Static, row_of
@@ -45,7 +45,7 @@ from pallas_kernels.gpu_mma import (
 
 
 class Shared(NamedTuple):
-    """Two tiles that a block owns, [64, head_dim], and rings of two: [stages, tile, head_dim].
+    """Two tiles that a block owns, [64, whole lines], and rings of two, [stages, tile, head_dim].
 
     dq: q and dout owned, rings of k and v. dk and dv: k and v owned, rings of q and dout.
     """
@@ -93,10 +93,11 @@ def _launched(static: Static, x: Arrays, block: Any, like: Any, ring: Any, name:
     gradients = plgpu.kernel(
         body,
         out_type=tuple(
-            jax.ShapeDtypeStruct((batch * blocks * TILE, heads * a.shape[3]), a.dtype) for a in like
+            jax.ShapeDtypeStruct((batch * blocks * TILE, heads * stored_width(a.shape[3])), a.dtype)
+            for a in like
         ),
         scratch_types=[
-            *(swizzled(TILE, size, dtype=x.q.dtype) for size in sizes),
+            *(swizzled(TILE, stored_width(size), dtype=x.q.dtype) for size in sizes),
             *(swizzled(*ring, size, dtype=x.q.dtype) for size in sizes),
         ],
         grid=(batch, blocks, heads),
@@ -105,7 +106,7 @@ def _launched(static: Static, x: Arrays, block: Any, like: Any, ring: Any, name:
         kernel_name=name,
     )(*(field for field in x if field is not None))
     return tuple(
-        g.reshape(batch, blocks * TILE, heads, a.shape[3])[:, :length]
+        g.reshape(batch, blocks * TILE, heads, -1)[:, :length, :, : a.shape[3]]
         for g, a in zip(gradients, like, strict=True)
     )
 
@@ -117,7 +118,7 @@ def _dq_block(static: Static, x: Arrays, results: Any, shared: Shared) -> None:
         index = pl.cdiv(static.q_len, TILE) - 1 - index
     at = Place(b, row_of(static, x.rows, b), index * TILE, jnp.int32(0))
     kv_head = lax.div(head, jnp.int32(static.group))
-    (q, dout), rings = shared
+    rings, (q, dout) = shared.rings, _without_padding(static, shared.mine)
     keys = rings[0].shape[1]
     tiles = seen_tiles(static, at, TILE, keys)
     _bring(static.q_len, b, at.query, head, (x.q, x.dout), (q, dout))
@@ -141,7 +142,7 @@ def _dq_block(static: Static, x: Arrays, results: Any, shared: Shared) -> None:
 
     acc = sums(TILE, static.head_dim, x.q.dtype)
     acc = lax.fori_loop(0, tiles.count, step, acc)
-    _store(acc * static.scale, static.q_len, b, at.query, head, q, results[0])
+    _store(acc * static.scale, static.q_len, b, at.query, head, shared.mine[0], results[0])
 
 
 def _dkv_block(static: Static, x: Arrays, results: Any, shared: Shared) -> None:
@@ -149,8 +150,8 @@ def _dkv_block(static: Static, x: Arrays, results: Any, shared: Shared) -> None:
     b, kv_head, index = (lax.axis_index(name) for name in ("batch", "head", "block"))
     at = Place(b, row_of(static, x.rows, b), jnp.int32(0), index * TILE)
     steps = steps_of(static, at, TILE, kv_head)
-    (k, v), rings = shared
-    _bring(static.kv_len, b, at.key, kv_head, (x.k, x.v), (k, v))
+    rings, owned = shared.rings, _without_padding(static, shared.mine)
+    _bring(static.kv_len, b, at.key, kv_head, (x.k, x.v), owned)
 
     def bring_tile(n, slot):
         head, query = steps.where(n)
@@ -162,8 +163,8 @@ def _dkv_block(static: Static, x: Arrays, results: Any, shared: Shared) -> None:
     dtype = x.q.dtype
     carry = sums(TILE, static.head_dim, dtype), sums(TILE, static.head_dim_v, dtype)
     dk, dv = lax.fori_loop(0, steps.count, step, carry)
-    _store(dk * static.scale, static.kv_len, b, at.key, kv_head, k, results[0])
-    _store(dv, static.kv_len, b, at.key, kv_head, v, results[1])
+    _store(dk * static.scale, static.kv_len, b, at.key, kv_head, shared.mine[0], results[0])
+    _store(dv, static.kv_len, b, at.key, kv_head, shared.mine[1], results[1])
 
 
 def _dkv_step(
@@ -171,7 +172,7 @@ def _dkv_step(
     carry: Any,
 ) -> Any:  # fmt: skip
     """What a tile of queries adds to dk and dv."""
-    (k, v), (dk, dv) = shared.mine, carry
+    (k, v), (dk, dv) = _without_padding(static, shared.mine), carry
     head, query = steps.where(n)
     slot = ring.slot_of(n)
     q, dout = (tile.at[slot] for tile in shared.rings)
@@ -184,6 +185,12 @@ def _dkv_step(
     dp = products(left_strips(v, static.head_dim_v), dout)
     ds = logit_gradients(w, dp, _numbers(x.delta, at.b, head, query, 1), queries=1)
     return weighted_sum(dk, ds, q, None), dv
+
+
+def _without_padding(static: Static, tiles: tuple[Any, Any]) -> tuple[Any, Any]:
+    """The columns that are brought of a tile of head_dim, and of one of head_dim_v."""
+    first, second = tiles
+    return first.at[:, pl.ds(0, static.head_dim)], second.at[:, pl.ds(0, static.head_dim_v)]
 
 
 def _numbers(rows: Any, b: Any, head: Any, query: Any, axis: int) -> jax.Array:
@@ -205,7 +212,7 @@ def _bring(length: int, b: Any, first: Any, head: Any, sources: Any, targets: An
 
 def _store(acc: jax.Array, length: int, b: Any, first: Any, head: Any, staging: Any, out: Any):
     """A block's 64 rows of a gradient, through shared memory that nobody reads any more."""
-    staging[...] = acc.astype(out.dtype)
+    staging.at[:, pl.ds(0, acc.shape[1])][...] = acc.astype(out.dtype)
     layout = plgpu.Layout.SMEM_GMEM_COPY(staging.shape, staging.dtype, SWIZZLE)
     columns = pl.ds(head * staging.shape[1], staging.shape[1])
     out[_rows(length, b, first, TILE), columns] = plgpu.load(staging, layout=layout)
