@@ -65,7 +65,12 @@ def query_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> jax.Arra
 def key_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> tuple[jax.Array, jax.Array]:
     """Dk and dv, like k and v: `mosaic_gpu_dkv.key_gradients`, on Ampere."""
     return _launched(
-        static, x, _dkv_block, (x.k, x.v), (tiles.q_stages, TILE), "attnsel_dense_dkv_ampere"
+        static,
+        x,
+        _dkv_block,
+        (x.k, x.v),
+        (tiles.q_stages, tiles.block_q),
+        "attnsel_dense_dkv_ampere",
     )
 
 
@@ -129,7 +134,8 @@ def _dq_block(static: Static, x: Arrays, results: Any, shared: Shared) -> None:
 
     ring = Ring(rings[0].shape[0], tiles.count, 2, bring_tile)
     ring.begin()
-    lse, delta = (_numbers(rows, b, head, at.query, 0) for rows in (x.lse, x.delta))
+    numbers = b, head, pl.ds(at.query, TILE)
+    lse, delta = (_load(rows.at[numbers], 0) for rows in (x.lse, x.delta))
 
     def step(n, acc):
         slot = ring.slot_of(n)
@@ -149,7 +155,7 @@ def _dkv_block(static: Static, x: Arrays, results: Any, shared: Shared) -> None:
     """64 keys of a kv head, and the queries of its heads that see them."""
     b, kv_head, index = (lax.axis_index(name) for name in ("batch", "head", "block"))
     at = Place(b, row_of(static, x.rows, b), jnp.int32(0), index * TILE)
-    steps = steps_of(static, at, TILE, kv_head)
+    steps = steps_of(static, at, TILE, kv_head, shared.rings[0].shape[1])
     rings, owned = shared.rings, _without_padding(static, shared.mine)
     _bring(static.kv_len, b, at.key, kv_head, (x.k, x.v), owned)
 
@@ -177,13 +183,15 @@ def _dkv_step(
     slot = ring.slot_of(n)
     q, dout = (tile.at[slot] for tile in shared.rings)
     at = at._replace(query=query)
+    numbers = at.b, head, pl.ds(query, steps.queries)
+    lse, delta = (_load(rows.at[numbers], 1) for rows in (x.lse, x.delta))
     s = products(left_strips(k, static.head_dim), q)
-    w = weights(static, x, at, s, _numbers(x.lse, at.b, head, query, 1), queries=1)
+    w = weights(static, x, at, s, lse, queries=1)
     dv = weighted_sum(dv, w.p, dout, None)
     if w.slope is not None:  # one tile of registers less beside the next product
         w = Weights(w.p * w.slope, None)
     dp = products(left_strips(v, static.head_dim_v), dout)
-    ds = logit_gradients(w, dp, _numbers(x.delta, at.b, head, query, 1), queries=1)
+    ds = logit_gradients(w, dp, delta, queries=1)
     return weighted_sum(dk, ds, q, None), dv
 
 
@@ -193,9 +201,9 @@ def _without_padding(static: Static, tiles: tuple[Any, Any]) -> tuple[Any, Any]:
     return first.at[:, pl.ds(0, static.head_dim)], second.at[:, pl.ds(0, static.head_dim_v)]
 
 
-def _numbers(rows: Any, b: Any, head: Any, query: Any, axis: int) -> jax.Array:
-    """A number for each of 64 queries, along that axis of a tile."""
-    return plgpu.load(rows.at[b, head, pl.ds(query, TILE)], layout=LAYOUTS[axis], optimized=False)
+def _load(numbers: Any, axis: int) -> jax.Array:
+    """Numbers of queries in GMEM, along that axis of a tile."""
+    return plgpu.load(numbers, layout=LAYOUTS[axis], optimized=False)
 
 
 def _rows(length: int, b: Any, first: Any, count: int) -> Any:

@@ -131,11 +131,12 @@ class Steps(NamedTuple):
     tiles: jax.Array
     head: jax.Array  # the first of the kv head's
     count: jax.Array  # of all of them together
+    queries: int = TILE  # of a tile
 
     def where(self, n: Any) -> tuple[jax.Array, jax.Array]:
         """(query head, first query) of step n."""
         tiles = jnp.maximum(self.tiles, 1)
-        return self.head + lax.div(n, tiles), (self.first + lax.rem(n, tiles)) * TILE
+        return self.head + lax.div(n, tiles), (self.first + lax.rem(n, tiles)) * self.queries
 
 
 def block(
@@ -171,8 +172,10 @@ def block(
         _produce(static, x, shared, at, steps, kv_head)
 
 
-def steps_of(static: Static, at: Place, keys: int, kv_head: jax.Array) -> Steps:
-    """The tiles of queries that see one of `keys` keys from at.key on.
+def steps_of(
+    static: Static, at: Place, keys: int, kv_head: jax.Array, queries: int = TILE
+) -> Steps:
+    """The tiles of so many queries that see one of `keys` keys from at.key on.
 
     The interval of keys that a query sees grows with the query: the first query that sees any is
     the first whose interval ends after at.key, the last one the last whose begins before the end.
@@ -191,10 +194,11 @@ def steps_of(static: Static, at: Place, keys: int, kv_head: jax.Array) -> Steps:
         begin, end = (lax.div(key, jnp.int32(size)) * size for key in (at.key, last_key))
         first = jnp.maximum(first, begin - row.offset)
         stop = jnp.minimum(stop, end + size - row.offset)
-    first = lax.div(first, jnp.int32(TILE))
-    tiles = jnp.maximum(lax.div(stop + TILE - 1, jnp.int32(TILE)) - first, 0)
+    of_tile = jnp.int32(queries)
+    first = lax.div(first, of_tile)
+    tiles = jnp.maximum(lax.div(stop + of_tile - 1, of_tile) - first, 0)
     tiles = jnp.where((at.key < row.kv_len) & (stop > 0), tiles, 0)
-    return Steps(first, tiles, kv_head * static.group, tiles * static.group)
+    return Steps(first, tiles, kv_head * static.group, tiles * static.group, queries)
 
 
 def _produce(static: Static, x: Arrays, shared: Shared, at: Place, steps: Steps, kv_head) -> None:

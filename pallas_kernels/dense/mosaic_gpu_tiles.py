@@ -95,6 +95,7 @@ class BackwardTiles:
         q_stages: query tiles in flight where keys are owned (dk, dv).
         split: dk and dv of the same keys are two warpgroups'.
         tied: whether addresses of what stays are computed in the loops (`gpu_addresses`).
+        block_q: queries of a tile where keys are owned (Ampere).
     """
 
     block_kv: int
@@ -103,6 +104,7 @@ class BackwardTiles:
     q_stages: int
     split: bool
     tied: bool = False
+    block_q: int = 64
 
 
 # The largest head_dim that they are for -> shape class -> tiles, capability 9.0. Above 128, dk and
@@ -128,11 +130,12 @@ BACKWARD_TILES = {
 }
 
 
-# head_dim -> shape class -> tiles, capability 8.0.
+# head_dim -> shape class -> tiles, capability 8.0. From 96 on tiles of 32 let two blocks share a
+# core's memory; at 128 tiles of 64 queries spill beside a soft cap and segments (16 + 12 bytes).
 AMPERE_BACKWARD_TILES = {
     64: {PLAIN: BackwardTiles(64, 2, 2, 2, split=False)},
-    96: {PLAIN: BackwardTiles(32, 2, 2, 2, split=False)},
-    128: {PLAIN: BackwardTiles(32, 2, 2, 2, split=False)},
+    96: {PLAIN: BackwardTiles(32, 2, 2, 2, split=False, block_q=32)},
+    128: {PLAIN: BackwardTiles(32, 2, 2, 2, split=False, block_q=32)},
 }
 
 
