@@ -26,13 +26,12 @@ from pallas_kernels.dense.mosaic_gpu_forward import (
     empty,
     logits,
     normalised,
-    slot_after,
     softmax_step,
 )
 from pallas_kernels.dense.mosaic_gpu_geometry import KeyTiles, Static, key_tiles
 from pallas_kernels.gpu_mma import (
     SWIZZLE,
-    arrived,
+    Ring,
     bring,
     left_strips,
     products,
@@ -42,6 +41,7 @@ from pallas_kernels.gpu_mma import (
 )
 
 LINE = 64  # 16-bit numbers of a line of the cache
+KEPT = 128  # the largest head size whose queries stay in registers
 
 
 class Shared(NamedTuple):
@@ -64,6 +64,7 @@ def forward(static: Static, x: Operands) -> tuple[jax.Array, jax.Array]:
     rows, width = blocks * static.block_q, stored_width(static.head_dim_v)
     x = _as_matrices(static, x)
     given = Operands(*(field is not None for field in x))
+    tile = functools.partial(swizzled, dtype=dtype, swizzle=swizzle_of(static))
 
     def body(*refs):
         refs = list(refs)
@@ -78,9 +79,9 @@ def forward(static: Static, x: Operands) -> tuple[jax.Array, jax.Array]:
             jax.ShapeDtypeStruct((static.batch, static.num_q_heads, rows), jnp.float32),
         ),
         scratch_types=[
-            swizzled(tiles.rows, width, dtype=dtype),
-            swizzled(tiles.stages, tiles.block_kv, static.head_dim, dtype=dtype),
-            swizzled(tiles.stages, tiles.block_kv, static.head_dim_v, dtype=dtype),
+            tile(tiles.rows, max(width, static.head_dim)),
+            tile(tiles.stages, tiles.block_kv, static.head_dim),
+            tile(tiles.stages, tiles.block_kv, static.head_dim_v),
         ],
         grid=(static.batch, blocks, static.num_q_heads),
         grid_names=("batch", "block", "head"),
@@ -119,9 +120,9 @@ def _as_matrices(static: Static, x: Operands) -> Operands:
     )
 
 
-def free_slot(static: Static, slot: Any) -> Any:
-    """The slot that no tile is in or on its way to, while this one is read."""
-    return lax.rem(slot + (static.tiles.stages - 1), jnp.int32(static.tiles.stages))
+def swizzle_of(static: Static) -> int:
+    """Bytes of a head's columns that lie together: head size 80 is not a multiple of 32."""
+    return SWIZZLE if static.head_dim * 2 % SWIZZLE == 0 else SWIZZLE // 2
 
 
 def block(static: Static, x: Operands, out: Any, lse: Any, shared: Shared) -> None:
@@ -130,30 +131,32 @@ def block(static: Static, x: Operands, out: Any, lse: Any, shared: Shared) -> No
     first_row = index * static.block_q
     tiles = key_tiles(static, row, index, (first_row, static.block_q))
     _bring_queries(static, x, shared, b, head, first_row)
-    bring_tile = functools.partial(_bring_tile, static, x, shared, b, head)
-    _bring_first(static, tiles, bring_tile)
-    q = left_strips(shared.q, static.head_dim)
+    bring_tile = functools.partial(_bring_tile, static, x, shared, b, head, tiles.first)
+    ring = Ring(static.tiles.stages, tiles.stop - tiles.first, 2, bring_tile)
+    ring.begin()
+    queries = functools.partial(left_strips, shared.q, static.head_dim, swizzle_of(static))
+    kept = queries() if static.head_dim <= KEPT else None
     weigh = functools.partial(logits, static, x, row, b, head, first_row)
 
     def step(tile, carry, *, masked):
-        acc, state, slot = carry
-        _bring_ahead(static, tiles, tile, slot, bring_tile)
+        acc, state = carry
+        slot = ring.slot_of(tile - tiles.first)
         ids = None
         if static.segments:
             ids = x.kv_segments.at[b, pl.ds(tile * static.tiles.block_kv, static.tiles.block_kv)]
-        y, factor = weigh(products(q, shared.k.at[slot]), tile, ids, masked)
+        y, factor = weigh(products(kept or queries(), shared.k.at[slot]), tile, ids, masked)
         hides = masked or static.segments or static.bias is not None
         p, alpha, state = softmax_step(y, factor, state, may_be_empty=hides)
         seen = _seen_values(static, tiles, tile) if masked else None
         acc = weighted_sum(acc * along(alpha, acc), p, shared.v.at[slot], seen)
-        return acc, state, slot_after(static, slot)
+        return acc, state
 
     masked, bare = (functools.partial(step, masked=flag) for flag in (True, False))
     acc = sums(static.block_q, static.head_dim_v, x.q.dtype)
-    carry = acc, empty(static.block_q), jnp.int32(0)
+    carry = acc, empty(static.block_q)
     carry = lax.fori_loop(tiles.first, tiles.inner, masked, carry)
     carry = lax.fori_loop(tiles.inner, tiles.inner_stop, bare, carry)
-    acc, state, _ = lax.fori_loop(tiles.inner_stop, tiles.stop, masked, carry)
+    acc, state = lax.fori_loop(tiles.inner_stop, tiles.stop, masked, carry)
     o, log_sum = normalised(static, x, acc, state, row, head, first_row)
     lse[b, head, pl.ds(first_row, static.block_q)] = log_sum
     shared.q.at[:, pl.ds(0, static.head_dim_v)][...] = o  # the queries are done with
@@ -177,49 +180,23 @@ def _bring_queries(static: Static, x: Operands, shared: Shared, b, head, first_r
 
 def _store_queries(static: Static, shared: Shared, out: Any, b, head, first_row) -> None:
     """The results as rows of 16 bytes a thread."""
-    width = shared.q.shape[1]
-    layout = plgpu.Layout.SMEM_GMEM_COPY(shared.q.shape, shared.q.dtype, SWIZZLE)
+    width = stored_width(static.head_dim_v)
+    staged = shared.q.at[:, pl.ds(0, width)]
+    shape, dtype = (static.block_q, width), shared.q.dtype
+    layout = plgpu.Layout.SMEM_GMEM_COPY(shape, dtype, swizzle_of(static))
     columns = pl.ds(head * width, width)
-    out[_rows_of(static, b, first_row), columns] = plgpu.load(shared.q, layout=layout)
+    out[_rows_of(static, b, first_row), columns] = plgpu.load(staged, layout=layout)
 
 
-def _bring_tile(static: Static, x: Operands, shared: Shared, b, head, tile, slot) -> None:
-    """A tile's keys and values: two groups."""
+def _bring_tile(static: Static, x: Operands, shared: Shared, b, head, first, n, slot) -> None:
+    """Keys and values of the n-th tile from the first on: two groups."""
     block_kv = static.tiles.block_kv
     in_tiles = pl.cdiv(static.kv_len, block_kv) * block_kv
-    keys = pl.ds(b * in_tiles + tile * block_kv, block_kv)
+    keys = pl.ds(b * in_tiles + (first + n) * block_kv, block_kv)
     kv_head = lax.div(head, jnp.int32(static.group))
     for source, target in ((x.k, shared.k), (x.v, shared.v)):
         size = target.shape[-1]
         bring(source.at[keys, pl.ds(kv_head * size, size)], target.at[slot])
-
-
-def _bring_first(static: Static, tiles: KeyTiles, bring_tile) -> None:
-    """The first tiles, one less than there are stages; the queries are there when it ends."""
-    ahead = static.tiles.stages - 1
-    bring_tile(tiles.first, 0)
-    for i in range(1, ahead):
-
-        @pl.when(tiles.first + i < tiles.stop)
-        def _(i=i):
-            bring_tile(tiles.first + i, i)
-
-    arrived(2)
-
-
-def _bring_ahead(static: Static, tiles: KeyTiles, tile, slot, bring_tile) -> None:
-    """Sends for the tile that the freed slot is for, and waits for this one."""
-    ahead = static.tiles.stages - 1
-    more = tile + ahead < tiles.stop
-
-    @pl.when(more)
-    def _():
-        bring_tile(tile + ahead, free_slot(static, slot))
-        arrived(2 * ahead)
-
-    @pl.when(jnp.logical_not(more))
-    def _():
-        arrived(0)
 
 
 def _seen_values(static: Static, tiles: KeyTiles, tile: Any) -> tuple[Any, Any]:

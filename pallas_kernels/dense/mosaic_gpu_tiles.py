@@ -40,8 +40,12 @@ PLAIN, CAPPED, SEGMENTED = "plain", "capped", "segmented"
 TILES = {
     (8, 0): {
         (64, 64): {PLAIN: Tiles(64, 2, 1, turns=False)},
+        (80, 80): {PLAIN: Tiles(64, 2, 1, turns=False)},
         (96, 96): {PLAIN: Tiles(64, 2, 1, turns=False)},
         (128, 128): {PLAIN: Tiles(64, 2, 1, turns=False)},
+        (192, 128): {PLAIN: Tiles(64, 2, 1, turns=False)},
+        (192, 192): {PLAIN: Tiles(64, 2, 1, turns=False)},
+        (256, 256): {PLAIN: Tiles(32, 2, 1, turns=False)},
     },
     (9, 0): {
         (64, 64): {PLAIN: Tiles(128, 4)},

@@ -17,6 +17,7 @@ from attnsel_jax.compare.comparison import FAIL, PASS
 from attnsel_jax.config import AttentionSelectorConfig
 from attnsel_jax.platforms import Device
 from attnsel_jax.problems import QUICK
+from pallas_kernels import gpu_mma
 from pallas_kernels.dense import mosaic_gpu, mosaic_gpu_ampere, mosaic_gpu_forward, mosaic_gpu_tiles
 
 needs_gpu_interpreter()
@@ -124,12 +125,12 @@ def waiting_for_too_little():
     def faulty(n):
         plgpu.wait_gmem_to_smem(n + 1)
 
-    return mosaic_gpu_ampere, "arrived", faulty
+    return gpu_mma, "arrived", faulty
 
 
 def slot_too_early():
     """Tiles sent for into the slot that is read."""
-    return mosaic_gpu_ampere, "free_slot", lambda static, slot: slot
+    return gpu_mma, "free_slot", lambda slot, stages: slot
 
 
 ONE = {"q_len": 20, "heads": (1, 1)}
