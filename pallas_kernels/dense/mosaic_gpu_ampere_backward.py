@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.dense.mosaic_gpu_ampere import as_matrix, stored_width
+from pallas_kernels.dense.mosaic_gpu_ampere import as_matrix, stored_width, swizzle_of
 from pallas_kernels.dense.mosaic_gpu_dkv import Steps, steps_of
 from pallas_kernels.dense.mosaic_gpu_dq import seen_tiles
 from pallas_kernels.dense.mosaic_gpu_geometry import Static, row_of
@@ -33,7 +33,6 @@ from pallas_kernels.dense.mosaic_gpu_weights import (
     weights,
 )
 from pallas_kernels.gpu_mma import (
-    SWIZZLE,
     Ring,
     bring,
     left_strips,
@@ -95,6 +94,7 @@ def _launched(static: Static, x: Arrays, block: Any, like: Any, ring: Any, name:
         block(static, arrays, results, Shared(tuple(scratch[:2]), tuple(scratch[2:])))
 
     sizes = static.head_dim, static.head_dim_v
+    tile = functools.partial(swizzled, dtype=x.q.dtype, swizzle=swizzle_of(static))
     gradients = plgpu.kernel(
         body,
         out_type=tuple(
@@ -102,8 +102,8 @@ def _launched(static: Static, x: Arrays, block: Any, like: Any, ring: Any, name:
             for a in like
         ),
         scratch_types=[
-            *(swizzled(TILE, stored_width(size), dtype=x.q.dtype) for size in sizes),
-            *(swizzled(*ring, size, dtype=x.q.dtype) for size in sizes),
+            *(tile(TILE, stored_width(size)) for size in sizes),
+            *(tile(*ring, size) for size in sizes),
         ],
         grid=(batch, blocks, heads),
         grid_names=("batch", "block", "head"),
@@ -134,6 +134,7 @@ def _dq_block(static: Static, x: Arrays, results: Any, shared: Shared) -> None:
 
     ring = Ring(rings[0].shape[0], tiles.count, 2, bring_tile)
     ring.begin()
+    strips = functools.partial(left_strips, swizzle=swizzle_of(static))
     numbers = b, head, pl.ds(at.query, TILE)
     lse, delta = (_load(rows.at[numbers], 0) for rows in (x.lse, x.delta))
 
@@ -141,14 +142,14 @@ def _dq_block(static: Static, x: Arrays, results: Any, shared: Shared) -> None:
         slot = ring.slot_of(n)
         k, v = (tile.at[slot] for tile in rings)
         here = at._replace(key=(tiles.first + n) * keys)
-        s = products(left_strips(q, static.head_dim), k)
+        s = products(strips(q, static.head_dim), k)
         w = weights(static, x, here, s, lse, queries=0, sloped=True)
-        dp = products(left_strips(dout, static.head_dim_v), v)
+        dp = products(strips(dout, static.head_dim_v), v)
         return weighted_sum(acc, logit_gradients(w, dp, delta, queries=0), k, None)
 
     acc = sums(TILE, static.head_dim, x.q.dtype)
     acc = lax.fori_loop(0, tiles.count, step, acc)
-    _store(acc * static.scale, static.q_len, b, at.query, head, shared.mine[0], results[0])
+    _store(static, acc * static.scale, static.q_len, b, at.query, head, shared.mine[0], results[0])
 
 
 def _dkv_block(static: Static, x: Arrays, results: Any, shared: Shared) -> None:
@@ -169,8 +170,8 @@ def _dkv_block(static: Static, x: Arrays, results: Any, shared: Shared) -> None:
     dtype = x.q.dtype
     carry = sums(TILE, static.head_dim, dtype), sums(TILE, static.head_dim_v, dtype)
     dk, dv = lax.fori_loop(0, steps.count, step, carry)
-    _store(dk * static.scale, static.kv_len, b, at.key, kv_head, shared.mine[0], results[0])
-    _store(dv, static.kv_len, b, at.key, kv_head, shared.mine[1], results[1])
+    _store(static, dk * static.scale, static.kv_len, b, at.key, kv_head, shared.mine[0], results[0])
+    _store(static, dv, static.kv_len, b, at.key, kv_head, shared.mine[1], results[1])
 
 
 def _dkv_step(
@@ -183,14 +184,15 @@ def _dkv_step(
     slot = ring.slot_of(n)
     q, dout = (tile.at[slot] for tile in shared.rings)
     at = at._replace(query=query)
+    strips = functools.partial(left_strips, swizzle=swizzle_of(static))
     numbers = at.b, head, pl.ds(query, steps.queries)
     lse, delta = (_load(rows.at[numbers], 1) for rows in (x.lse, x.delta))
-    s = products(left_strips(k, static.head_dim), q)
+    s = products(strips(k, static.head_dim), q)
     w = weights(static, x, at, s, lse, queries=1)
     dv = weighted_sum(dv, w.p, dout, None)
     if w.slope is not None:  # one tile of registers less beside the next product
         w = Weights(w.p * w.slope, None)
-    dp = products(left_strips(v, static.head_dim_v), dout)
+    dp = products(strips(v, static.head_dim_v), dout)
     ds = logit_gradients(w, dp, delta, queries=1)
     return weighted_sum(dk, ds, q, None), dv
 
@@ -218,9 +220,12 @@ def _bring(length: int, b: Any, first: Any, head: Any, sources: Any, targets: An
         bring(source.at[_rows(length, b, first, count), pl.ds(head * size, size)], target)
 
 
-def _store(acc: jax.Array, length: int, b: Any, first: Any, head: Any, staging: Any, out: Any):
+def _store(
+    static: Static, acc: jax.Array, length: int, b: Any, first: Any, head: Any, staging: Any,
+    out: Any,
+) -> None:  # fmt: skip
     """A block's 64 rows of a gradient, through shared memory that nobody reads any more."""
     staging.at[:, pl.ds(0, acc.shape[1])][...] = acc.astype(out.dtype)
-    layout = plgpu.Layout.SMEM_GMEM_COPY(staging.shape, staging.dtype, SWIZZLE)
+    layout = plgpu.Layout.SMEM_GMEM_COPY(staging.shape, staging.dtype, swizzle_of(static))
     columns = pl.ds(head * staging.shape[1], staging.shape[1])
     out[_rows(length, b, first, TILE), columns] = plgpu.load(staging, layout=layout)

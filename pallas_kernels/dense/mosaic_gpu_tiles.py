@@ -134,10 +134,11 @@ BACKWARD_TILES = {
 }
 
 
-# head_dim -> shape class -> tiles, capability 8.0. From 96 on tiles of 32 let two blocks share a
+# head_dim -> shape class -> tiles, capability 8.0. From 80 on tiles of 32 let two blocks share a
 # core's memory; at 128 tiles of 64 queries spill beside a soft cap and segments (16 + 12 bytes).
 AMPERE_BACKWARD_TILES = {
     64: {PLAIN: BackwardTiles(64, 2, 2, 2, split=False)},
+    80: {PLAIN: BackwardTiles(32, 2, 2, 2, split=False, block_q=32)},
     96: {PLAIN: BackwardTiles(32, 2, 2, 2, split=False, block_q=32)},
     128: {PLAIN: BackwardTiles(32, 2, 2, 2, split=False, block_q=32)},
 }
@@ -146,8 +147,18 @@ AMPERE_BACKWARD_TILES = {
 def backward_tiles(
     capability: tuple[int, int], head_dim: int, *, capped: bool, segmented: bool
 ) -> BackwardTiles:
-    """The tiles of the backward for a chip, a head size and a shape class."""
+    """The tiles of the backward for a chip, a head size and a shape class.
+
+    Raises:
+        ValueError: the chip has no backward for the head size.
+    """
     if capability == (8, 0):
+        if head_dim not in AMPERE_BACKWARD_TILES:
+            allowed = ", ".join(map(str, AMPERE_BACKWARD_TILES))
+            raise ValueError(
+                f"head_dim is {head_dim}, must be one of {allowed} where gradients are taken on "
+                f"compute_capability 8.0: use CUDNN or XLA"
+            )
         return _of_class(AMPERE_BACKWARD_TILES[head_dim], capped, segmented)
     classes = next(tiles for largest, tiles in BACKWARD_TILES.items() if head_dim <= largest)
     return _of_class(classes, capped, segmented)

@@ -46,6 +46,7 @@ from pallas_kernels.paged.mosaic_gpu_tiles import Phase
 
 F32 = jnp.float32
 LINE = 128  # bytes of a line of the cache
+KEPT = 128  # the largest head size whose queries stay in registers
 
 
 class Shared(NamedTuple):
@@ -212,13 +213,16 @@ def attend_span(
     bring_tile = functools.partial(_bring_tile, span, seen, cache, shared, keys, geometry)
     ring = Ring(sizes.stages, span.num_tiles, groups, bring_tile)
     ring.begin()
-    q = left_strips(shared.q, geometry.head_dim, swizzle_of(geometry))
+    queries = functools.partial(left_strips, shared.q, geometry.head_dim, swizzle_of(geometry))
+    kept = queries() if geometry.head_dim <= KEPT else None
 
     def over(begin, end, state, masked):
         def step(i, state):
             slot = ring.slot_of(i)
             first_key = (span.first_tile + i) * keys
-            logits = in_log2(products(q, shared.k.at[slot]), rows, first_key, geometry)
+            logits = in_log2(
+                products(kept or queries(), shared.k.at[slot]), rows, first_key, geometry
+            )
             interval = seen.interval if masked else None
             p, state = softmax_step(state, logits, first_key, interval)
             valid = tuple(end - first_key for end in seen.valid) if masked else None

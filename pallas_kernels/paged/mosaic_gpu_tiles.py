@@ -70,6 +70,8 @@ AMPERE = {
         64: Tiles(Phase(64, 3, 1), Phase(64, 2, 1), blocks=2, alignment=16),
         96: Tiles(Phase(64, 2, 1), Phase(64, 2, 1), blocks=2, alignment=16),
         128: Tiles(Phase(64, 2, 1), Phase(64, 2, 1), blocks=2, alignment=16),
+        192: Tiles(Phase(64, 2, 1), Phase(64, 2, 1), blocks=1, alignment=16),
+        256: Tiles(Phase(32, 2, 1), Phase(32, 2, 1), blocks=1, alignment=16),
     },
 }
 TILES = {"a100": AMPERE, "h100": HOPPER, "h200": HOPPER}

@@ -35,7 +35,8 @@ from pallas_kernels.dense import (
 
 needs_gpu_interpreter()
 
-DECLARED = [case for case in (*CASES, *MORE) if case.options["head_size"] in AMPERE_HEAD_SIZES]
+SIZES = AMPERE_HEAD_SIZES["dense"]
+DECLARED = [case for case in (*CASES, *MORE) if case.options["head_size"] in SIZES]
 BY_DEFAULT = ("causal, groups, odd lengths", "window, capped, sinks")
 CAPPED = problem("capped", causal=True, soft_cap=8.0, q_len=70)
 LONG = problem("long", causal=True, q_len=200, heads=(1, 1))
@@ -129,7 +130,7 @@ def test_a_sample_compiles():
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("size", AMPERE_HEAD_SIZES.values)
+@pytest.mark.parametrize("size", SIZES.values)
 @pytest.mark.parametrize(
     "features",
     [{}, WINDOW, CAP, SEGMENTS, REST, WINDOW | CAP | SEGMENTS | REST, {"dtype": "float16"}],
