@@ -10,7 +10,6 @@ from gpu_interpreter import gpu_interpreter, needs_gpu_interpreter
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from test_gpu_dense import FEATURES, SINGLE, SIZES, as_declared, compiles, problem
 
-from attnsel_jax.aot.arguments import dense_arguments
 from attnsel_jax.backends.mosaic_gpu import MosaicGpuBackend
 from attnsel_jax.compare import compare
 from attnsel_jax.compare.comparison import FAIL, PASS
