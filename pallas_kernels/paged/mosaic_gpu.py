@@ -1,10 +1,11 @@
-"""Paged attention on Hopper: Pallas Mosaic GPU kernels that bring pages by TMA.
+"""Paged attention on NVIDIA GPUs: Pallas Mosaic GPU kernels that bring pages by TMA or cp.async.
 
 The contract (maths, arguments, edge cases) is `pallas_kernels/paged/__init__.py`. The cache is
 "by_head": [2, num_pages, num_kv_heads, page_size, head_dim], so that what one TMA brings, one
 head's part of a page, lies together. A step is four programs: `mosaic_gpu_write` puts this step's
 keys and values into the cache, `mosaic_gpu_decode` attends for sequences with few new tokens and
-`mosaic_gpu_merge` merges its partial results, `mosaic_gpu_prefill` attends for all others.
+`mosaic_gpu_merge` merges its partial results, `mosaic_gpu_prefill` attends for all others; on
+Ampere `mosaic_gpu_ampere` has both that attend.
 """
 
 import math
