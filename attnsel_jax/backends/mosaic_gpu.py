@@ -22,37 +22,43 @@ DENSE = Capabilities(
 )
 PAGED = Capabilities(
     **BOTH_OPS | {"head_size": OneOf(64, 80, 96, 128, 192)},  # at 256 no prompt's kernel compiles
-    compute_capability=OneOf(HOPPER),
+    compute_capability=OneOf(AMPERE, HOPPER),
     kv_cache_dtype=OneOf("bfloat16", "float16", "fp8_e4m3", "fp8_e5m2"),
     block_size=OneOf(16, 32, 64, 128, 256),
 )
-AMPERE_HEAD_SIZES, HEAD_SIZES_V = OneOf(64, 96, 128), {192: (128, 192)}  # others: as head_size
+HEAD_SIZES_V = {192: (128, 192)}  # others: as head_size; below, of dense, for gradients
+AMPERE_HEAD_SIZES = {"paged": OneOf(64, 96, 128, 192), "dense": OneOf(64, 80, 96, 128)}
 
 
 class MosaicGpuBackend(AttentionBackend):
     """Declares what its kernels honour, and what compiles for these chips."""
 
-    name, family = "MOSAIC_GPU", "standard"
+    name, family, layout, preferred_block_size = "MOSAIC_GPU", "standard", "by_head", 64
     capabilities = {"paged": PAGED, "dense": DENSE}
     kernels = {op: f"pallas_kernels.{op}.mosaic_gpu:{op}_attention" for op in ("paged", "dense")}
-    layout, preferred_block_size = "by_head", 64
 
     @classmethod
     def supports_combination(cls, config, device):
         """Sizes of v, float8 up to 128; at 256 no gradient with bias and cap, or segments."""
         size, size_v, cache = config.head_size, config.head_size_v, str(config.cache_dtype)
-        if config.op == "dense":
-            if config.needs_grad and size == 256 and (config.has_bias or config.has_alibi):
-                for name in filter(config.__getattribute__, ("has_soft_cap", "has_segment_ids")):
-                    yield Rejection(name, True, "False with needs_grad, bias, head_size 256")
-            if device.compute_capability == AMPERE:
-                if config.needs_grad:
-                    yield Rejection("needs_grad", True, "False with compute_capability 8.0")
-                if size not in AMPERE_HEAD_SIZES:
-                    yield Rejection("head_size", size, AMPERE_HEAD_SIZES, "with Ampere, 8.0")
+        ampere, dense = device.compute_capability == AMPERE, config.op == "dense"
+        if ampere and size not in AMPERE_HEAD_SIZES[config.op] and (config.needs_grad or not dense):
+            yield Rejection("head_size", size, AMPERE_HEAD_SIZES[config.op], "with Ampere, 8.0")
+        if dense:
+            if config.needs_grad and (config.has_bias or config.has_alibi):
+                if ampere:
+                    for name in filter(config.__getattribute__, ("has_bias", "has_alibi")):
+                        yield Rejection(name, True, "False with needs_grad and Ampere, 8.0")
+                elif size == 256:
+                    for name in filter(
+                        config.__getattribute__, ("has_soft_cap", "has_segment_ids")
+                    ):
+                        yield Rejection(name, True, "False with needs_grad, bias, head_size 256")
             sizes = OneOf(*HEAD_SIZES_V.get(size, (size,)))
             if size_v is not None and size in DENSE.head_size and size_v not in sizes:
                 yield Rejection("head_size_v", size_v, f"{sizes} with head_size {size}")
+        elif ampere and cache.startswith("fp8"):
+            yield Rejection("kv_cache_dtype", cache, DENSE.dtype, "with Ampere: it has no float8")
         elif cache == "bfloat16" and config.dtype == "float16":
             yield Rejection("kv_cache_dtype", cache, OneOf("float16", "fp8_e4m3", "fp8_e5m2"),
                             "bfloat16 would drop three bits of each float16 query")  # fmt: skip

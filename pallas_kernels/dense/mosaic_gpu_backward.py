@@ -1,4 +1,4 @@
-"""The backward of dense attention on Hopper: what surrounds its kernels.
+"""The backward of dense attention on GPUs: what surrounds its kernels.
 
     delta = sum(out * dout) - dlse                       one pass of XLA's
     dq           a block owns queries and goes through the keys       `mosaic_gpu_dq`
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.dense import mosaic_gpu_ampere_backward
 from pallas_kernels.dense.mosaic_gpu_dbias import bias_gradient
 from pallas_kernels.dense.mosaic_gpu_dkv import key_gradients
 from pallas_kernels.dense.mosaic_gpu_dq import query_gradients
@@ -31,6 +32,15 @@ from pallas_kernels.dense.mosaic_gpu_geometry import (
 )
 from pallas_kernels.dense.mosaic_gpu_tiles import backward_tiles
 from pallas_kernels.dense.mosaic_gpu_weights import BLOCK, Arrays
+
+# Compute capability -> who gives dq, and dk with dv.
+KERNELS = {
+    (8, 0): (
+        mosaic_gpu_ampere_backward.query_gradients,
+        mosaic_gpu_ampere_backward.key_gradients,
+    ),
+    (9, 0): (query_gradients, key_gradients),
+}
 
 
 class Gradients(NamedTuple):
@@ -70,16 +80,18 @@ def backward(
     padded = {name: in_whole_tiles_of_rows(getattr(x, name)) for name in ("q", "k", "v", "dout")}
     x = x._replace(**padded)
     tiles = backward_tiles(
+        static.capability,
         static.head_dim,
         capped=static.soft_cap is not None,
         segmented=static.segments,
         added=static.alibi or static.bias is not None,
     )
+    of_queries, of_keys = KERNELS[static.capability]
     bias = x.bias
     x = x._replace(bias=_in_whole_blocks(static, bias))
-    mine = query_gradients(static, x, tiles)
+    mine = of_queries(static, x, tiles)
     across = None if bias is None else jnp.swapaxes(x.bias, 2, 3)
-    dk, dv = key_gradients(static, x._replace(bias=across), tiles)
+    dk, dv = of_keys(static, x._replace(bias=across), tiles)
     dk, dv = (gradient[:, : static.kv_len] for gradient in (dk, dv))
     dslopes, dbias = mine.by_distance, None
     if dslopes is not None:
@@ -91,9 +103,25 @@ def backward(
     return Gradients(mine.q[:, : static.q_len], dk, dv, dbias, dslopes, dsinks)
 
 
-def check_registers(static: Static) -> None:
-    """Refuses what would spill: at head size 256 sums of dq alone are half of all registers."""
+def check_backward(static: Static) -> None:
+    """Refuses what no chip's kernels give, and what would spill.
+
+    Raises:
+        ValueError: the argument, its value, what is allowed.
+    """
+    if static.capability not in KERNELS:
+        raise ValueError(
+            "compute_capability is {}.{}, must be 8.0 or 9.0 where gradients are taken with "
+            "MOSAIC_GPU: use CUDNN or XLA".format(*static.capability)
+        )
     added = static.alibi or static.bias is not None
+    if added and static.capability == (8, 0):
+        name = "bias" if static.bias is not None else "alibi_slopes"
+        raise ValueError(
+            f"{name} is given, must be None where gradients are taken with MOSAIC_GPU on "
+            f"compute_capability 8.0: use XLA"
+        )
+    # At head size 256 sums of dq alone are half of all registers.
     if static.head_dim > 192 and added and (static.segments or static.soft_cap is not None):
         raise ValueError(
             f"head_dim is {static.head_dim}, must be at most 192 where gradients are taken with a "

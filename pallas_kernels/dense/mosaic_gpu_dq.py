@@ -136,7 +136,7 @@ def block(static: Static, x: Arrays, results: Any, shared: Shared, *, tied: bool
     if static.causal:  # the longest first
         index = pl.cdiv(static.q_len, BLOCK) - 1 - index
     at = Place(b, row_of(static, x.rows, b), index * BLOCK, jnp.int32(0), head)
-    keys = _seen_tiles(static, at, shared.k.shape[1])
+    keys = seen_tiles(static, at, BLOCK, shared.k.shape[1])
 
     @pl.when(wg < CONSUMERS)
     def _():
@@ -153,8 +153,9 @@ def block(static: Static, x: Arrays, results: Any, shared: Shared, *, tied: bool
         _produce(static, x, shared, at, keys, head)
 
 
-def _seen_tiles(static: Static, at: Place, block_kv: int) -> KeyRange:
-    last = jnp.minimum(at.query + BLOCK, at.row.q_len) - 1
+def seen_tiles(static: Static, at: Place, queries: int, block_kv: int) -> KeyRange:
+    """Tiles of block_kv keys that some of so many queries from at.query on see."""
+    last = jnp.minimum(at.query + queries, at.row.q_len) - 1
     low = jnp.maximum(seen_interval(static, at.row, at.query)[0], 0)
     high = jnp.where(last < at.query, 0, seen_interval(static, at.row, last)[1])
     first, size = lax.div(low, jnp.int32(block_kv)), jnp.int32(block_kv)

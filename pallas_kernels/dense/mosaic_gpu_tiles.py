@@ -41,8 +41,12 @@ PLAIN, CAPPED, SEGMENTED, ADDED, CROWDED = "plain", "capped", "segmented", "adde
 TILES = {
     (8, 0): {
         (64, 64): {PLAIN: Tiles(64, 2, 1, turns=False)},
+        (80, 80): {PLAIN: Tiles(64, 2, 1, turns=False)},
         (96, 96): {PLAIN: Tiles(64, 2, 1, turns=False)},
         (128, 128): {PLAIN: Tiles(64, 2, 1, turns=False)},
+        (192, 128): {PLAIN: Tiles(64, 2, 1, turns=False)},
+        (192, 192): {PLAIN: Tiles(64, 2, 1, turns=False)},
+        (256, 256): {PLAIN: Tiles(32, 2, 1, turns=False)},
     },
     (9, 0): {
         (64, 64): {PLAIN: Tiles(128, 4)},
@@ -113,6 +117,7 @@ class BackwardTiles:
         split: dk and dv of the same keys are two warpgroups'.
         tied: whether addresses of what stays are computed in the loops (`gpu_addresses`).
         bias_stages: steps in flight where a bias's gradient is added up.
+        block_q: queries of a tile where keys are owned (Ampere).
     """
 
     block_kv: int
@@ -122,6 +127,7 @@ class BackwardTiles:
     split: bool
     tied: bool = False
     bias_stages: int = 2
+    block_q: int = 64
 
 
 # The largest head_dim that they are for -> shape class -> tiles, capability 9.0. Above 128, dk and
@@ -153,9 +159,32 @@ BACKWARD_TILES = {
 }
 
 
+# head_dim -> shape class -> tiles, capability 8.0. From 80 on tiles of 32 let two blocks share a
+# core's memory; at 128 tiles of 64 queries spill beside a soft cap and segments (16 + 12 bytes).
+AMPERE_BACKWARD_TILES = {
+    64: {PLAIN: BackwardTiles(64, 2, 2, 2, split=False)},
+    80: {PLAIN: BackwardTiles(32, 2, 2, 2, split=False, block_q=32)},
+    96: {PLAIN: BackwardTiles(32, 2, 2, 2, split=False, block_q=32)},
+    128: {PLAIN: BackwardTiles(32, 2, 2, 2, split=False, block_q=32)},
+}
+
+
 def backward_tiles(
-    head_dim: int, *, capped: bool, segmented: bool, added: bool = False
-) -> BackwardTiles:
-    """The tiles of the backward for a head size and a shape class."""
+    capability: tuple[int, int], head_dim: int, *, capped: bool, segmented: bool,
+    added: bool = False,
+) -> BackwardTiles:  # fmt: skip
+    """The tiles of the backward for a chip, a head size and a shape class.
+
+    Raises:
+        ValueError: the chip has no backward for the head size.
+    """
+    if capability == (8, 0):
+        if head_dim not in AMPERE_BACKWARD_TILES:
+            allowed = ", ".join(map(str, AMPERE_BACKWARD_TILES))
+            raise ValueError(
+                f"head_dim is {head_dim}, must be one of {allowed} where gradients are taken on "
+                f"compute_capability 8.0: use CUDNN or XLA"
+            )
+        return _of_class(AMPERE_BACKWARD_TILES[head_dim], capped, segmented, added)
     classes = next(tiles for largest, tiles in BACKWARD_TILES.items() if head_dim <= largest)
     return _of_class(classes, capped, segmented, added)

@@ -78,8 +78,8 @@ def weights(
         static: the call.
         x: arrays.
         at: where the tile is.
-        logits: float32, unscaled products: TILE queries by the tile's keys, or keys first.
-        lse: float32 [TILE], along the axis of the queries.
+        logits: float32, unscaled products: queries by keys, or keys first.
+        lse: float32, along the axis of the queries.
         queries: that axis, 0 or 1.
         sloped: the product of both instead, for who needs no more: 32 registers less, where the
             masks' branch begins.
@@ -97,7 +97,7 @@ def weights(
     p = jnp.exp2(y - wide(lse, queries, y))
     if sloped and slope is not None:
         p, slope = p * slope, None
-    inside = jnp.logical_not(needs_mask(static, at, y.shape[1 - queries]))
+    inside = jnp.logical_not(needs_mask(static, at, y.shape[queries], y.shape[1 - queries]))
     if static.segments:
         return Weights(_masked(static, x, at, p, queries), slope)
     return Weights(
@@ -132,9 +132,9 @@ def wide(numbers: jax.Array, axis: int, like: jax.Array) -> jax.Array:
     return lax.broadcast_in_dim(numbers, like.shape, [axis])
 
 
-def needs_mask(static: Static, at: Place, keys: int) -> jax.Array:
-    """Whether some query of the tile does not see some of its `keys` keys."""
-    last = at.query + TILE - 1
+def needs_mask(static: Static, at: Place, queries: int, keys: int) -> jax.Array:
+    """Whether one of a tile's so many queries does not see one of its so many keys."""
+    last = at.query + queries - 1
     low = seen_interval(static, at.row, last)[0]
     high = seen_interval(static, at.row, at.query)[1]
     return (low > at.key) | (high < at.key + keys) | (last >= at.row.q_len)
@@ -143,7 +143,8 @@ def needs_mask(static: Static, at: Place, keys: int) -> jax.Array:
 def _masked(static: Static, x: Arrays, at: Place, p: jax.Array, queries: int) -> jax.Array:
     """The weights with 0 where a query does not see a key."""
     keys = 1 - queries
-    index = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=LAYOUTS[queries]) + at.query
+    shape = (p.shape[queries],)
+    index = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=LAYOUTS[queries]) + at.query
     low, high = seen_interval(static, at.row, index)
     high = jnp.where(index < at.row.q_len, high, 0)
     key = plgpu.broadcasted_iota(jnp.int32, p.shape, keys, layout=WGMMA) + at.key

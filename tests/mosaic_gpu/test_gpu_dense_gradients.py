@@ -135,11 +135,11 @@ def one_tile_less(*args):
     return steps._replace(count=jnp.maximum(steps.count - 1, 0))
 
 
-mosaic_gpu_dkv_steps = mosaic_gpu_dkv._steps
+mosaic_gpu_dkv_steps = mosaic_gpu_dkv.steps_of
 FAULTS = {
     "the cap's slope, of queries": (WINDOW, mosaic_gpu_dq, "weights", without_slope),
     "segments": (SEGMENTS, mosaic_gpu_backward, "backward", forgetting(segments=False)),
-    "a tile of queries": (PLAIN, mosaic_gpu_dkv, "_steps", one_tile_less),
+    "a tile of queries": (PLAIN, mosaic_gpu_dkv, "steps_of", one_tile_less),
     "a row that shares the bias": (BIAS, mosaic_gpu_dbias, "_steps", one_row_less),
     "the slopes' distance": (BIAS, mosaic_gpu_dq, "distances", without_distance),
 }  # fmt: skip
