@@ -21,7 +21,7 @@ from pallas_kernels.dense.mosaic_gpu_geometry import KeyTiles, Static, key_tiles
 
 # Tiles of queries -> (registers a thread that weighs, of the others). A block is launched with
 # 65536 registers over its threads, rounded down to 8 each: more in sum would wait for ever.
-REGISTERS = {2: (216, 72), 1: (240, 72)}
+REGISTERS = {2: (232, 40), 1: (240, 72)}
 
 
 class Accumulators(NamedTuple):
