@@ -6,7 +6,7 @@ from attnsel_jax.config import AttentionType
 from attnsel_jax.constraints import EITHER, AtLeast, OneOf
 from attnsel_jax.platforms import DeviceCapability
 
-AMPERE, HOPPER = DeviceCapability(8, 0), DeviceCapability(9, 0)
+AMPERE, HOPPER, BLACKWELL = (DeviceCapability(major, 0) for major in (8, 9, 10))
 BOTH_OPS = {
     **{"platform": OneOf("cuda"), "jax_version": AtLeast((0, 11))},
     **{"dtype": OneOf("bfloat16", "float16"), "attn_type": OneOf(*AttentionType)},
@@ -16,7 +16,7 @@ BOTH_OPS = {
 }
 DENSE = Capabilities(
     **BOTH_OPS,
-    **{"compute_capability": OneOf(AMPERE, HOPPER), "needs_grad": EITHER},
+    **{"compute_capability": OneOf(AMPERE, HOPPER, BLACKWELL), "needs_grad": EITHER},
     head_size_v=OneOf(64, 80, 96, 128, 192, 256),
     **dict.fromkeys(("has_bias", "has_segment_ids", "has_lens", "has_q_offset"), EITHER),
 )
@@ -45,11 +45,11 @@ class MosaicGpuBackend(AttentionBackend):
             for name in ("has_bias", "has_alibi"):
                 if config.needs_grad and getattr(config, name):
                     yield Rejection(name, True, "False with needs_grad")
-            if device.compute_capability == AMPERE:
-                if config.needs_grad:
-                    yield Rejection("needs_grad", True, "False with compute_capability 8.0")
-                if size not in AMPERE_HEAD_SIZES:
-                    yield Rejection("head_size", size, AMPERE_HEAD_SIZES, "with Ampere, 8.0")
+            if config.needs_grad and device.compute_capability in (AMPERE, BLACKWELL):
+                here = f"False with compute_capability {device.compute_capability}"
+                yield Rejection("needs_grad", True, here)
+            if device.compute_capability == AMPERE and size not in AMPERE_HEAD_SIZES:
+                yield Rejection("head_size", size, AMPERE_HEAD_SIZES, "with Ampere, 8.0")
             sizes = OneOf(*HEAD_SIZES_V.get(size, (size,)))
             if size_v is not None and size in DENSE.head_size and size_v not in sizes:
                 yield Rejection("head_size_v", size_v, f"{sizes} with head_size {size}")

@@ -69,8 +69,8 @@ def _strips(width: int, strip: int = STRIP):
 def weigh(static, x, shared, at: Rows, i: int, tile, slot, state: Softmax, *, masked, first):
     """Logits of a key tile become weights, in their place; sums are brought to their maximum.
 
-    Logits are read twice, for a tile of them is more than a thread's registers. A strip's weights
-    take half of its columns, from the tile's first on: never those of a strip that is still to be read.
+    Logits are read twice, for a tile of them is more than a thread's registers. Weights are half as
+    wide: a strip of them overwrites no logits that are still to be read.
     """
     s, p, o = shared.tmem[i]
     strips = _strips(static.tiles.block_kv)
