@@ -26,7 +26,7 @@ STORED = plgpu.Layout.TCGEN05  # what swizzled shared memory takes
 # Sums are brought to a new maximum only where it is larger by a factor of over 2^8: float16 holds
 # weights up to 2^16, and float32 sums of them.
 SLACK = 8.0
-STRIP = 32  # columns
+STRIP, NARROW = 32, 16  # columns; with slopes strips of 32 spill
 # A positive float32 is a positive integer. The barrier is the warpgroup's, as Mosaic GPU counts.
 VOTE = (
     "{ .reg .pred p; setp.gt.s32 p, $1, 0; bar.red.or.pred p, $2, 128, p; selp.s32 $0, 1, 0, p; }"
@@ -76,10 +76,11 @@ def _strips(width: int, strip: int = STRIP):
 def weigh(static, x, shared, at: Rows, i: int, tile, slot, state: Softmax, *, masked, first):
     """Logits of a key tile become weights, in their place; sums are brought to their maximum.
 
-    Logits are read twice, for a tile of them and its weights are more than a thread's registers.
+    Logits are read twice, for a tile of them is more than a thread's registers. Weights are half as
+    wide: a strip of them overwrites no logits that are still to be read.
     """
     s, p, o = shared.tmem[i]
-    strips = _strips(static.tiles.block_kv)
+    strips = _strips(static.tiles.block_kv, NARROW if static.alibi else STRIP)
     plain = not (masked or _changes_logits(static))
     maxima, factor = [], static.scale * LOG2E
     for strip in strips:
@@ -94,15 +95,12 @@ def weigh(static, x, shared, at: Rows, i: int, tile, slot, state: Softmax, *, ma
     top = functools.reduce(jnp.maximum, maxima) * factor
     m, total = _brought_to(o, state, top, first)
     shift = jnp.where(m == -jnp.inf, 0.0, m)
-    weights = []
     for strip in strips:
         y = plgpu.async_load_tmem(s.at[:, strip], layout=NATIVE)
         plgpu.wait_load_tmem()  # or the compiler begins all loads at once, and spills
         w = jnp.exp2(y * factor - _along(shift, y.shape))
         total = total + w.sum(axis=1)
-        weights.append(w.astype(x.q.dtype))
-    for strip, w in zip(strips, weights, strict=True):
-        plgpu.async_store_tmem(p.at[:, strip], w)
+        plgpu.async_store_tmem(p.at[:, strip], w.astype(x.q.dtype))
     plgpu.commit_tmem()
     return Softmax(m, total)
 
