@@ -22,7 +22,7 @@ DENSE = Capabilities(
 )
 PAGED = Capabilities(
     **BOTH_OPS | {"head_size": OneOf(64, 80, 96, 128, 192)},  # at 256 no prompt's kernel compiles
-    compute_capability=OneOf(HOPPER, BLACKWELL),
+    compute_capability=OneOf(HOPPER),
     kv_cache_dtype=OneOf("bfloat16", "float16", "fp8_e4m3", "fp8_e5m2"),
     block_size=OneOf(16, 32, 64, 128, 256),
 )

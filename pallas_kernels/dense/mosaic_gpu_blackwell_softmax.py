@@ -76,8 +76,8 @@ def _strips(width: int, strip: int = STRIP):
 def weigh(static, x, shared, at: Rows, i: int, tile, slot, state: Softmax, *, masked, first):
     """Logits of a key tile become weights, in their place; sums are brought to their maximum.
 
-    Logits are read twice, for a tile of them is more than a thread's registers. Weights are half as
-    wide: a strip of them overwrites no logits that are still to be read.
+    Logits are read twice, for a tile of them and its weights are more than a thread's registers.
+    Weights are stored when all logits are read: the interpreter's rows of both do not lie alike.
     """
     s, p, o = shared.tmem[i]
     strips = _strips(static.tiles.block_kv, NARROW if static.alibi else STRIP)
@@ -95,12 +95,15 @@ def weigh(static, x, shared, at: Rows, i: int, tile, slot, state: Softmax, *, ma
     top = functools.reduce(jnp.maximum, maxima) * factor
     m, total = _brought_to(o, state, top, first)
     shift = jnp.where(m == -jnp.inf, 0.0, m)
+    weights = []
     for strip in strips:
         y = plgpu.async_load_tmem(s.at[:, strip], layout=NATIVE)
         plgpu.wait_load_tmem()  # or the compiler begins all loads at once, and spills
         w = jnp.exp2(y * factor - _along(shift, y.shape))
         total = total + w.sum(axis=1)
-        plgpu.async_store_tmem(p.at[:, strip], w.astype(x.q.dtype))
+        weights.append(w.astype(x.q.dtype))
+    for strip, w in zip(strips, weights, strict=True):
+        plgpu.async_store_tmem(p.at[:, strip], w)
     plgpu.commit_tmem()
     return Softmax(m, total)
 
