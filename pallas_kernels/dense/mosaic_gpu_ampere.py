@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dense.mosaic_gpu_forward import (
@@ -30,17 +31,9 @@ from pallas_kernels.dense.mosaic_gpu_forward import (
     softmax_step,
 )
 from pallas_kernels.dense.mosaic_gpu_geometry import KeyTiles, Static, key_tiles
-from pallas_kernels.gpu_mma import (
-    SWIZZLE,
-    arrived,
-    bring,
-    left_strips,
-    products,
-    sums,
-    swizzled,
-    weighted_sum,
-)
 
+SWIZZLE = 64  # bytes: 32 columns of 16 bits are what a product takes at a time
+MMA_K = 16  # of a 16-bit mma
 LINE = 64  # 16-bit numbers of a line of the cache
 
 
@@ -117,6 +110,22 @@ def _as_matrices(static: Static, x: Operands) -> Operands:
         k=matrix(x.k, static.kv_len, static.tiles.block_kv),
         v=matrix(x.v, static.kv_len, static.tiles.block_kv),
     )
+
+
+def swizzled(*shape: int, dtype) -> Any:
+    """Shared memory that `cp.async` writes and `ldmatrix` reads without bank conflicts."""
+    tiling = plgpu.TilingTransform((8, SWIZZLE // jnp.dtype(dtype).itemsize))
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(SWIZZLE)))
+
+
+def bring(source: Any, target: Any) -> None:
+    """One group of `cp.async`; the source lies inside its array."""
+    plgpu.copy_gmem_to_smem(source, target, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
+
+
+def arrived(groups: int) -> None:
+    """Waits until no more than so many groups are in flight, those sent for last."""
+    plgpu.wait_gmem_to_smem(groups)
 
 
 def free_slot(static: Static, slot: Any) -> Any:
@@ -220,6 +229,70 @@ def _bring_ahead(static: Static, tiles: KeyTiles, tile, slot, bring_tile) -> Non
     @pl.when(jnp.logical_not(more))
     def _():
         arrived(0)
+
+
+# Products.
+
+
+def sums(rows: int, columns: int, dtype) -> jax.Array:
+    """Zeros for products of dtype to be added to."""
+    zeros = jnp.zeros((rows, columns), jnp.float32)
+    return plgpu.layout_cast(zeros, plgpu.Layout.MMA_ACC(dtype))
+
+
+def left_strips(ref: Any, n: int) -> list[jax.Array]:
+    """The first n columns of shared memory as left operands, a swizzle's columns each."""
+    width = SWIZZLE // jnp.dtype(ref.dtype).itemsize
+    layout = plgpu.Layout.MMA_LHS(ref.dtype)
+    return [plgpu.load(ref.at[:, pl.ds(i, width)], layout=layout) for i in range(0, n, width)]
+
+
+def products(q: list[jax.Array], k: Any) -> jax.Array:
+    """float32 [queries, keys] of queries in registers and keys in shared memory."""
+    dtype, width = q[0].dtype, q[0].shape[1]
+    s = sums(q[0].shape[0], k.shape[0], dtype)
+    for i, strip in enumerate(q):
+        keys = k.at[:, pl.ds(i * width, width)].transpose((1, 0))
+        s = plgpu.mma(s, strip, plgpu.load(keys, layout=plgpu.Layout.MMA_RHS(dtype)))
+    return s
+
+
+def weighted_sum(acc: jax.Array, p: jax.Array, v: Any, seen: tuple[Any, Any] | None):
+    """The sums, and p @ v; of values outside [low, high) of the tile, where given, nothing is read.
+
+    An unseen value's weight is 0, and 0 * NaN is NaN.
+    """
+    layout = plgpu.Layout.MMA_RHS(v.dtype)
+    p = as_left_operand(p, v.dtype)
+    for i in range(0, v.shape[0], MMA_K):
+        values = plgpu.load(v.at[pl.ds(i, MMA_K)], layout=layout)
+        if seen is not None:
+            key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=layout) + i
+            kept = (key >= seen[0]) & (key < seen[1])
+            values = jnp.where(kept, values, jnp.zeros_like(values))
+        acc = plgpu.mma(acc, p[:, i : i + MMA_K], values)
+    return acc
+
+
+def as_left_operand(p: jax.Array, dtype) -> jax.Array:
+    """float32 results of a product, rounded to dtype, as the left operand of the next.
+
+    A thread holds the same elements in either layout, and in the same order: of each 16 columns,
+    those of two results side by side. Mosaic GPU has no cast between them.
+    """
+    left, results = plgpu.Layout.MMA_LHS(dtype), plgpu.Layout.MMA_ACC(dtype)
+
+    @plgpu.inline_mgpu(
+        arg_types=(results,),
+        return_type=plgpu.ShapeDtypeStruct(p.shape, dtype, layout=left),
+    )
+    def rounded_as_left_operand(_, array):
+        rounded = array.astype(mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype)))
+        layout = left.to_mgpu()
+        registers = rounded.registers.reshape(layout.registers_shape(rounded.shape))
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return rounded_as_left_operand(p)
 
 
 def _seen_values(static: Static, tiles: KeyTiles, tile: Any) -> tuple[Any, Any]:

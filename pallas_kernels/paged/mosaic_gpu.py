@@ -103,7 +103,7 @@ def _geometry(q, kv_pages, page_table, masks, soft_cap, has_slopes) -> Geometry:
     _, _, num_kv_heads, page_size, _ = kv_pages.shape
     is_narrow = kv_pages.dtype.itemsize == 1
     dtype = jnp.dtype(jnp.float16) if is_narrow else kv_pages.dtype
-    added, chip = has_slopes or soft_cap is not None, gpu_chip.current()
+    added = has_slopes or soft_cap is not None
     return Geometry(
         num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
         page_size=page_size, pages_per_seq=page_table.shape[1], num_tokens=num_tokens,
@@ -111,8 +111,7 @@ def _geometry(q, kv_pages, page_table, masks, soft_cap, has_slopes) -> Geometry:
         out_dtype=q.dtype, masks=masks,
         tiles=tiles_for_chip(head_dim, kv_pages.dtype.itemsize, added=added),
         soft_cap=None if soft_cap is None else float(soft_cap) * LOG2E, has_slopes=has_slopes,
-        has_row_factors=dtype != q.dtype, num_blocks=chip.num_cores,
-        uses_mma=chip.capability != (9, 0),
+        has_row_factors=dtype != q.dtype, num_blocks=gpu_chip.current().num_cores,
     )  # fmt: skip
 
 

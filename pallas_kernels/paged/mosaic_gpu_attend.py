@@ -17,7 +17,6 @@ from pallas_kernels.gpu_addresses import tied_to
 from pallas_kernels.masks import window_bounds
 from pallas_kernels.paged.mosaic_gpu_geometry import ROWS, Geometry, Masks, swizzled_columns
 from pallas_kernels.paged.mosaic_gpu_pages import Ring, Span
-from pallas_kernels.paged.mosaic_gpu_products import products, weighed
 
 F32 = jnp.float32
 TILE = plgpu.Layout.WGMMA
@@ -197,7 +196,8 @@ def attend_tile(
     acc = state.acc * over_columns(fade, geometry.head_dim)
     plgpu.barrier_wait(ring.v_full.at[slot])
     values = _values(slot, first_key, None if seen is None else seen[1], tools, geometry)
-    acc = weighed(acc, p, values, geometry)
+    weights = p.astype(geometry.dtype)
+    acc = pl.run_state(lambda a: plgpu.wgmma(a, weights, values))(plgpu.ACC.init(acc))
     plgpu.barrier_arrive(ring.v_empty.at[slot])
     return State(acc, m, total)
 
@@ -211,7 +211,13 @@ def _logits(slot: Any, rows: Rows, first_key: Any, tools: Tools, geometry: Geome
         k = tools.wide
 
     q = tools.q.at[tied_to(first_key, tools.warpgroup, tied=tools.tied)]
-    logits = products(q, k, geometry) * over_columns(rows.factor, keys)
+
+    def product(acc):
+        plgpu.wgmma(acc, q, k.transpose((1, 0)))
+        return acc[...]
+
+    logits = pl.run_scoped(product, plgpu.ACC((ROWS, keys), F32))
+    logits = logits * over_columns(rows.factor, keys)
     if geometry.soft_cap is not None:
         # The hardware's tanh is good to 11 bits only.
         logits = jnp.exp2(logits * (2 * LOG2E))

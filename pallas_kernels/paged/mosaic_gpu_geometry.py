@@ -49,7 +49,6 @@ class Geometry:
         has_slopes: whether there are ALiBi slopes.
         has_row_factors: whether each row of queries has a factor of its own.
         num_blocks: of a persistent grid.
-        uses_mma: products by mma.sync, where wgmma is not.
     """
 
     num_q_heads: int
@@ -68,7 +67,6 @@ class Geometry:
     has_slopes: bool
     has_row_factors: bool
     num_blocks: int
-    uses_mma: bool
 
     @property
     def group(self) -> int:

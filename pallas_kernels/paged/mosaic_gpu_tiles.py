@@ -55,7 +55,7 @@ ADDED = {
         128: Tiles(Phase(64, 6, 1, tied=True), Phase(64, 4, 1, tied=True)),
     },
 }
-TILES = {"h100": HOPPER, "h200": HOPPER, "b200": HOPPER}
+TILES = {"h100": HOPPER, "h200": HOPPER}
 
 
 def tiles_for_chip(head_dim: int, itemsize: int, *, added: bool = False) -> Tiles:

@@ -41,19 +41,18 @@ PAGED = [problem for problem in QUICK if problem.op == "paged"]
 @pytest.fixture(autouse=True)
 def few_cores(monkeypatch):
     """Three cores: sequences are cut where they would be on a chip with many and long ones."""
-    for name in ("h200", "b200"):
-        chip = dataclasses.replace(gpu_chip.CHIPS[name], num_cores=3)
-        monkeypatch.setitem(gpu_chip.CHIPS, name, chip)
+    chip = dataclasses.replace(gpu_chip.CHIPS["h200"], num_cores=3)
+    monkeypatch.setitem(gpu_chip.CHIPS, "h200", chip)
 
 
-def results_of(arguments, chip="h200"):
-    with gpu_interpreter(chip):
+def results_of(arguments):
+    with gpu_interpreter("h200"):
         return run(KERNEL, "paged", arguments, layout="by_head")
 
 
-def check(arguments, chip="h200"):
+def check(arguments):
     """Out, lse and the written cache, each within the oracle's budget."""
-    results = results_of(arguments, chip)
+    results = results_of(arguments)
     for name, answer in expected("paged", arguments).items():
         found = deviation(name, results[name], answer)
         assert found.passed, str(found)
@@ -281,7 +280,7 @@ def test_the_backend_refuses_with_reasons():
     assert reasons(head_size=192, kv_cache_dtype="fp8_e4m3") == ["head_size"]
 
 
-def compiled(monkeypatch, cache_pages=None, chip="h200", **options):
+def compiled(monkeypatch, cache_pages=None, **options):
     """Lets ptxas have the kernels, with a cache in the backend's layout; their memory."""
     monkeypatch.undo()  # the chip and the kernel as they are, not as they are interpreted
     arguments = batch((1, 40, 3), (70, 75, 9), pad_tokens=0, **options)
@@ -289,7 +288,7 @@ def compiled(monkeypatch, cache_pages=None, chip="h200", **options):
     shape = LAYOUTS["by_head"].shape(cache_pages or num_pages, page_size, num_heads, head_dim)
     pages = jax.ShapeDtypeStruct(shape, arguments["kv_pages"].dtype)
     kernel = MosaicGpuBackend.kernels["paged"]
-    return memory_of(compiled_cleanly(chip, kernel, arguments | {"kv_pages": pages}))
+    return memory_of(compiled_cleanly("h200", kernel, arguments | {"kv_pages": pages}))
 
 
 def test_a_sample_compiles_and_writes_the_cache_where_it_lies(monkeypatch):
