@@ -22,9 +22,9 @@ from test_gpu_dense_gradients import (
     without_slope,
 )
 
-from attnsel_jax.backends.mosaic_gpu import AMPERE_HEAD_SIZES
 from attnsel_jax.compare import compare
 from attnsel_jax.compare.comparison import FAIL, PASS
+from attnsel_jax.mosaic_gpu_limits import AMPERE_SIZES
 from pallas_kernels import gpu_mma
 from pallas_kernels.dense import (
     mosaic_gpu,
@@ -35,7 +35,7 @@ from pallas_kernels.dense import (
 
 needs_gpu_interpreter()
 
-SIZES = AMPERE_HEAD_SIZES["dense"]
+SIZES = AMPERE_SIZES["dense"]
 DECLARED = [case for case in (*CASES, *MORE) if case.options["head_size"] in SIZES]
 BY_DEFAULT = ("window, capped, sinks",)
 CAPPED = problem("capped", causal=True, soft_cap=8.0, q_len=70)

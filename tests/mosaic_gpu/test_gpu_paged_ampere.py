@@ -11,13 +11,14 @@ from gpu_interpreter import gpu_interpreter, needs_gpu_interpreter
 from test_gpu_paged import EVERYTHING, KERNEL, LONG, PAGED, batch
 
 from attnsel_jax.aot.report import memory_of
-from attnsel_jax.backends.mosaic_gpu import AMPERE_HEAD_SIZES, MosaicGpuBackend
 from attnsel_jax.backends.mosaic_gpu import PAGED as DECLARED
+from attnsel_jax.backends.mosaic_gpu import MosaicGpuBackend
 from attnsel_jax.cache_layouts import LAYOUTS
 from attnsel_jax.compare.deviations import deviation
 from attnsel_jax.compare.expected import expected
 from attnsel_jax.compare.kernel_runs import run
 from attnsel_jax.config import AttentionSelectorConfig
+from attnsel_jax.mosaic_gpu_limits import AMPERE_SIZES
 from attnsel_jax.platforms import Device
 from pallas_kernels import gpu_chip, gpu_mma
 from pallas_kernels.paged import (
@@ -91,7 +92,7 @@ def test_mixed_batches(heads, options):
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("head_size", AMPERE_HEAD_SIZES["paged"].values)
+@pytest.mark.parametrize("head_size", AMPERE_SIZES["paged"].values)
 @pytest.mark.parametrize("page_size", DECLARED.block_size.values)
 def test_every_size(head_size, page_size):
     check(batch(*LONG, heads=(2, 1), head_size=head_size, page_size=page_size))
@@ -261,7 +262,7 @@ def test_a_sample_compiles_and_writes_the_cache_where_it_lies(monkeypatch):
 @pytest.mark.sweep
 @pytest.mark.parametrize("cache_dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("page_size", DECLARED.block_size.values)
-@pytest.mark.parametrize("head_size", [*AMPERE_HEAD_SIZES["paged"].values, 256])
+@pytest.mark.parametrize("head_size", [*AMPERE_SIZES["paged"].values, 256])
 @pytest.mark.parametrize("features", [{}, EVERYTHING], ids=["plain", "everything"])
 def test_everything_declared_compiles(monkeypatch, features, head_size, page_size, cache_dtype):
     compiled(
