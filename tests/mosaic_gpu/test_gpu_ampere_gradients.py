@@ -14,8 +14,8 @@ from test_gpu_dense_gradients import (
     KERNEL,
     MORE,
     REST,
-    SEGMENTS,
-    WINDOW,
+    SEGMENTED,
+    WINDOWED,
     one_tile_less,
     problem,
     without_delta,
@@ -36,7 +36,11 @@ from pallas_kernels.dense import (
 needs_gpu_interpreter()
 
 SIZES = AMPERE_SIZES["dense"]
-DECLARED = [case for case in (*CASES, *MORE) if case.options["head_size"] in SIZES]
+DECLARED = [
+    case
+    for case in (*CASES, *MORE)
+    if case.options["head_size"] in SIZES and not {"bias", "alibi"} & set(case.options)
+]
 BY_DEFAULT = ("window, capped, sinks",)
 CAPPED = problem("capped", causal=True, soft_cap=8.0, q_len=70)
 LONG = problem("long", causal=True, q_len=200, heads=(1, 1))
@@ -136,7 +140,7 @@ def test_gradients_compile(size):
 @pytest.mark.parametrize("size", SIZES.values)
 @pytest.mark.parametrize(
     "features",
-    [WINDOW, CAP, SEGMENTS, REST, WINDOW | CAP | SEGMENTS | REST, {"dtype": "float16"}],
+    [WINDOWED, CAP, SEGMENTED, REST, WINDOWED | CAP | SEGMENTED | REST, {"dtype": "float16"}],
     ids=["window", "cap", "segments", "rest", "all", "float16"],
 )
 def test_gradients_of_every_feature_compile(size, features):
