@@ -88,10 +88,10 @@ def test_spans_tiles_and_blocks(options):
     ids=["window", "odd", "192", "192 float32"],
 )
 def test_prompts(monkeypatch, heads, options):
-    """Tiles of 128 tokens: keys first."""
+    """Tiles of 128 tokens: keys first. New keys come in four tiles: a buffer is used again."""
     tiles = SMALL._replace(tile_tokens=128, block_tokens=64, chunk_tokens=32)
     monkeypatch.setattr(mosaic_tpu, "tiles_for", lambda *_: tiles)
-    check(batch((1, 140, 3), (30, 170, 9), heads=heads, **options))
+    check(batch((1, 200, 3), (30, 230, 9), heads=heads, **options))
 
 
 MANY = {
