@@ -120,11 +120,11 @@ def measured_sections(folder: pathlib.Path = FOLDER) -> str:
 
 
 def _made(data: Mapping[str, Any]) -> str:
-    """How a file was made; `renewed` says so of the rows of those that a later run renewed."""
+    """How a file was made; `renewed` says so of those rows of ours that a later run renewed."""
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     said = f"`{data['command']}`, {data['date'][:10]}, {versions}."
     if later := data.get("renewed"):
-        said += f" Rows of ours: {_made(later)}"
+        said += f" Ours renewed since at {', '.join(later['works'])}: {_made(later)}"
     return said
 
 

@@ -55,7 +55,7 @@ TILES = {
         (128, 128): {
             PLAIN: Tiles(128, 3),
             SEGMENTED: Tiles(128, 2, tied=True),
-            CROWDED: Tiles(64, 4),
+            ADDED: Tiles(64, 4),
         },
         (192, 128): {
             PLAIN: Tiles(128, 2, turns=False),
