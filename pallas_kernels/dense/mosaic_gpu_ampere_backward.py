@@ -54,7 +54,16 @@ class Shared(NamedTuple):
 
 
 def query_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> jax.Array:
-    """dq, like q: `mosaic_gpu_dq.query_gradients`, on Ampere."""
+    """dq, like q: `mosaic_gpu_dq.query_gradients`, on Ampere.
+
+    Raises:
+        ValueError: there is a bias, or slopes.
+    """
+    if static.bias is not None or static.alibi:
+        raise ValueError(
+            "bias or alibi_slopes is given, must be None where gradients are taken on "
+            "compute_capability 8.0: use XLA"
+        )
     (dq,) = _launched(
         static, x, _dq_block, (x.q,), (tiles.k_stages, tiles.block_kv), "attnsel_dense_dq_ampere"
     )
