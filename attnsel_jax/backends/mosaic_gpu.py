@@ -26,8 +26,7 @@ PAGED = Capabilities(
     kv_cache_dtype=OneOf("bfloat16", "float16", "fp8_e4m3", "fp8_e5m2"),
     block_size=OneOf(16, 32, 64, 128, 256),
 )
-HEAD_SIZES_V = {192: (128, 192)}  # others: as head_size; below, of dense, for gradients
-AMPERE_HEAD_SIZES = {"paged": OneOf(64, 96, 128, 192), "dense": OneOf(64, 80, 96, 128)}
+AMPERE_HEAD_SIZES, HEAD_SIZES_V = OneOf(64, 96, 128), {192: (128, 192)}  # others: as head_size
 
 
 class MosaicGpuBackend(AttentionBackend):
@@ -41,10 +40,9 @@ class MosaicGpuBackend(AttentionBackend):
     def supports_combination(cls, config, device):
         """No gradient beside bias or slopes; v as k, or 128 by 192; float8 up to head size 128."""
         size, size_v, cache = config.head_size, config.head_size_v, str(config.cache_dtype)
-        ampere, dense = device.compute_capability == AMPERE, config.op == "dense"
-        if ampere and size not in AMPERE_HEAD_SIZES[config.op] and (config.needs_grad or not dense):
-            yield Rejection("head_size", size, AMPERE_HEAD_SIZES[config.op], "with Ampere, 8.0")
-        if dense:
+        if (ampere := device.compute_capability == AMPERE) and size not in AMPERE_HEAD_SIZES:
+            yield Rejection("head_size", size, AMPERE_HEAD_SIZES, "with Ampere, 8.0")
+        if config.op == "dense":
             for name in ("has_bias", "has_alibi"):
                 if config.needs_grad and getattr(config, name):
                     yield Rejection(name, True, "False with needs_grad")
