@@ -37,6 +37,8 @@ def missing(eqn):
         return _wait
     if primitive is gpu.inline_mgpu_p and eqn.params["mgpu_fn"].__name__ in INLINED:
         return _keep_values
+    if primitive is gpu.inline_mgpu_p and eqn.params["mgpu_fn"].__name__ == "above_0_in_any_row":
+        return _vote
     return None
 
 
@@ -44,6 +46,10 @@ def _mma(self, eqn, token, values):
     acc, a, b = values
     product = jnp.matmul(a.astype(acc.dtype), b.astype(acc.dtype), precision="highest")
     return token, [acc + product]
+
+
+def _vote(self, eqn, token, values):
+    return token, [(values[0] > 0).any().astype(eqn.outvars[0].aval.dtype)]
 
 
 def _keep_values(self, eqn, token, values):

@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dense.mosaic_gpu_ampere import as_matrix, stored_width, swizzle_of
 from pallas_kernels.dense.mosaic_gpu_dkv import Steps, steps_of
-from pallas_kernels.dense.mosaic_gpu_dq import seen_tiles
+from pallas_kernels.dense.mosaic_gpu_dq import QueryGradients, seen_tiles
 from pallas_kernels.dense.mosaic_gpu_geometry import Static, row_of
 from pallas_kernels.dense.mosaic_gpu_tiles import BackwardTiles
 from pallas_kernels.dense.mosaic_gpu_weights import (
@@ -53,21 +53,12 @@ class Shared(NamedTuple):
     rings: tuple[Any, Any]
 
 
-def query_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> jax.Array:
-    """dq, like q: `mosaic_gpu_dq.query_gradients`, on Ampere.
-
-    Raises:
-        ValueError: there is a bias, or slopes.
-    """
-    if static.bias is not None or static.alibi:
-        raise ValueError(
-            "bias or alibi_slopes is given, must be None where gradients are taken on "
-            "compute_capability 8.0: use XLA"
-        )
+def query_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> QueryGradients:
+    """dq, like q, and no sums: `mosaic_gpu_dq.query_gradients`, on Ampere."""
     (dq,) = _launched(
         static, x, _dq_block, (x.q,), (tiles.k_stages, tiles.block_kv), "attnsel_dense_dq_ampere"
     )
-    return dq
+    return QueryGradients(dq, None, None)
 
 
 def key_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> tuple[jax.Array, jax.Array]:

@@ -11,7 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.dense.mosaic_gpu_forward import Operands
 from pallas_kernels.dense.mosaic_gpu_geometry import LOG2E, Row, Static, seen_interval
@@ -23,7 +26,11 @@ STORED = plgpu.Layout.TCGEN05  # what swizzled shared memory takes
 # Sums are brought to a new maximum only where it is larger by a factor of over 2^8: float16 holds
 # weights up to 2^16, and float32 sums of them.
 SLACK = 8.0
-STRIP = 32  # columns
+STRIP, NARROW = 32, 16  # columns; with slopes strips of 32 spill
+# A positive float32 is a positive integer. The barrier is the warpgroup's, as Mosaic GPU counts.
+VOTE = (
+    "{ .reg .pred p; setp.gt.s32 p, $1, 0; bar.red.or.pred p, $2, 128, p; selp.s32 $0, 1, 0, p; }"
+)
 
 
 class Rows(NamedTuple):
@@ -70,9 +77,10 @@ def weigh(static, x, shared, at: Rows, i: int, tile, slot, state: Softmax, *, ma
     """Logits of a key tile become weights, in their place; sums are brought to their maximum.
 
     Logits are read twice, for a tile of them and its weights are more than a thread's registers.
+    Weights are stored when all logits are read: the interpreter's rows of both do not lie alike.
     """
     s, p, o = shared.tmem[i]
-    strips = _strips(static.tiles.block_kv)
+    strips = _strips(static.tiles.block_kv, NARROW if static.alibi else STRIP)
     plain = not (masked or _changes_logits(static))
     maxima, factor = [], static.scale * LOG2E
     for strip in strips:
@@ -123,7 +131,28 @@ def _brought_to(o: Any, state: Softmax, top: jax.Array, first: jax.Array) -> Sof
 
         return Softmax(m, state.l * alpha)
 
-    return lax.cond(grown.max() > 0.0, grow, lambda: state)
+    return lax.cond(_any_row(grown) > 0, grow, lambda: state)
+
+
+def _any_row(flags: jax.Array) -> jax.Array:
+    """int32 []: 1 where a row's float32 flag is above 0, by a vote at the warpgroup's barrier.
+
+    A maximum over rows would go through shared memory at an address that is a constant; beside
+    addresses that are not, ptxas keeps the memory's base on the stack.
+    """
+
+    @plgpu.inline_mgpu(
+        arg_types=(ROW,),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(())),
+    )
+    def above_0_in_any_row(_, array):
+        i32 = ir.IntegerType.get_signless(32)
+        (bits,) = (mgpu.utils.bitcast(register, i32) for register in array.registers.flat)
+        barrier = arith.addi(mgpu.utils.warpgroup_idx(sync=False), mgpu.utils.c(1, i32))
+        vote = llvm.inline_asm(i32, [bits, barrier], VOTE, "=r,r,r", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(vote, (), is_signed=True)
+
+    return above_0_in_any_row(plgpu.layout_cast(flags, ROW))
 
 
 def _logits(static, x: Operands, shared, at: Rows, tile, slot, strip, s, masked):

@@ -175,7 +175,15 @@ def block(
 def steps_of(
     static: Static, at: Place, keys: int, kv_head: jax.Array, queries: int = TILE
 ) -> Steps:
-    """The tiles of so many queries that see one of `keys` keys from at.key on.
+    """What a block of `keys` keys from at.key on goes through, so many queries at a time."""
+    first, tiles = seeing_tiles(static, at, keys, queries)
+    return Steps(first, tiles, kv_head * static.group, tiles * static.group, queries)
+
+
+def seeing_tiles(
+    static: Static, at: Place, keys: int, queries: int = TILE
+) -> tuple[jax.Array, jax.Array]:
+    """(first, how many): the tiles of so many queries that see one of `keys` keys from at.key on.
 
     The interval of keys that a query sees grows with the query: the first query that sees any is
     the first whose interval ends after at.key, the last one the last whose begins before the end.
@@ -197,8 +205,7 @@ def steps_of(
     of_tile = jnp.int32(queries)
     first = lax.div(first, of_tile)
     tiles = jnp.maximum(lax.div(stop + of_tile - 1, of_tile) - first, 0)
-    tiles = jnp.where((at.key < row.kv_len) & (stop > 0), tiles, 0)
-    return Steps(first, tiles, kv_head * static.group, tiles * static.group, queries)
+    return first, jnp.where((at.key < row.kv_len) & (stop > 0), tiles, 0)
 
 
 def _produce(static: Static, x: Arrays, shared: Shared, at: Place, steps: Steps, kv_head) -> None:
@@ -242,7 +249,8 @@ class _Block(NamedTuple):
 
     def weights(self, n: Any, slot: Any, logits: jax.Array) -> Any:
         """The weights of step n, keys first."""
-        at = self.at._replace(query=self.steps.where(n)[1])
+        head, query = self.steps.where(n)
+        at = self.at._replace(query=query, head=head)
         lse = plgpu.load(self.shared.lse.at[slot], layout=LAYOUTS[1], optimized=False)
         return weights(self.static, self.x, at, logits, lse, queries=1)
 

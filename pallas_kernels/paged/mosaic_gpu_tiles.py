@@ -59,7 +59,7 @@ HOPPER = {
 ADDED = {
     2: {128: Tiles(Phase(64, 4, 1), Phase(64, 4))},
     1: {
-        96: Tiles(Phase(64, 8, 1), Phase(64, 4)),
+        96: Tiles(Phase(64, 8, 1, tied=True), Phase(64, 4)),
         128: Tiles(Phase(64, 6, 1, tied=True), Phase(64, 4, 1, tied=True)),
     },
 }
