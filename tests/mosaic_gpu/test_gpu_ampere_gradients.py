@@ -24,7 +24,6 @@ from test_gpu_dense_gradients import (
 
 from attnsel_jax.compare import compare
 from attnsel_jax.compare.comparison import FAIL, PASS
-from attnsel_jax.mosaic_gpu_limits import AMPERE_SIZES
 from pallas_kernels import gpu_mma
 from pallas_kernels.dense import (
     mosaic_gpu,
@@ -35,7 +34,7 @@ from pallas_kernels.dense import (
 
 needs_gpu_interpreter()
 
-SIZES = AMPERE_SIZES["dense"]
+SIZES = tuple(mosaic_gpu_tiles.AMPERE_BACKWARD_TILES)
 DECLARED = [
     case
     for case in (*CASES, *MORE)
@@ -130,14 +129,14 @@ def compiles(size, dtype="bfloat16", **features):
 
 
 @pytest.mark.parametrize(
-    "size", [pytest.param(s, marks=[] if s == 64 else pytest.mark.sweep) for s in SIZES.values]
+    "size", [pytest.param(s, marks=[] if s == 64 else pytest.mark.sweep) for s in SIZES]
 )
 def test_gradients_compile(size):
     compiles(size)
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("size", SIZES.values)
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
     "features",
     [WINDOWED, CAP, SEGMENTED, REST, WINDOWED | CAP | SEGMENTED | REST, {"dtype": "float16"}],

@@ -18,7 +18,6 @@ from attnsel_jax.compare.deviations import deviation
 from attnsel_jax.compare.expected import expected
 from attnsel_jax.compare.kernel_runs import run
 from attnsel_jax.config import AttentionSelectorConfig
-from attnsel_jax.mosaic_gpu_limits import AMPERE_SIZES
 from attnsel_jax.platforms import Device
 from pallas_kernels import gpu_chip, gpu_mma
 from pallas_kernels.paged import (
@@ -30,6 +29,8 @@ from pallas_kernels.paged import (
 )
 
 needs_gpu_interpreter()
+
+SIZES = tuple(mosaic_gpu_tiles.AMPERE[2])  # those of the kernels
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +93,7 @@ def test_mixed_batches(heads, options):
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("head_size", AMPERE_SIZES["paged"].values)
+@pytest.mark.parametrize("head_size", SIZES)
 @pytest.mark.parametrize("page_size", DECLARED.block_size.values)
 def test_every_size(head_size, page_size):
     check(batch(*LONG, heads=(2, 1), head_size=head_size, page_size=page_size))
@@ -223,7 +224,7 @@ def test_what_ampere_does_not_have_is_refused():
 
     assert reasons() == reasons(kv_cache_dtype="float16") == reasons(block_size=256) == []
     assert reasons(kv_cache_dtype="fp8_e4m3") == ["kv_cache_dtype"]
-    assert reasons(head_size=80) == ["head_size"]
+    assert reasons(head_size=80) == reasons(head_size=192) == ["head_size"]
     assert reasons(dtype="float16", kv_cache_dtype="bfloat16") == ["kv_cache_dtype"]
 
 
@@ -262,7 +263,7 @@ def test_a_sample_compiles_and_writes_the_cache_where_it_lies(monkeypatch):
 @pytest.mark.sweep
 @pytest.mark.parametrize("cache_dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("page_size", DECLARED.block_size.values)
-@pytest.mark.parametrize("head_size", [*AMPERE_SIZES["paged"].values, 256])
+@pytest.mark.parametrize("head_size", SIZES)
 @pytest.mark.parametrize("features", [{}, EVERYTHING], ids=["plain", "everything"])
 def test_everything_declared_compiles(monkeypatch, features, head_size, page_size, cache_dtype):
     compiled(
