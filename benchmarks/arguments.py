@@ -19,6 +19,8 @@ WRITTEN = {
     "paged": ("k", "v", "slot_mapping"),
     "mla": ("kv_c", "k_pe", "slot_mapping"),
     "sparse_mla": ("kv_c", "k_pe", "slot_mapping"),
+    "indexer_scores": (),
+    "topk_positions": (),
 }
 
 
@@ -61,6 +63,12 @@ def contract_arguments(work: Work, backend: type[AttentionBackend]) -> dict[str,
     """The arguments of the op by name, the cache as the backend has it."""
     if work.op == "dense":
         return _dense(work)
+    if work.op == "indexer_scores":
+        return _indexer(work)
+    if work.op == "topk_positions":
+        return {
+            "scores": floats(work.tokens, work.positions, dtype="float32"), "topk": work.topk,
+        }  # fmt: skip
     cache = jax.ShapeDtypeStruct(
         backend.get_kv_cache_shape(
             batches.num_pages(work), work.page_size, work.num_kv_heads, work.head_size,
@@ -104,6 +112,20 @@ def _dense(work: Work) -> dict[str, Any]:
         "k": floats(*kv, work.head_size),
         "v": floats(*kv, work.head_size_v),
         "causal": work.causal,
+    }
+
+
+def _indexer(work: Work) -> dict[str, Any]:
+    """Queries, weights, and pages of keys."""
+    tokens, heads, size = work.tokens, work.num_heads, work.head_size
+    return {
+        "q_index": floats(tokens, heads, size),
+        "weights": floats(tokens, heads, dtype="float32"),
+        "index_pages": floats(batches.num_pages(work), work.page_size, size),
+        "page_table": batches.page_table(work),
+        "kv_lens": batches.kv_lens(work),
+        "cu_q_lens": batches.cu_q_lens(work),
+        "num_seqs": np.array(len(work.q_lens), np.int32),
     }
 
 

@@ -17,10 +17,10 @@ class Work:
 
     Attributes:
         name, description: for tables.
-        op: "dense", "paged", "mla" or "sparse_mla".
+        op: "dense", "paged", "mla", "sparse_mla", "indexer_scores" or "topk_positions".
         num_heads, num_kv_heads: of queries, and of keys and values (1 for MLA).
         head_size: of a key; 576 = 512 + 64 for MLA.
-        head_size_v: of a value; 512 for MLA.
+        head_size_v: of a value; 512 for MLA, 0 for the indexer, which has none.
         q_lens, kv_lens: new tokens of each sequence, and its keys, the new ones included.
         page_size: tokens in a page; None = dense.
         backward: the gradients of q, k and v too (dense).
@@ -74,6 +74,8 @@ class Work:
     @property
     def flops(self) -> float:
         """Operations of the products; backward: five more for every two, logits recomputed."""
+        if self.op == "topk_positions":
+            return 0.0
         forward = 2.0 * self.num_heads * self.logits * (self.head_size + self.head_size_v)
         return forward * 3.5 if self.backward else forward
 
@@ -84,6 +86,8 @@ class Work:
             writes_cache: the call takes this step's keys and writes them to the cache; else it
                 finds them there, and reads them.
         """
+        if self.op in ("indexer_scores", "topk_positions"):
+            return self._indexer_bytes()
         queries = self.tokens * self.num_heads * (self.head_size + self.head_size_v)
         if self.op == "dense":
             keys = sum(self.kv_lens) * self.num_kv_heads * (self.head_size + self.head_size_v)
@@ -100,6 +104,19 @@ class Work:
         # This step's rows are read as they come, and written as the cache stores them.
         new = self.tokens * (BYTES + of_cache) if writes_cache else 0
         return BYTES * queries + row * (cached * of_cache + new)
+
+    @property
+    def positions(self) -> int:
+        """Positions that a row of the page table can name, each with a score (indexer)."""
+        return max(-(-n // self.page_size) for n in self.kv_lens) * self.page_size
+
+    def _indexer_bytes(self) -> float:
+        """Float32 scores, out or in; with queries, float32 weights and keys, or positions."""
+        scores = 4 * self.tokens * self.positions
+        if self.op == "topk_positions":
+            return scores + 4 * self.tokens * self.topk
+        queries = self.tokens * self.num_heads * (BYTES * self.head_size + 4)
+        return queries + BYTES * self.head_size * sum(self.kv_lens) + scores
 
     @property
     def cache_itemsize(self) -> float:

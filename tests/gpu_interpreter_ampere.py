@@ -14,6 +14,7 @@ import numpy as np
 from jax._src import callback
 from jax._src.pallas.mosaic_gpu import primitives as gpu
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks as callbacks
+from jax._src.pallas.mosaic_gpu.interpret import jaxpr_interpret
 from jax._src.pallas.mosaic_gpu.interpret import shared_memory as memory
 
 INLINED = ("rounded_as_left_operand",)  # functions that keep values, but for their dtype
@@ -59,6 +60,7 @@ def _send_for(self, eqn, token, values):
     source, target, *leaves = values
     trees = (eqn.params["src_transforms_treedef"], eqn.params["dst_transforms_treedef"])
     transforms = jax.tree.unflatten(jax.tree_util.treedef_tuple(trees), leaves)
+    source, target, transforms = _of_unions(eqn, source, target, transforms)
     return callback.io_callback(
         functools.partial(_sent, source_info=eqn.source_info),
         callbacks.TOKEN_SHAPE_DTYPE, token, self.thread, self.mesh_location, source, target,
@@ -66,26 +68,39 @@ def _send_for(self, eqn, token, values):
     ), []  # fmt: skip
 
 
+def _of_unions(eqn, source, target, transforms):
+    """Source and target where they are members of a `plgpu.RefUnion`."""
+    ends = zip(eqn.invars[:2], (source, target), transforms, strict=True)
+    found = [jaxpr_interpret.resolve_ref(var.aval, key, tuple(t)) for var, key, t in ends]
+    (source, of_source), (target, of_target) = found
+    return source, target, (of_source, of_target)
+
+
 @callbacks.fail_on_exception
 def _sent(token, thread, location, source, target, source_steps, target_steps, source_info=None):
     shared = callbacks._get_shared_memory()
-    source, target = (callbacks.HostAllocationKey.from_array(key) for key in (source, target))
-    places = [
-        shared.access(key, jax.tree.map(int, callbacks._remove_noop_transforms(steps)))
-        for key, steps in ((source, source_steps), (target, target_steps))
-    ]
-    options = {"logging_info": memory.GPULoggingInfo(location, thread, source_info)}
-    old, _, _ = shared.get_buffer_content(target, places[1], thread, **options)
+
+    def read(key, steps):
+        key = callbacks.HostAllocationKey.from_array(key)
+        place = shared.access(key, jax.tree.map(int, callbacks._remove_noop_transforms(steps)))
+        logging = memory.GPULoggingInfo(location, thread, source_info)
+        return *shared.get_buffer_content(key, place, thread, logging_info=logging)[:1], place
+
+    def write(value):  # under race detection
+        callbacks._swap(
+            token, location, thread, target, target_steps, value, None, source_info=source_info
+        )
+
+    old, _ = read(target, target_steps)
     poison = np.nan if jnp.issubdtype(old.dtype, jnp.floating) else np.iinfo(old.dtype).max
-    shared.store_buffer_content(
-        target, places[1], np.full(old.shape, poison, old.dtype), thread, **options
-    )
+    write(np.full(old.shape, poison, old.dtype))
 
     def arrive():
-        value, _, _ = shared.get_buffer_content(source, places[0], thread, **options)
-        if value is None or value.shape != old.shape:
-            raise IndexError(f"cp.async reads outside its array: {places[0]}")
-        shared.store_buffer_content(target, places[1], value, thread, **options)
+        value, place = read(source, source_steps)
+        before = any(part.start < 0 for part in place.range if isinstance(part, slice))
+        if before or value is None or value.shape != old.shape:
+            raise IndexError(f"cp.async reads outside its array: {place}")
+        write(value)
 
     _sent_for[thread].append(arrive)
     return token

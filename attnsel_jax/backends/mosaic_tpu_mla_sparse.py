@@ -18,8 +18,7 @@ class MosaicTpuMlaSparseBackend(AttentionBackend):
     kernels = {
         "sparse_mla": "pallas_kernels.sparse_mla.mosaic_tpu:sparse_mla_attention",
         "indexer_scores": "pallas_kernels.sparse_mla.mosaic_tpu_indexer:indexer_scores",
-        # XLA sorts: a bitonic top-k in Pallas would do 300 of the 364 passes that it does.
-        "topk_positions": "attnsel_jax.xla.indexer:topk_positions",
+        "topk_positions": "pallas_kernels.sparse_mla.mosaic_tpu_topk:topk_positions",
     }
     impl = "attnsel_jax.impls.sparse_mla:SparseMLAImpl"
     latent_layout = "tiled"

@@ -11,4 +11,4 @@ from attnsel_jax.mesh.mesh_axes import MeshAxes as MeshAxes
 from attnsel_jax.mesh.mesh_axes import use_mesh_axes as use_mesh_axes
 from attnsel_jax.mesh.over_mesh import kernel_over_mesh as kernel_over_mesh
 from attnsel_jax.mesh.plan import Plan as Plan
-from attnsel_jax.mesh.plan import plan_call as plan_call
+from attnsel_jax.mesh.planning import plan_call as plan_call

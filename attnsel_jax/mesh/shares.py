@@ -1,17 +1,12 @@
 """Whether the sizes of a call can be shared out as its plan says: refusals, with their numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import jax
 
 from attnsel_jax.cache_layouts import layout_named
-
-if TYPE_CHECKING:
-    from attnsel_jax.mesh.dimensions import Dims
-    from attnsel_jax.mesh.plan import Plan
+from attnsel_jax.mesh.dimensions import Dims
+from attnsel_jax.mesh.plan import Plan
 
 _WORDS = {"heads": "num_heads", "cache_heads": "the cache's num_kv_heads", "pages": "num_pages",
           "seqs": "max_num_seqs", "tokens": "num_tokens", "groups": "the number of groups",

@@ -64,21 +64,31 @@ def indexer_scores(
     return scores
 
 
-def topk_positions(scores: jax.Array, topk: int, *, mesh_axes: MeshAxes | None = None) -> jax.Array:
+def topk_positions(
+    scores: jax.Array,
+    topk: int,
+    *,
+    backend: BackendLike = None,
+    device: DeviceLike = None,
+    mesh_axes: MeshAxes | None = None,
+) -> jax.Array:
     """The positions of the largest scores of each token: `topk_indices` of sparse MLA.
 
     Args:
         scores: float32 [num_tokens, positions], -inf where a position is not seen; a mesh may cut
             the tokens.
         topk: how many to name.
-        mesh_axes: as in `paged_attention`.
+        backend: whose top-k; None = as in `indexer_scores`.
+        device, mesh_axes: as in `paged_attention`.
 
     Returns:
         int32 [num_tokens, topk]: best first, ties to the lower position, -1 where fewer are seen.
 
     Raises:
         TypeError: scores are no array.
-        ValueError: topk is below 1, or scores are not float32 of two dimensions.
+        ValueError: topk is below 1, scores that are not float32 of two dimensions, or a backend
+            without a top-k.
+        NoAttentionBackendError: the backend asked for does not serve sparse MLA here.
     """
     arrays = {"scores": as_array("scores", scores)}
     topk = count("topk", topk, optional=False)
@@ -88,8 +98,12 @@ def topk_positions(scores: jax.Array, topk: int, *, mesh_axes: MeshAxes | None =
             f"[num_tokens, positions]"
         )
     plan = plan_call("topk_positions", arrays, mesh_axes)
-    xla = AttentionBackendEnum.XLA_MLA_SPARSE.get_class()
-    (positions,) = _results(kernel_over_mesh(xla, "topk_positions", plan)(**arrays, topk=topk))
+    chosen = get_attn_backend(
+        DEEPSEEK_LATENT, jnp.bfloat16, "auto", None, True, use_sparse=True, backend=backend,
+        device=device,
+    )  # fmt: skip
+    chosen = _with_kernel(chosen, "topk_positions", insisted=backend is not None)
+    (positions,) = _results(kernel_over_mesh(chosen, "topk_positions", plan)(**arrays, topk=topk))
     return positions
 
 

@@ -1,6 +1,5 @@
 """Whether our kernels are right on this GPU: the whole contract suite, on fresh numbers."""
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,35 +10,43 @@ from benchmarks.gpu import ours
 from benchmarks.gpu.racing import poison
 
 SETS = {"quick": QUICK, "models": DEFAULT}
+WORKERS = 8
 
 
-def check(seed: int, seconds: float, workers: int = 8) -> Iterator[dict[str, Any]]:
-    """Every problem on every one of our GPU backends, each as a row; refusals are counted only.
+def _parts() -> list[list[Any]]:
+    """The problems, as many together as compile side by side."""
+    problems = [problem for each in SETS.values() for problem in each]
+    return [problems[at : at + WORKERS] for at in range(0, len(problems), WORKERS)]
+
+
+def num_parts() -> int:
+    """How many parts the suite has."""
+    return len(_parts())
+
+
+def names_of(part: int) -> list[dict[str, Any]]:
+    """Rows that name the problems of a part."""
+    return [{"problem": problem.name} for problem in _parts()[part]]
+
+
+def check(part: int, seed: int) -> Iterator[dict[str, Any]]:
+    """A part's problems on every one of our GPU backends; refusals are counted only.
 
     Args:
+        part: which one.
         seed: of the numbers; another one each run.
-        seconds: after which no further problem begins.
-        workers: compilations side by side.
     """
-    begun = time.perf_counter()
     names = sorted(set(ours.BACKENDS.values()))
     chosen = [n for n in names if AttentionBackendEnum[n].get_class().capabilities]
-    problems = [problem for each in SETS.values() for problem in each]
-    for at in range(0, len(problems), workers):
-        some = problems[at : at + workers]
-        if not chosen or time.perf_counter() - begun > seconds:
-            reason = "no time was left" if chosen else "no GPU backend declares an op"
-            yield from ({"problem": p.name, "verdict": "not run", "reason": reason} for p in some)
-            continue
-        poison()
-        for row in compare(some, chosen, seed=seed, workers=workers).rows:
-            yield {
-                "problem": row.problem,
-                "backend": row.backend,
-                "verdict": row.verdict,
-                "in_budgets": row.worst.in_budgets if row.worst else None,
-                "reason": row.error or "; ".join(map(str, row.reasons)) or _why(row),
-            }
+    poison()
+    for row in compare(_parts()[part], chosen, seed=seed, workers=WORKERS).rows:
+        yield {
+            "problem": row.problem,
+            "backend": row.backend,
+            "verdict": row.verdict,
+            "in_budgets": row.worst.in_budgets if row.worst else None,
+            "reason": row.error or "; ".join(map(str, row.reasons)) or _why(row),
+        }
 
 
 def _why(row: Any) -> str:

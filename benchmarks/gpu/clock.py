@@ -20,7 +20,8 @@ Call = Callable[[], Any]
 def device_seconds(
     compiled: Any, inputs: list[tuple[Any, ...]], iterations: int
 ) -> list[float] | None:
-    """Seconds of the kernels of each call, as CUPTI has them; None where it has none (a CPU).
+    """Seconds of the kernels of each call, as CUPTI has them; None where it has none (a CPU,
+    no CUPTI, kernels that differ from call to call).
 
     Args:
         compiled: of `jax.jit(...).lower(...).compile()`.
@@ -34,7 +35,10 @@ def device_seconds(
     measure = profiler.measure(compiled, aggregate=True, iterations=iterations)
     found: list[float] = []
     for arguments in inputs:
-        _, times = measure(*arguments)
+        try:
+            _, times = measure(*arguments)
+        except RuntimeError:  # CUPTI's: the call itself has run before, and will again
+            return None
         if times is None:
             return None
         found += [ms * 1e-3 for ms in (times if isinstance(times, list) else [times])]

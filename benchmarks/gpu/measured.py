@@ -1,24 +1,22 @@
 """A run on a GPU: calibration, checks, then works in the order of their list, until time is up.
 
-What is wrong or missing is a row like any other; the file is written after every work, so that a
-run that is cut off leaves what it had.
+What is wrong or missing is a row like any other; the file is written whenever something is found,
+so that a run that is cut off leaves what it had. This process holds no GPU: see `watching`.
 """
 
-import concurrent.futures
 import dataclasses
 import json
 import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from benchmarks.gpu import calibration, checks, contenders, racing, results
+from benchmarks.gpu import contenders, racing, results, steps, watching
 from benchmarks.work import Work
 
 NAME = "gpu"
-COMPILERS = 8
 # Shares of the time that is given: what is left belongs to the races.
 CHECKS, TORCH = 0.3, 0.15
 
@@ -30,6 +28,7 @@ def run(
     seconds: float,
     seed: int,
     say: Callable[[str], None],
+    taken: Callable[..., Iterator[steps.Found]] = watching.taken,
 ) -> dict[str, Any]:
     """Measures and keeps.
 
@@ -40,41 +39,30 @@ def run(
         seconds: that the run may take.
         seed: of the checks' numbers.
         say: told what comes next.
+        taken: takes the steps.
     """
     begun = time.perf_counter()
-    data = results.head(device=results.device(), seed=seed, checks=[], torch={}, timings=[])
+    data = results.head(device={}, seed=seed, calibration={}, checks=[], torch={}, timings=[])
 
     def keep() -> None:
         data["seconds"] = round(time.perf_counter() - begun, 1)
         results.written(folder, NAME, data)
 
-    say("calibrating")
-    data["calibration"] = calibration.calibrated()
-    keep()
-    for row in checks.check(seed, CHECKS * seconds):
-        say(f"checked {row['problem']}: {row['verdict']}")
-        data["checks"].append(row)
-    keep()
-    end = begun + (1 - TORCH) * seconds
-    with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:
-        for work in works:
-            if time.perf_counter() > end:
-                data["timings"].append({"work": work.name, "verdict": "not run: no time was left"})
-                continue
-            say(work.name)
-            timings = racing.race(work, names, pool)
-            data["timings"] += [_row(timing) for timing in timings]
-            keep()
+    def ends(step: steps.Step) -> float:
+        return begun + (CHECKS if step["kind"] == "check" else 1 - TORCH) * seconds
+
+    for place, value in taken(steps.steps_of(list(works), list(names), seed), ends, say):
+        if isinstance(data[place], list):
+            data[place].append(value)
+        else:
+            data[place] |= value
+        keep()
     say("PyTorch")
     dense = [work for work in works if work.op == "dense"]
     left = seconds - (time.perf_counter() - begun)
     data["torch"] = in_torch(dense, left)
     keep()
     return data
-
-
-def _row(timing: racing.Timing) -> dict[str, Any]:
-    return dataclasses.asdict(timing) | {"clocks_differ": timing.clocks_differ}
 
 
 def in_torch(works: Sequence[Work], seconds: float) -> dict[str, Any]:
@@ -86,12 +74,21 @@ def in_torch(works: Sequence[Work], seconds: float) -> dict[str, Any]:
             command, input=given, capture_output=True, text=True, timeout=max(1.0, seconds),
             check=False,
         )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return {"verdict": f"stopped after {seconds:.0f} s"}
-    last = (done.stdout.splitlines() or [""])[-1]
-    if done.returncode or not last.startswith("{"):
-        return {"verdict": "failed", "reason": "\n".join(done.stderr.splitlines()[-3:])}
-    return json.loads(last)
+    except subprocess.TimeoutExpired as stopped:
+        said = stopped.stdout or ""
+        said = said.decode(errors="replace") if isinstance(said, bytes) else said
+        return _said(said) | {"verdict": f"stopped after {seconds:.0f} s"}
+    if done.returncode:
+        reason = "\n".join(done.stderr.splitlines()[-3:])
+        return _said(done.stdout) | {"verdict": "failed", "reason": reason}
+    return _said(done.stdout)
+
+
+def _said(text: str) -> dict[str, Any]:
+    """What PyTorch's process has said: whole lines count."""
+    found = [json.loads(line) for line in text.splitlines() if line[:1] + line[-1:] == "{}"]
+    answer = {"rows": [row for row in found if "work" in row]}
+    return next((row for row in found if "calibration" in row), {}) | answer
 
 
 def failed(data: dict[str, Any]) -> bool:

@@ -108,9 +108,10 @@ def measured_sections(folder: pathlib.Path = FOLDER) -> str:
     sections = []
     for path in sorted(folder.glob("*/gpu.json")):
         data = json.loads(path.read_text())
-        best = ", ".join(f"{value:.0f} {name}" for name, value in data["calibration"].items())
+        found = data["calibration"].items()
+        best = ", ".join(f"{x:.0f} {name}" for name, x in found if not isinstance(x, str))
         sections += [
-            f"### {data['device']['kind']}",
+            f"### {data['device'].get('kind', 'no device')}",
             f"{_made(data)} Calibration: {best} a second.",
             markdown(CHECK_COLUMNS, check_rows(data)),
             markdown(TIMED_COLUMNS, timed_rows(data)),
@@ -119,8 +120,12 @@ def measured_sections(folder: pathlib.Path = FOLDER) -> str:
 
 
 def _made(data: Mapping[str, Any]) -> str:
+    """How a file was made; `renewed` says so of the rows of those that a later run renewed."""
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
-    return f"`{data['command']}`, {data['date'][:10]}, {versions}."
+    said = f"`{data['command']}`, {data['date'][:10]}, {versions}."
+    if later := data.get("renewed"):
+        said += f" Rows of ours: {_made(later)}"
+    return said
 
 
 def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:

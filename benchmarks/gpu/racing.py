@@ -104,9 +104,31 @@ def race(
     able = [r for r in runners if isinstance(r, _Runner)]
     right, wrong = _held_to_the_oracle(work, able)
     found += wrong
-    _time(right, rounds)
-    found += [_timing(work, runner) for runner in right]
+    stopped = _time(right, rounds)
+    found += [_failed(work, right[at], error) for at, error in stopped.items()]
+    found += [_timing(work, runner) for at, runner in enumerate(right) if at not in stopped]
     return _best(found)
+
+
+def seconds_of(work: Work, name: str, options: dict[str, Any]) -> float:
+    """Seconds of one contender with these options, held to the oracle before.
+
+    Raises:
+        RuntimeError: it is wrong, or did not run.
+    """
+    runner = _compiled(work, name, options)
+    _, wrong = _held_to_the_oracle(work, [runner])
+    if wrong:
+        raise RuntimeError(f"{wrong[0].verdict}: {wrong[0].reason}")
+    sets = _sets(runner)
+    for _ in range(ROUNDS):
+        _time_once(runner, sets)
+    return statistics.median(runner.samples or runner.wall)
+
+
+def _failed(work: Work, runner: _Runner, error: Exception) -> Timing:
+    reason = f"{type(error).__name__}: {error}"[:500]
+    return Timing(work.name, runner.name, runner.options, FAILED, reason)
 
 
 def _compiled(work: Work, name: str, options: dict[str, Any]) -> _Runner:
@@ -123,23 +145,21 @@ def _result(work, name, options, future) -> _Runner | Timing:
     try:
         return future.result()
     except (*RAISED, ImportError, OSError) as error:
-        reason = f"{type(error).__name__}: {error}"[:500]
-        return Timing(work.name, name, options, FAILED, reason)
+        return Timing(work.name, name, options, FAILED, f"{type(error).__name__}: {error}"[:500])
 
 
 def _held_to_the_oracle(work: Work, runners: list[_Runner]) -> tuple[list[_Runner], list[Timing]]:
     """Runs everybody once on the same numbers, us first; who is wrong is not timed."""
     right, wrong, answer = [], [], None
     for runner in sorted(runners, key=lambda r: r.name != contenders.OURS):
-        arguments = inputs.made(runner.program, seed=1)
-        poison()
         try:
+            arguments = inputs.made(runner.program, seed=1)
+            poison()
             results = _all(runner.compiled(*arguments))
             again = _all(runner.compiled(*arguments))
             jax.block_until_ready((results, again))
         except RAISED as error:
-            reason = f"{type(error).__name__}: {error}"[:500]
-            wrong.append(Timing(work.name, runner.name, runner.options, FAILED, reason))
+            wrong.append(_failed(work, runner, error))
             continue
         if runner.name == contenders.OURS:
             fault = _own_fault(work, runner, arguments, results, again)
@@ -215,13 +235,23 @@ def poison(size: int = 1 << 28) -> None:
         block.delete()
 
 
-def _time(runners: list[_Runner], rounds: int) -> None:
-    """Interleaved rounds; each begins with another contender."""
-    sets = {runner.name + str(runner.options): _sets(runner) for runner in runners}
+def _time(runners: list[_Runner], rounds: int) -> dict[int, Exception]:
+    """Interleaved rounds, each begins with another contender; who failed, by index, and how."""
+    stopped: dict[int, Exception] = {}
+    sets: dict[int, list[tuple[jax.Array, ...]]] = {}
+    order = list(range(len(runners)))
     for number in range(rounds):
-        first = number % len(runners) if runners else 0
-        for runner in runners[first:] + runners[:first]:
-            _time_once(runner, sets[runner.name + str(runner.options)])
+        first = number % len(order) if order else 0
+        for at in order[first:] + order[:first]:
+            if at in stopped:
+                continue
+            try:
+                if at not in sets:
+                    sets[at] = _sets(runners[at])
+                _time_once(runners[at], sets[at])
+            except RAISED as error:
+                stopped[at] = error
+    return stopped
 
 
 def _time_once(runner: _Runner, sets: list[tuple[jax.Array, ...]]) -> None:

@@ -1,6 +1,6 @@
 """PyTorch's scaled_dot_product_attention on the same dense works, in a process of its own.
 
-    python -m benchmarks.gpu.torch_child < works.json     # the answer is stdout's last line
+    python -m benchmarks.gpu.torch_child < works.json     # a line of JSON for each figure
 
 Its flash and cuDNN forms, timed by CUDA events around many calls; calibrated on the same product
 and the same copy as jax (`calibrate`), so that the two harnesses can be compared. On a machine
@@ -22,8 +22,15 @@ ROUNDS, WINDOW_S = 5, 0.03
 def main() -> None:
     """Answers the works on stdin."""
     works = [Work(**given) for given in json.load(sys.stdin)]
-    rows = [row for work in works for row in timed(work)]
-    sys.stdout.write("\n" + json.dumps({"calibration": calibrated(), "rows": rows}) + "\n")
+    _say({"calibration": calibrated()})
+    for work in works:
+        for row in timed(work):
+            _say(row)
+
+
+def _say(said: dict[str, Any]) -> None:
+    sys.stdout.write("\n" + json.dumps(said) + "\n")
+    sys.stdout.flush()
 
 
 def timed(work: Work) -> list[dict[str, Any]]:

@@ -5,23 +5,29 @@
 A candidate that ptxas refuses, that spills or has another fault of `static.reading` is dropped;
 the others are ranked by the bound of their steady loop on the tensor cores' share: first if all
 else overlaps, then if nothing does, then by bytes in flight. The bound knows nothing of memory: for
-decoding, whose loop waits for bytes, `IN_FLIGHT` says how many a core must have asked for. Tiles
-change speed, never numbers: the kernels' own tests hold after tuning as before.
+decoding, whose loop waits for bytes, `IN_FLIGHT` says how many a core must have asked for. On a GPU
+`--measure` ranks who has no fault by time instead: there is no other way for the latent kernels,
+whose entries change how often a sequence is split, and no kernel. Tiles change speed, never
+numbers: the kernels' own tests hold after tuning as before.
 """
 
 import dataclasses
 import importlib
 import itertools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from benchmarks.gpu.static.measuring import COMPILED, Compiled
 from benchmarks.work import Work
+from pallas_kernels import gpu_chip
 from pallas_kernels.gpu_chip import GpuChip
 
 Sizes = dict[str, Any]
 DENSE = "pallas_kernels.dense.mosaic_gpu_tiles"
 PAGED = "pallas_kernels.paged.mosaic_gpu_tiles"
+LATENT = "pallas_kernels.mla.mosaic_gpu_tiles"
+OPS = ("dense", "paged", "mla", "sparse_mla")
 ROWS = 64  # of a warpgroup's queries
 # Little's law: 1 us of latency x 4.8 TB/s / 132 cores. Less in flight, and memory idles.
 IN_FLIGHT = 36 << 10
@@ -38,6 +44,7 @@ class Target:
         domain: values worth trying, by field.
         smem: sizes -> bytes of shared memory that the tiles take.
         in_flight: sizes -> bytes of keys and values that are asked for at once.
+        says: whether what the compiler makes of it says anything.
     """
 
     module: str
@@ -46,6 +53,7 @@ class Target:
     domain: dict[str, tuple[Any, ...]]
     smem: Callable[[Sizes], int]
     in_flight: Callable[[Sizes], int]
+    says: bool = True
 
     def candidates(self, chip: GpuChip) -> Iterator[Sizes]:
         """Sizes that fit the chip's shared memory."""
@@ -57,6 +65,9 @@ class Target:
     def use(self, sizes: Sizes) -> None:
         """Puts sizes in the entry's place, in this process."""
         table = getattr(importlib.import_module(self.module), self.path[0])
+        if len(self.path) == 2:
+            table[self.path[1]] = table[self.path[1]]._replace(**sizes)
+            return
         *way, of_size, last = self.path[1:]
         for key in way:
             table = table[key]
@@ -68,13 +79,20 @@ class Target:
 
 
 def work_of(op: str, head_dim: int, *, backward: bool, cache_dtype: str) -> Work:
-    """A call that an entry is for: 4096 tokens of one sequence, causal.
+    """A call that an entry is for: 4096 tokens of one sequence, causal; latent: 16 x 16384 decode.
 
     Raises:
         ValueError: an op that nothing is tuned for.
     """
-    if op not in ("dense", "paged"):
-        raise ValueError(f"op is {op!r}, must be one of dense, paged: nothing else has a choice")
+    if op not in OPS:
+        raise ValueError(
+            f"op is {op!r}, must be one of {', '.join(OPS)}: nothing else has a choice"
+        )
+    if op in ("mla", "sparse_mla"):
+        return Work(
+            f"tune_{op}", f"tune_{op}", op, 128, 1, 576, 512, (1,) * 16, (16384,) * 16, 64,
+            topk=2048 if op == "sparse_mla" else None, cache_dtype=cache_dtype,
+        )  # fmt: skip
     heads, lens = ((16, 16) if op == "dense" else (32, 8)), (4096,)
     more = {"backward": backward, "causal": True} if op == "dense" else {"cache_dtype": cache_dtype}
     page = () if op == "dense" else (64,)
@@ -82,23 +100,31 @@ def work_of(op: str, head_dim: int, *, backward: bool, cache_dtype: str) -> Work
     return Work(name, name, op, *heads, head_dim, head_dim, lens, lens, *page, **more)
 
 
-def target_of(work: Work, *, phase: str = "prefill") -> Target:
+def target_of(work: Work, *, phase: str = "prefill", chip: str = gpu_chip.DEFAULT) -> Target:
     """The entry that a work's kernel takes its sizes from.
 
     Args:
-        work: dense (forward, or backward's), or paged.
+        work: dense (forward, or backward's), paged, mla or sparse_mla.
         phase: of paged, "decode" or "prefill".
-
-    Raises:
-        ValueError: nothing is to be chosen for the op.
+        chip: of a latent kernel's entry.
     """
     if work.op == "dense":
         return _backward(work) if work.backward else _forward(work)
     if work.op == "paged":
         return _paged(work, phase)
-    raise ValueError(
-        f"op is {work.op}, must be one of dense, paged: what the latent kernels hold is no choice"
-    )
+    return _latent(work, chip)
+
+
+def _latent(work: Work, chip: str) -> Target:
+    bits = 8 if work.cache_dtype.startswith("float8") else 16
+    key = (chip, 16, "sparse") if work.op == "sparse_mla" else (chip, bits, "decode")
+    domain = {"waves": (1, 2, 3), "least_pairs": (1, 2, 4, 8, 16)}
+
+    def nothing(sizes: Sizes) -> int:
+        del sizes
+        return 0
+
+    return Target(LATENT, ("TILES", key), work.op, domain, nothing, nothing, says=False)
 
 
 def _forward(work: Work) -> Target:
@@ -162,6 +188,7 @@ class Candidate:
         faults: why it is dropped; empty = it is not.
         overlapped, alone: bounds on the tensor cores' share, of the worst of the entry's kernels.
         in_flight: bytes of keys and values.
+        seconds: of a call on this GPU; None = it was not measured.
     """
 
     sizes: Sizes
@@ -169,6 +196,7 @@ class Candidate:
     overlapped: float
     alone: float
     in_flight: int
+    seconds: float | None = None
 
 
 def judged(target: Target, sizes: Sizes, found: Compiled) -> Candidate:
@@ -197,13 +225,34 @@ def ranked(tried: list[Candidate], *, waits_for_bytes: bool) -> list[Candidate]:
 
     def worth(c: Candidate) -> tuple[Any, ...]:
         short = waits_for_bytes and c.in_flight < IN_FLIGHT
-        return bool(c.faults), short, -c.overlapped, -c.alone, -c.in_flight
+        seconds = math.inf if c.seconds is None else c.seconds
+        return bool(c.faults), seconds, short, -c.overlapped, -c.alone, -c.in_flight
 
     return sorted(tried, key=worth)
 
 
+def timed(tried: list[Candidate], found: Iterable[dict[str, Any]]) -> list[Candidate]:
+    """Candidates with what was found of those that have no fault, in their order.
+
+    Args:
+        tried: candidates.
+        found: "seconds", or the "reason" why there are none, which is a fault.
+    """
+    answers = iter(found)
+
+    def with_time(c: Candidate) -> Candidate:
+        said = {} if c.faults else next(answers)
+        if "reason" in said:
+            return dataclasses.replace(c, faults=(said["reason"],))
+        return dataclasses.replace(c, seconds=said.get("seconds"))
+
+    return [with_time(c) for c in tried]
+
+
 def row(target: Target, sizes: Sizes) -> str:
     """The entry as the table's file has it."""
+    if not target.says:
+        return f"{target.path[1]!r}: Tiles({', '.join(map(str, sizes.values()))})"
     kind = {"TILES": "Tiles", "BACKWARD_TILES": "BackwardTiles", "HOPPER": "Phase"}[target.path[0]]
     given = ", ".join(f"{field}={value}" for field, value in sizes.items())
     return f"{target.path[0]}{''.join(f'[{key!r}]' for key in target.path[1:])}: {kind}({given})"

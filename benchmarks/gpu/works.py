@@ -4,6 +4,8 @@ Operations are counted as 4 B H T S D for a forward pass, half of it when causal
 times as much with the backward pass; see `benchmarks.work.Work` for the floors.
 """
 
+import itertools
+
 from benchmarks.work import Work
 
 TOKENS = 16384  # of all sequences together, where only the length varies (FlashAttention-3's way)
@@ -78,4 +80,6 @@ _LATENT = [
     _latent("sparse_mla_decode", 64, 1, 16384, 2048),
     _latent("sparse_mla_decode", 64, 1, 16384, 2048, "fp8_ds_mla"),
 ]  # fmt: skip
-WORKS: dict[str, Work] = {w.name: w for w in [*_FORWARD, *_PAGED, *_BACKWARD, *_LATENT]}
+# In turns: a run that is cut off has something of each.
+_TURNS = itertools.zip_longest(_FORWARD, _PAGED, _BACKWARD, _LATENT)
+WORKS: dict[str, Work] = {w.name: w for turn in _TURNS for w in turn if w is not None}

@@ -129,16 +129,23 @@ def _tune(work: Work, generation: str, most: int, write: bool, cache_dtype: str)
         for sizes, found in tuning.search(table.sizes, measured, most):
             status.update(f"{generation}, {work.name}: {len(tried) + 1} tried")
             tried.append((sizes, found))
+            out.print(" ".join((*map(str, sizes.values()), *_said(found))))  # lest a stop loses it
     best = tuning.ranked(tried)
     shown = Table(*table.sizes, "time µs", "bytes/floor", title=f"{work.name} on {generation}")
     for sizes, found in best:
-        said = (f"{found.estimated_us:.1f}", f"{found.bytes_moved / found.floor_bytes:.2f}")
-        refused = (escape(found.reason[:80]), "")
-        cells_ = said if found.verdict == MEASURED else refused
-        shown.add_row(*map(str, sizes.values()), *cells_)
+        shown.add_row(*map(str, sizes.values()), *_said(found))
     out.print(shown)
-    if write and best[0][1].verdict == MEASURED and best[0][0] != table.sizes:
+    if write and tuning.is_sure(best[0][1]) and best[0][0] != table.sizes:
         out.print(f"written: {table.write(best[0][0])}")
+
+
+def _said(found: Measurement) -> tuple[str, str]:
+    """A candidate's time, `?` beside a doubtful one, and bytes; or why there is none."""
+    if found.verdict != MEASURED:
+        return escape(found.reason[:80]), ""
+    doubt = "" if tuning.is_sure(found) else " ?"
+    time = f"{found.estimated_us:.1f}{doubt}"
+    return time, f"{found.bytes_moved / found.floor_bytes:.2f}"
 
 
 @app.command(name="results")

@@ -17,6 +17,8 @@ BACKENDS = {
     "paged": "MOSAIC_TPU",
     "mla": "MOSAIC_TPU_MLA",
     "sparse_mla": "MOSAIC_TPU_MLA_SPARSE",
+    "indexer_scores": "MOSAIC_TPU_MLA_SPARSE",
+    "topk_positions": "MOSAIC_TPU_MLA_SPARSE",
 }
 
 
@@ -28,6 +30,8 @@ def backend_of(work: Work) -> Any:
 def refuses(work: Work) -> str | None:
     """No backend declares a kernel for the op, or none takes this call on any generation."""
     backend = backend_of(work)
+    if work.op in ("indexer_scores", "topk_positions"):  # selection knows the op they are for
+        return None
     if work.op not in backend.capabilities:
         return f"{backend.name} declares no {work.op}"
     chips = {name: chip for name, chip in CHIPS.items() if chip.platform == "tpu"}

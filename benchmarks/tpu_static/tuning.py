@@ -3,7 +3,8 @@
 A kernel's table is `TILES` in `pallas_kernels/<op>/mosaic_tpu_tiles.py`: from a key (generation,
 dtype of the cache, shape class), or a generation alone, to a named tuple or dataclass of integers.
 The search goes one field at a time: twice and half of it (one more and one less of buffers), as
-long as that helps. A candidate that the compiler refuses, or whose replay is doubtful, is never
+long as that helps; a field that a work does not depend on (queries of a tile, for decode) is tried
+once. A candidate that the compiler refuses, or whose replay is doubtful, is never
 chosen. Tiles change speed, never numbers: the kernels' own tests hold after tuning as before.
 """
 
@@ -92,10 +93,10 @@ def search(
         most: candidates.
     """
     tried: dict[tuple[int, ...], float] = {}
+    idle: set[str] = set()
 
     def time_of(found: Measurement) -> float:
-        sure = found.verdict == MEASURED and not any(kernel.doubts for kernel in found.kernels)
-        return found.estimated_us if sure else float("inf")
+        return found.estimated_us if is_sure(found) else float("inf")
 
     found = measure(sizes)
     best, best_time = sizes, time_of(found)
@@ -105,13 +106,16 @@ def search(
     while improved:
         improved = False
         for candidate in neighbours(best):
-            if tuple(candidate.values()) in tried:
+            (field,) = (name for name in candidate if candidate[name] != best[name])
+            if field in idle or tuple(candidate.values()) in tried:
                 continue
             if len(tried) >= most:
                 return
             found = measure(candidate)
             tried[tuple(candidate.values())] = time_of(found)
             yield candidate, found
+            if time_of(found) == best_time < float("inf"):
+                idle.add(field)
             if time_of(found) < best_time:
                 best, best_time, improved = candidate, time_of(found), True
                 break
@@ -129,11 +133,16 @@ def neighbours(sizes: Sizes) -> list[Sizes]:
     return found
 
 
+def is_sure(found: Measurement) -> bool:
+    """Whether it was measured, and the replay understood all of it."""
+    return found.verdict == MEASURED and not any(kernel.doubts for kernel in found.kernels)
+
+
 def ranked(tried: list[tuple[Sizes, Measurement]]) -> list[tuple[Sizes, Measurement]]:
-    """Candidates by time, then by bytes moved; what was refused comes last."""
+    """Candidates by time, then by bytes moved; what is doubtful or was refused comes last."""
     return sorted(
-        tried, key=lambda pair: (pair[1].verdict != MEASURED, pair[1].estimated_us,
-                                 pair[1].bytes_moved)
+        tried, key=lambda pair: (not is_sure(pair[1]), pair[1].verdict != MEASURED,
+                                 pair[1].estimated_us, pair[1].bytes_moved)
     )  # fmt: skip
 
 

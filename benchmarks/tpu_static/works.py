@@ -1,5 +1,6 @@
 """What is computed on TPUs: the named works, in the order of the tables."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,9 +14,17 @@ def _spread(count: int, low: int, high: int) -> tuple[int, ...]:
     return tuple(int(n) for n in np.random.default_rng(0).permutation(lengths))
 
 
-def _dense(name: str, description: str, *, backward: bool) -> Work:
+def _dense(name: str, heads: tuple[int, int, int]) -> tuple[Work, Work]:
+    """Forward, and forward with backward."""
+    q, kv, size = heads
+    what = f"{q} heads" if q == kv else f"{q} / {kv} heads"
+    description = f"causal, batch 1, {what} of {size}, 4096 tokens"
     lens = (4096,)
-    return Work(name, description, "dense", 8, 8, 128, 128, lens, lens, backward=backward)
+    forward = Work(name, description, "dense", q, kv, size, size, lens, lens)
+    again = "the same, forward and backward"
+    return forward, dataclasses.replace(
+        forward, name=f"{name}_grad", description=again, backward=True
+    )
 
 
 def _prefill(page_size: int, heads: tuple[int, int, int]) -> Work:
@@ -44,11 +53,23 @@ def _latent(
     )
 
 
+def _indexer(name: str, description: str, q_lens: Sequence[int], kv_lens: Sequence[int]) -> Work:
+    return Work(
+        name, description, "indexer_scores", 64, 1, 128, 0, tuple(q_lens), tuple(kv_lens), 64
+    )
+
+
+def _topk(name: str, description: str, q_lens: Sequence[int], kv_lens: Sequence[int]) -> Work:
+    lens = tuple(q_lens), tuple(kv_lens)
+    return Work(name, description, "topk_positions", 1, 1, 0, 0, *lens, 64, topk=2048)
+
+
 _D128, _D64 = (32, 8, 128), (64, 8, 64)  # query heads, kv heads, head size
 _PAGES = (16, 64, 256)
 _ALL = (
-    _dense("dense_causal", "causal, batch 1, 8 heads, 4096 tokens, head size 128", backward=False),
-    _dense("dense_causal_grad", "the same, forward and backward", backward=True),
+    *_dense("dense_causal", (8, 8, 128)),
+    *_dense("dense_causal_d64", (16, 16, 64)),
+    *_dense("dense_causal_gqa", (32, 8, 128)),
     *(_prefill(page, _D128) for page in _PAGES),
     *(_decode(page, _D128) for page in _PAGES),
     *(_prefill(page, _D64) for page in (16, 64)),
@@ -63,5 +84,9 @@ _ALL = (
         "sparse_mla_prefill", "the last 256 tokens of 4096, 2048 positions each",
         (256,), (4096,), 2048,
     ),
+    _indexer("indexer_decode", "32 sequences of 8192, 64 index heads", (1,) * 32, (8192,) * 32),
+    _indexer("indexer_prefill", "the last 256 tokens of 4096, 64 index heads", (256,), (4096,)),
+    _topk("topk_decode", "the best 2048 of 8192 scores of 32 tokens", (1,) * 32, (8192,) * 32),
+    _topk("topk_prefill", "the best 2048 of 4096 scores of 256 tokens", (256,), (4096,)),
 )  # fmt: skip
 WORKS: dict[str, Work] = {work.name: work for work in _ALL}

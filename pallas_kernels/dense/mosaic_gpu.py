@@ -100,7 +100,12 @@ def dense_attention(
     Cost beside the kernel's:
         q, k and v whose length is no multiple of 8 are copied once, padded. With segment ids v is
         copied once (values that no query sees become 0). A full bias whose lengths are no whole
-        tiles is copied once, padded.
+        tiles is copied once, padded; with gradients once more, its last two dimensions swapped.
+
+    Gradients:
+        Of q, k, v, bias, alibi_slopes and sinks, through out and lse, on Hopper. A bias's is added
+        up in a kernel of its own where the bias has keys; under `jax.jit` it costs nothing where
+        it is not asked for.
 
     Reference:
         Shah et al., "FlashAttention-3", 2024.
@@ -138,6 +143,7 @@ def dense_attention(
             dims["head_dim_v"],
             capped=soft_cap is not None,
             segmented=q_segment_ids is not None,
+            added=bias is not None or alibi_slopes is not None,
         ),
         capability=chip.capability,
     )
@@ -229,22 +235,15 @@ def _forward(static: Static, x: Floats, who: Masks):
 def _backward(static: Static, residuals, cotangents):
     x, who, out, lse = residuals
     dout, dlse = cotangents
-    if static.capability != (9, 0):
-        raise ValueError(
-            "compute_capability is {}.{}, must be 9.0 where gradients are taken with MOSAIC_GPU: "
-            "use CUDNN or XLA".format(*static.capability)
-        )
-    for name, value in (("bias", x.bias), ("alibi_slopes", x.alibi_slopes)):
-        if value is not None:
-            raise ValueError(
-                f"{name} is given, must be None where gradients are taken with MOSAIC_GPU: use XLA"
-            )
+    mosaic_gpu_backward.check_backward(static)
     segments = (who.q_segment_ids, who.kv_segment_ids)
     if static.segments:
         segments = (jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % BLOCK))) for ids in segments)
-    arrays = Arrays(x.q, x.k, x.v, dout, None, None, who.rows, *segments)
-    dq, dk, dv, dsinks = mosaic_gpu_backward.backward(static, arrays, out, lse, dlse, x.sinks)
-    return Floats(dq, dk, dv, None, None, dsinks), Masks(None, None, None)
+    arrays = Arrays(
+        x.q, x.k, x.v, dout, None, None, who.rows, *segments, x.bias, x.alibi_slopes
+    )  # fmt: skip
+    gradients = mosaic_gpu_backward.backward(static, arrays, out, lse, dlse, x.sinks)
+    return Floats(*gradients), Masks(None, None, None)
 
 
 _attend.defvjp(_forward, _backward)

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dense.mosaic_gpu_forward import (
@@ -27,14 +26,22 @@ from pallas_kernels.dense.mosaic_gpu_forward import (
     empty,
     logits,
     normalised,
-    slot_after,
     softmax_step,
 )
 from pallas_kernels.dense.mosaic_gpu_geometry import KeyTiles, Static, key_tiles
+from pallas_kernels.gpu_mma import (
+    SWIZZLE,
+    Ring,
+    bring,
+    left_strips,
+    products,
+    sums,
+    swizzled,
+    weighted_sum,
+)
 
-SWIZZLE = 64  # bytes: 32 columns of 16 bits are what a product takes at a time
-MMA_K = 16  # of a 16-bit mma
 LINE = 64  # 16-bit numbers of a line of the cache
+KEPT = 128  # the largest head size whose queries stay in registers
 
 
 class Shared(NamedTuple):
@@ -54,9 +61,10 @@ def forward(static: Static, x: Operands) -> tuple[jax.Array, jax.Array]:
     """
     tiles, dtype = static.tiles, x.q.dtype
     blocks = pl.cdiv(static.q_len, static.block_q)
-    rows, width = blocks * static.block_q, _stored_width(static)
+    rows, width = blocks * static.block_q, stored_width(static.head_dim_v)
     x = _as_matrices(static, x)
     given = Operands(*(field is not None for field in x))
+    tile = functools.partial(swizzled, dtype=dtype, swizzle=swizzle_of(static))
 
     def body(*refs):
         refs = list(refs)
@@ -71,9 +79,9 @@ def forward(static: Static, x: Operands) -> tuple[jax.Array, jax.Array]:
             jax.ShapeDtypeStruct((static.batch, static.num_q_heads, rows), jnp.float32),
         ),
         scratch_types=[
-            swizzled(tiles.rows, width, dtype=dtype),
-            swizzled(tiles.stages, tiles.block_kv, static.head_dim, dtype=dtype),
-            swizzled(tiles.stages, tiles.block_kv, static.head_dim_v, dtype=dtype),
+            tile(tiles.rows, max(width, static.head_dim)),
+            tile(tiles.stages, tiles.block_kv, static.head_dim),
+            tile(tiles.stages, tiles.block_kv, static.head_dim_v),
         ],
         grid=(static.batch, blocks, static.num_q_heads),
         grid_names=("batch", "block", "head"),
@@ -87,50 +95,34 @@ def forward(static: Static, x: Operands) -> tuple[jax.Array, jax.Array]:
     return out[..., : static.head_dim_v], lse
 
 
-def _stored_width(static: Static) -> int:
+def stored_width(size: int) -> int:
     """Columns of a head's results: Mosaic GPU stores whole lines of 128 bytes of 16-bit numbers."""
-    return pl.cdiv(static.head_dim_v, LINE) * LINE
+    return pl.cdiv(size, LINE) * LINE
 
 
-def _as_matrices(static: Static, x: Operands) -> Operands:
-    """q, k and v as [batch * length, heads * size], their lengths whole tiles.
+def as_matrix(array: jax.Array, length: int, tile: int) -> jax.Array:
+    """[batch, length or more, heads, size] as [batch * length, heads * size], in whole tiles.
 
     `cp.async` takes two dimensions, and nothing here keeps it from reading past an array's end: a
     length that is not whole tiles is a copy.
     """
+    missing = length + -length % tile - array.shape[1]
+    array = jnp.pad(array, ((0, 0), (0, max(missing, 0)), (0, 0), (0, 0)))
+    array = array[:, : length + -length % tile]
+    return array.reshape(array.shape[0] * array.shape[1], -1)
 
-    def matrix(array, length, tile):
-        missing = length + -length % tile - array.shape[1]
-        array = jnp.pad(array, ((0, 0), (0, max(missing, 0)), (0, 0), (0, 0)))
-        array = array[:, : length + -length % tile]
-        return array.reshape(array.shape[0] * array.shape[1], -1)
 
+def _as_matrices(static: Static, x: Operands) -> Operands:
     return x._replace(
-        q=matrix(x.q, static.q_len, static.block_q),
-        k=matrix(x.k, static.kv_len, static.tiles.block_kv),
-        v=matrix(x.v, static.kv_len, static.tiles.block_kv),
+        q=as_matrix(x.q, static.q_len, static.block_q),
+        k=as_matrix(x.k, static.kv_len, static.tiles.block_kv),
+        v=as_matrix(x.v, static.kv_len, static.tiles.block_kv),
     )
 
 
-def swizzled(*shape: int, dtype) -> Any:
-    """Shared memory that `cp.async` writes and `ldmatrix` reads without bank conflicts."""
-    tiling = plgpu.TilingTransform((8, SWIZZLE // jnp.dtype(dtype).itemsize))
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(SWIZZLE)))
-
-
-def bring(source: Any, target: Any) -> None:
-    """One group of `cp.async`; the source lies inside its array."""
-    plgpu.copy_gmem_to_smem(source, target, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
-
-
-def arrived(groups: int) -> None:
-    """Waits until no more than so many groups are in flight, those sent for last."""
-    plgpu.wait_gmem_to_smem(groups)
-
-
-def free_slot(static: Static, slot: Any) -> Any:
-    """The slot that no tile is in or on its way to, while this one is read."""
-    return lax.rem(slot + (static.tiles.stages - 1), jnp.int32(static.tiles.stages))
+def swizzle_of(static: Static) -> int:
+    """Bytes of a head's columns that lie together: head size 80 is not a multiple of 32."""
+    return SWIZZLE if static.head_dim * 2 % SWIZZLE == 0 else SWIZZLE // 2
 
 
 def block(static: Static, x: Operands, out: Any, lse: Any, shared: Shared) -> None:
@@ -139,30 +131,32 @@ def block(static: Static, x: Operands, out: Any, lse: Any, shared: Shared) -> No
     first_row = index * static.block_q
     tiles = key_tiles(static, row, index, (first_row, static.block_q))
     _bring_queries(static, x, shared, b, head, first_row)
-    bring_tile = functools.partial(_bring_tile, static, x, shared, b, head)
-    _bring_first(static, tiles, bring_tile)
-    q = left_strips(shared.q, static.head_dim)
+    bring_tile = functools.partial(_bring_tile, static, x, shared, b, head, tiles.first)
+    ring = Ring(static.tiles.stages, tiles.stop - tiles.first, 2, bring_tile)
+    ring.begin()
+    queries = functools.partial(left_strips, shared.q, static.head_dim, swizzle_of(static))
+    kept = queries() if static.head_dim <= KEPT else None
     weigh = functools.partial(logits, static, x, row, b, head, first_row)
 
     def step(tile, carry, *, masked):
-        acc, state, slot = carry
-        _bring_ahead(static, tiles, tile, slot, bring_tile)
+        acc, state = carry
+        slot = ring.slot_of(tile - tiles.first)
         ids = None
         if static.segments:
             ids = x.kv_segments.at[b, pl.ds(tile * static.tiles.block_kv, static.tiles.block_kv)]
-        y, factor = weigh(products(q, shared.k.at[slot]), tile, ids, masked)
+        y, factor = weigh(products(kept or queries(), shared.k.at[slot]), tile, ids, masked)
         hides = masked or static.segments or static.bias is not None
         p, alpha, state = softmax_step(y, factor, state, may_be_empty=hides)
         seen = _seen_values(static, tiles, tile) if masked else None
         acc = weighted_sum(acc * along(alpha, acc), p, shared.v.at[slot], seen)
-        return acc, state, slot_after(static, slot)
+        return acc, state
 
     masked, bare = (functools.partial(step, masked=flag) for flag in (True, False))
     acc = sums(static.block_q, static.head_dim_v, x.q.dtype)
-    carry = acc, empty(static.block_q), jnp.int32(0)
+    carry = acc, empty(static.block_q)
     carry = lax.fori_loop(tiles.first, tiles.inner, masked, carry)
     carry = lax.fori_loop(tiles.inner, tiles.inner_stop, bare, carry)
-    acc, state, _ = lax.fori_loop(tiles.inner_stop, tiles.stop, masked, carry)
+    acc, state = lax.fori_loop(tiles.inner_stop, tiles.stop, masked, carry)
     o, log_sum = normalised(static, x, acc, state, row, head, first_row)
     lse[b, head, pl.ds(first_row, static.block_q)] = log_sum
     shared.q.at[:, pl.ds(0, static.head_dim_v)][...] = o  # the queries are done with
@@ -186,113 +180,23 @@ def _bring_queries(static: Static, x: Operands, shared: Shared, b, head, first_r
 
 def _store_queries(static: Static, shared: Shared, out: Any, b, head, first_row) -> None:
     """The results as rows of 16 bytes a thread."""
-    width = shared.q.shape[1]
-    layout = plgpu.Layout.SMEM_GMEM_COPY(shared.q.shape, shared.q.dtype, SWIZZLE)
+    width = stored_width(static.head_dim_v)
+    staged = shared.q.at[:, pl.ds(0, width)]
+    shape, dtype = (static.block_q, width), shared.q.dtype
+    layout = plgpu.Layout.SMEM_GMEM_COPY(shape, dtype, swizzle_of(static))
     columns = pl.ds(head * width, width)
-    out[_rows_of(static, b, first_row), columns] = plgpu.load(shared.q, layout=layout)
+    out[_rows_of(static, b, first_row), columns] = plgpu.load(staged, layout=layout)
 
 
-def _bring_tile(static: Static, x: Operands, shared: Shared, b, head, tile, slot) -> None:
-    """A tile's keys and values: two groups."""
+def _bring_tile(static: Static, x: Operands, shared: Shared, b, head, first, n, slot) -> None:
+    """Keys and values of the n-th tile from the first on: two groups."""
     block_kv = static.tiles.block_kv
     in_tiles = pl.cdiv(static.kv_len, block_kv) * block_kv
-    keys = pl.ds(b * in_tiles + tile * block_kv, block_kv)
+    keys = pl.ds(b * in_tiles + (first + n) * block_kv, block_kv)
     kv_head = lax.div(head, jnp.int32(static.group))
     for source, target in ((x.k, shared.k), (x.v, shared.v)):
         size = target.shape[-1]
         bring(source.at[keys, pl.ds(kv_head * size, size)], target.at[slot])
-
-
-def _bring_first(static: Static, tiles: KeyTiles, bring_tile) -> None:
-    """The first tiles, one less than there are stages; the queries are there when it ends."""
-    ahead = static.tiles.stages - 1
-    bring_tile(tiles.first, 0)
-    for i in range(1, ahead):
-
-        @pl.when(tiles.first + i < tiles.stop)
-        def _(i=i):
-            bring_tile(tiles.first + i, i)
-
-    arrived(2)
-
-
-def _bring_ahead(static: Static, tiles: KeyTiles, tile, slot, bring_tile) -> None:
-    """Sends for the tile that the freed slot is for, and waits for this one."""
-    ahead = static.tiles.stages - 1
-    more = tile + ahead < tiles.stop
-
-    @pl.when(more)
-    def _():
-        bring_tile(tile + ahead, free_slot(static, slot))
-        arrived(2 * ahead)
-
-    @pl.when(jnp.logical_not(more))
-    def _():
-        arrived(0)
-
-
-# Products.
-
-
-def sums(rows: int, columns: int, dtype) -> jax.Array:
-    """Zeros for products of dtype to be added to."""
-    zeros = jnp.zeros((rows, columns), jnp.float32)
-    return plgpu.layout_cast(zeros, plgpu.Layout.MMA_ACC(dtype))
-
-
-def left_strips(ref: Any, n: int) -> list[jax.Array]:
-    """The first n columns of shared memory as left operands, a swizzle's columns each."""
-    width = SWIZZLE // jnp.dtype(ref.dtype).itemsize
-    layout = plgpu.Layout.MMA_LHS(ref.dtype)
-    return [plgpu.load(ref.at[:, pl.ds(i, width)], layout=layout) for i in range(0, n, width)]
-
-
-def products(q: list[jax.Array], k: Any) -> jax.Array:
-    """float32 [queries, keys] of queries in registers and keys in shared memory."""
-    dtype, width = q[0].dtype, q[0].shape[1]
-    s = sums(q[0].shape[0], k.shape[0], dtype)
-    for i, strip in enumerate(q):
-        keys = k.at[:, pl.ds(i * width, width)].transpose((1, 0))
-        s = plgpu.mma(s, strip, plgpu.load(keys, layout=plgpu.Layout.MMA_RHS(dtype)))
-    return s
-
-
-def weighted_sum(acc: jax.Array, p: jax.Array, v: Any, seen: tuple[Any, Any] | None):
-    """The sums, and p @ v; of values outside [low, high) of the tile, where given, nothing is read.
-
-    An unseen value's weight is 0, and 0 * NaN is NaN.
-    """
-    layout = plgpu.Layout.MMA_RHS(v.dtype)
-    p = as_left_operand(p, v.dtype)
-    for i in range(0, v.shape[0], MMA_K):
-        values = plgpu.load(v.at[pl.ds(i, MMA_K)], layout=layout)
-        if seen is not None:
-            key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=layout) + i
-            kept = (key >= seen[0]) & (key < seen[1])
-            values = jnp.where(kept, values, jnp.zeros_like(values))
-        acc = plgpu.mma(acc, p[:, i : i + MMA_K], values)
-    return acc
-
-
-def as_left_operand(p: jax.Array, dtype) -> jax.Array:
-    """float32 results of a product, rounded to dtype, as the left operand of the next.
-
-    A thread holds the same elements in either layout, and in the same order: of each 16 columns,
-    those of two results side by side. Mosaic GPU has no cast between them.
-    """
-    left, results = plgpu.Layout.MMA_LHS(dtype), plgpu.Layout.MMA_ACC(dtype)
-
-    @plgpu.inline_mgpu(
-        arg_types=(results,),
-        return_type=plgpu.ShapeDtypeStruct(p.shape, dtype, layout=left),
-    )
-    def rounded_as_left_operand(_, array):
-        rounded = array.astype(mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype)))
-        layout = left.to_mgpu()
-        registers = rounded.registers.reshape(layout.registers_shape(rounded.shape))
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-    return rounded_as_left_operand(p)
 
 
 def _seen_values(static: Static, tiles: KeyTiles, tile: Any) -> tuple[Any, Any]:

@@ -1,11 +1,13 @@
-"""The backward of dense attention on Hopper: what surrounds its two kernels.
+"""The backward of dense attention on GPUs: what surrounds its kernels.
 
     delta = sum(out * dout) - dlse                       one pass of XLA's
     dq           a block owns queries and goes through the keys       `mosaic_gpu_dq`
     dk, dv       a block owns keys and goes through the queries       `mosaic_gpu_dkv`
+    dbias        a block owns a tile of the bias                      `mosaic_gpu_dbias`
 
 Every sum is added up by one warpgroup in one order, so that the same call gives the same bits; the
-price is that logits and dout @ v.T are computed in both: 7 products where 5 would do.
+price is that logits and dout @ v.T are computed in both: 7 products where 5 would do; 9 where a
+bias's gradient is asked for.
 
 Reference:
     Dao, "FlashAttention-2", 2023: the recomputation from lse, and delta.
@@ -16,6 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.dense import mosaic_gpu_ampere_backward
+from pallas_kernels.dense.mosaic_gpu_dbias import bias_gradient
 from pallas_kernels.dense.mosaic_gpu_dkv import key_gradients
 from pallas_kernels.dense.mosaic_gpu_dq import query_gradients
 from pallas_kernels.dense.mosaic_gpu_geometry import (
@@ -29,13 +33,24 @@ from pallas_kernels.dense.mosaic_gpu_geometry import (
 from pallas_kernels.dense.mosaic_gpu_tiles import backward_tiles
 from pallas_kernels.dense.mosaic_gpu_weights import BLOCK, Arrays
 
+# Compute capability -> who gives dq, and dk with dv.
+KERNELS = {
+    (8, 0): (
+        mosaic_gpu_ampere_backward.query_gradients,
+        mosaic_gpu_ampere_backward.key_gradients,
+    ),
+    (9, 0): (query_gradients, key_gradients),
+}
+
 
 class Gradients(NamedTuple):
-    """Of q, k, v in their dtype, and of the sinks in float32 (None = there are none)."""
+    """Each like its argument; None = it is not given."""
 
     q: jax.Array
     k: jax.Array
     v: jax.Array
+    bias: jax.Array | None
+    slopes: jax.Array | None
     sinks: jax.Array | None
 
 
@@ -46,7 +61,7 @@ def backward(
 
     Args:
         static: the call.
-        x: its arrays; q, k and dout as they are given, `lse` and `delta` None.
+        x: its arrays; q, k, dout and bias as they are given, `lse` and `delta` None.
         out, lse: the forward's results, in the contract's layout.
         dlse: the cotangent of lse.
         sinks: float32 [num_q_heads], or None.
@@ -65,12 +80,70 @@ def backward(
     padded = {name: in_whole_tiles_of_rows(getattr(x, name)) for name in ("q", "k", "v", "dout")}
     x = x._replace(**padded)
     tiles = backward_tiles(
-        static.head_dim, capped=static.soft_cap is not None, segmented=static.segments
+        static.capability,
+        static.head_dim,
+        capped=static.soft_cap is not None,
+        segmented=static.segments,
+        added=static.alibi or static.bias is not None,
     )
-    dq = query_gradients(static, x, tiles)
-    dk, dv = key_gradients(static, x, tiles)
+    of_queries, of_keys = KERNELS[static.capability]
+    bias = x.bias
+    x = x._replace(bias=_in_whole_blocks(static, bias))
+    mine = of_queries(static, x, tiles)
+    across = None if bias is None else jnp.swapaxes(x.bias, 2, 3)
+    dk, dv = of_keys(static, x._replace(bias=across), tiles)
     dk, dv = (gradient[:, : static.kv_len] for gradient in (dk, dv))
-    return Gradients(dq[:, : static.q_len], dk, dv, dsinks)
+    dslopes, dbias = mine.by_distance, None
+    if dslopes is not None:
+        dslopes = -jnp.sum(dslopes[:, :, : static.q_len], axis=(0, 2))
+    if bias is not None:
+        whole = static.bias[3]
+        dbias = bias_gradient(static, x, bias.dtype, tiles) if whole else mine.over_keys[..., None]
+        dbias = _like_the_bias(static, dbias, bias)
+    return Gradients(mine.q[:, : static.q_len], dk, dv, dbias, dslopes, dsinks)
+
+
+def check_backward(static: Static) -> None:
+    """Refuses what no chip's kernels give, and what would spill.
+
+    Raises:
+        ValueError: the argument, its value, what is allowed.
+    """
+    if static.capability not in KERNELS:
+        raise ValueError(
+            "compute_capability is {}.{}, must be 8.0 or 9.0 where gradients are taken with "
+            "MOSAIC_GPU: use CUDNN or XLA".format(*static.capability)
+        )
+    added = static.alibi or static.bias is not None
+    if added and static.capability == (8, 0):
+        name = "bias" if static.bias is not None else "alibi_slopes"
+        raise ValueError(
+            f"{name} is given, must be None where gradients are taken with MOSAIC_GPU on "
+            f"compute_capability 8.0: use XLA"
+        )
+    # At head size 256 sums of dq alone are half of all registers.
+    if static.head_dim > 192 and added and (static.segments or static.soft_cap is not None):
+        raise ValueError(
+            f"head_dim is {static.head_dim}, must be at most 192 where gradients are taken with a "
+            f"bias or alibi_slopes beside a soft_cap or segment ids: use XLA"
+        )
+
+
+def _in_whole_blocks(static: Static, bias: jax.Array | None) -> jax.Array | None:
+    """The bias with its full last dimensions padded."""
+    if bias is None:
+        return None
+    missing = (-static.q_len % BLOCK * static.bias[2], -static.kv_len % BLOCK * static.bias[3])
+    return jnp.pad(bias, [(0, pad) for pad in (0, 0, *missing)])
+
+
+def _like_the_bias(static: Static, dbias: jax.Array, bias: jax.Array) -> jax.Array:
+    """What is left to add up: parts of a gradient [rows, heads, queries or parts, keys or 1]."""
+    queries, keys = (static.q_len if static.bias[2] else None), bias.shape[3]
+    dbias = dbias[:, :, :queries, :keys]
+    if shared := [axis for axis in range(4) if dbias.shape[axis] > bias.shape[axis]]:
+        dbias = jnp.sum(dbias.astype(jnp.float32), axis=shared, keepdims=True)
+    return dbias.astype(bias.dtype)
 
 
 def _by_head(static: Static, rows: jax.Array) -> jax.Array:

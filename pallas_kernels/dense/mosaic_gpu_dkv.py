@@ -131,11 +131,12 @@ class Steps(NamedTuple):
     tiles: jax.Array
     head: jax.Array  # the first of the kv head's
     count: jax.Array  # of all of them together
+    queries: int = TILE  # of a tile
 
     def where(self, n: Any) -> tuple[jax.Array, jax.Array]:
         """(query head, first query) of step n."""
         tiles = jnp.maximum(self.tiles, 1)
-        return self.head + lax.div(n, tiles), (self.first + lax.rem(n, tiles)) * TILE
+        return self.head + lax.div(n, tiles), (self.first + lax.rem(n, tiles)) * self.queries
 
 
 def block(
@@ -147,7 +148,7 @@ def block(
     index, wg = lax.axis_index("block"), lax.axis_index("wg")
     owners = shared.k.shape[0]
     at = Place(b, row_of(static, x.rows, b), jnp.int32(0), index * (owners * TILE))
-    steps = _steps(static, at, owners * TILE, kv_head)
+    steps = steps_of(static, at, owners * TILE, kv_head)
 
     def consume(role: Any, width: int, at: Place, wg: Any) -> None:
         accumulators = [plgpu.ACC((TILE, width), jnp.float32)]
@@ -171,8 +172,18 @@ def block(
         _produce(static, x, shared, at, steps, kv_head)
 
 
-def _steps(static: Static, at: Place, keys: int, kv_head: jax.Array) -> Steps:
-    """The tiles of queries that see one of `keys` keys from at.key on.
+def steps_of(
+    static: Static, at: Place, keys: int, kv_head: jax.Array, queries: int = TILE
+) -> Steps:
+    """What a block of `keys` keys from at.key on goes through, so many queries at a time."""
+    first, tiles = seeing_tiles(static, at, keys, queries)
+    return Steps(first, tiles, kv_head * static.group, tiles * static.group, queries)
+
+
+def seeing_tiles(
+    static: Static, at: Place, keys: int, queries: int = TILE
+) -> tuple[jax.Array, jax.Array]:
+    """(first, how many): the tiles of so many queries that see one of `keys` keys from at.key on.
 
     The interval of keys that a query sees grows with the query: the first query that sees any is
     the first whose interval ends after at.key, the last one the last whose begins before the end.
@@ -191,10 +202,10 @@ def _steps(static: Static, at: Place, keys: int, kv_head: jax.Array) -> Steps:
         begin, end = (lax.div(key, jnp.int32(size)) * size for key in (at.key, last_key))
         first = jnp.maximum(first, begin - row.offset)
         stop = jnp.minimum(stop, end + size - row.offset)
-    first = lax.div(first, jnp.int32(TILE))
-    tiles = jnp.maximum(lax.div(stop + TILE - 1, jnp.int32(TILE)) - first, 0)
-    tiles = jnp.where((at.key < row.kv_len) & (stop > 0), tiles, 0)
-    return Steps(first, tiles, kv_head * static.group, tiles * static.group)
+    of_tile = jnp.int32(queries)
+    first = lax.div(first, of_tile)
+    tiles = jnp.maximum(lax.div(stop + of_tile - 1, of_tile) - first, 0)
+    return first, jnp.where((at.key < row.kv_len) & (stop > 0), tiles, 0)
 
 
 def _produce(static: Static, x: Arrays, shared: Shared, at: Place, steps: Steps, kv_head) -> None:
@@ -238,7 +249,8 @@ class _Block(NamedTuple):
 
     def weights(self, n: Any, slot: Any, logits: jax.Array) -> Any:
         """The weights of step n, keys first."""
-        at = self.at._replace(query=self.steps.where(n)[1])
+        head, query = self.steps.where(n)
+        at = self.at._replace(query=query, head=head)
         lse = plgpu.load(self.shared.lse.at[slot], layout=LAYOUTS[1], optimized=False)
         return weights(self.static, self.x, at, logits, lse, queries=1)
 

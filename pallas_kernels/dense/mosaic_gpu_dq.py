@@ -2,6 +2,7 @@
 
     producer    | k, v of tile i+stages ... as slots become free
     a consumer  | q k.T, dout v.T | weights from lse | dlogits | dq += dlogits k
+                                                                   and sums over keys
 
 The consumers are not in step: one's products run while the other is at its exponentials.
 """
@@ -23,6 +24,7 @@ from pallas_kernels.dense.mosaic_gpu_weights import (
     TILE,
     Arrays,
     Place,
+    distances,
     logit_gradients,
     swizzled,
     weights,
@@ -45,10 +47,28 @@ class Shared(NamedTuple):
     v_full: Any
     k_empty: Any
     v_empty: Any
+    sums: Any = None  # float32 [CONSUMERS, as much memory as dout]; at the end, in its place
 
 
-def query_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> jax.Array:
-    """dq, like q.
+class QueryGradients(NamedTuple):
+    """dq, like q; and sums over keys, float32 [batch, num_q_heads, whole blocks], None = no use.
+
+    by_distance: of dlogits * distance: each query's part of minus the slopes' gradient.
+    over_keys: of dlogits: each query's part of the gradient of a bias that has no keys.
+    """
+
+    q: jax.Array
+    by_distance: jax.Array | None
+    over_keys: jax.Array | None
+
+
+def _sums(static: Static) -> tuple[bool, bool]:
+    """Whether `QueryGradients.by_distance` and `.over_keys` are of use."""
+    return static.alibi, static.bias is not None and not static.bias[3]
+
+
+def query_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> QueryGradients:
+    """dq, and sums that come of the same dlogits.
 
     Args:
         static: the call.
@@ -61,18 +81,29 @@ def query_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> jax.Arra
     def body(*refs: Any) -> None:
         refs = list(refs)
         arrays = Arrays(*(refs.pop(0) if there else None for there in given))
-        dq, *scratch = refs
-        block(static, arrays, dq, Shared(*scratch), tied=tiles.tied)
+        results = [refs.pop(0) for _ in out_type]
+        q, dout, *rest = refs
+        dout, sums = dout if any(wanted) else (dout, None)
+        block(static, arrays, results, Shared(q, dout, *rest, sums), tied=tiles.tied)
 
     dtype = x.q.dtype
+    wanted = _sums(static)
+    out_type = [
+        jax.ShapeDtypeStruct(x.q.shape, dtype),
+        *[jax.ShapeDtypeStruct(x.lse.shape, jnp.float32)] * sum(wanted),
+    ]
+    dout = swizzled(CONSUMERS, TILE, static.head_dim_v, dtype=dtype)
+    if any(wanted):
+        numbers = TILE * static.head_dim_v * jnp.dtype(dtype).itemsize // 4
+        dout = plgpu.RefUnion(dout, plgpu.SMEM((CONSUMERS, numbers), jnp.float32))
     ring = functools.partial(plgpu.Barrier, num_arrivals=1)
     read = functools.partial(plgpu.Barrier, num_arrivals=CONSUMERS)
-    return plgpu.kernel(
+    dq, *sums = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct(x.q.shape, dtype),
+        out_type=out_type,
         scratch_types=[
             swizzled(CONSUMERS, TILE, static.head_dim, dtype=dtype),
-            swizzled(CONSUMERS, TILE, static.head_dim_v, dtype=dtype),
+            dout,
             swizzled(k_stages, block_kv, static.head_dim, dtype=dtype),
             swizzled(v_stages, block_kv, static.head_dim_v, dtype=dtype),
             plgpu.Barrier(num_barriers=CONSUMERS, num_arrivals=2),
@@ -88,6 +119,7 @@ def query_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> jax.Arra
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="attnsel_dense_dq",
     )(*(field for field in x if field is not None))
+    return QueryGradients(dq, *(sums.pop(0) if one else None for one in wanted))
 
 
 class KeyRange(NamedTuple):
@@ -97,21 +129,21 @@ class KeyRange(NamedTuple):
     count: jax.Array
 
 
-def block(static: Static, x: Arrays, dq: Any, shared: Shared, *, tied: bool) -> None:
+def block(static: Static, x: Arrays, results: Any, shared: Shared, *, tied: bool) -> None:
     """One block of the grid: BLOCK queries of a head, and the keys that they see."""
     b, head = lax.axis_index("batch"), lax.axis_index("head")
     index, wg = lax.axis_index("block"), lax.axis_index("wg")
     if static.causal:  # the longest first
         index = pl.cdiv(static.q_len, BLOCK) - 1 - index
-    at = Place(b, row_of(static, x.rows, b), index * BLOCK, jnp.int32(0))
-    keys = _seen_tiles(static, at, shared.k.shape[1])
+    at = Place(b, row_of(static, x.rows, b), index * BLOCK, jnp.int32(0), head)
+    keys = seen_tiles(static, at, BLOCK, shared.k.shape[1])
 
     @pl.when(wg < CONSUMERS)
     def _():
         plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
         mine = at._replace(query=at.query + wg * TILE)
         pl.run_scoped(
-            functools.partial(_consume, static, x, dq, shared, mine, keys, head, wg, tied),
+            functools.partial(_consume, static, x, results, shared, mine, keys, wg, tied),
             plgpu.ACC((TILE, static.head_dim), jnp.float32),
         )
 
@@ -121,8 +153,9 @@ def block(static: Static, x: Arrays, dq: Any, shared: Shared, *, tied: bool) -> 
         _produce(static, x, shared, at, keys, head)
 
 
-def _seen_tiles(static: Static, at: Place, block_kv: int) -> KeyRange:
-    last = jnp.minimum(at.query + BLOCK, at.row.q_len) - 1
+def seen_tiles(static: Static, at: Place, queries: int, block_kv: int) -> KeyRange:
+    """Tiles of block_kv keys that some of so many queries from at.query on see."""
+    last = jnp.minimum(at.query + queries, at.row.q_len) - 1
     low = jnp.maximum(seen_interval(static, at.row, at.query)[0], 0)
     high = jnp.where(last < at.query, 0, seen_interval(static, at.row, last)[1])
     first, size = lax.div(low, jnp.int32(block_kv)), jnp.int32(block_kv)
@@ -164,19 +197,23 @@ def drain(empty: Any, stages: int, count: Any) -> None:
 
 
 def _consume(
-    static, x: Arrays, dq, shared: Shared, at: Place, keys: KeyRange, head, wg, tied, dq_acc
+    static, x: Arrays, results, shared: Shared, at: Place, keys: KeyRange, wg, tied, dq_acc
 ):
     """One warpgroup's 64 queries against every key tile of the block."""
-    numbers = (at.b, head, pl.ds(at.query, TILE))
+    numbers = (at.b, at.head, pl.ds(at.query, TILE))
     lse, delta = (
         plgpu.load(rows.at[numbers], layout=LAYOUTS[0], optimized=False)
         for rows in (x.lse, x.delta)
     )
-    plgpu.barrier_wait(shared.q_full.at[wg])
+    # Sums lie in dout's place: both consumers' dout has arrived before either leaves any there.
+    for i in (wg,) if shared.sums is None else range(CONSUMERS):
+        plgpu.barrier_wait(shared.q_full.at[i])
 
-    @pl.loop(0, keys.count)
-    def _(n):
-        k_slot, v_slot = (lax.rem(n, jnp.int32(t.shape[0])) for t in (shared.k, shared.v))
+    def step(n, sums):
+        k_slot, v_slot = (
+            tied_to(n, lax.rem(n, jnp.int32(tile.shape[0])), tied=tied)
+            for tile in (shared.k, shared.v)
+        )
         k, v = shared.k.at[k_slot], shared.v.at[v_slot]
         q, dout = (tile.at[tied_to(n, wg, tied=tied)] for tile in (shared.q, shared.dout))
 
@@ -187,19 +224,36 @@ def _consume(
             plgpu.wgmma(dp_acc, dout, v.transpose((1, 0)))
             logits = plgpu.wgmma_accumulator_load(logits_acc, wait_n=1)
             here = at._replace(key=(keys.first + n) * k.shape[0])
-            w = weights(static, x, here, logits, lse, queries=0, sloped=True)
+            w = weights(static, x, here, logits, lse, queries=0, sloped=not any(_sums(static)))
             dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
             plgpu.barrier_arrive(shared.v_empty.at[v_slot])
-            return logit_gradients(w, dp, delta, queries=0).astype(x.q.dtype)
+            ds = logit_gradients(w._replace(slope=None), dp, delta, queries=0)
+            more = []
+            if static.alibi:
+                # Computed again: kept since the weights they would be 32 registers.
+                afresh = here._replace(query=tied_to(n, here.query))
+                more.append((ds * distances(afresh, ds.shape, 0)).sum(axis=1))
+            if _sums(static)[1]:
+                more.append(ds.sum(axis=1))
+            ds = ds if w.slope is None else ds * w.slope
+            return ds.astype(x.q.dtype), [a + b for a, b in zip(sums, more, strict=True)]
 
         acc = plgpu.ACC((TILE, k.shape[0]), jnp.float32)
-        ds = pl.run_scoped(dlogits, acc, acc)
+        ds, sums = pl.run_scoped(dlogits, acc, acc)
         plgpu.wgmma(dq_acc, ds, k)
         plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(shared.k_empty.at[k_slot])
+        return sums
 
-    staging = shared.q.at[wg]
+    nothing = plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), LAYOUTS[0])
+    sums = lax.fori_loop(0, keys.count, step, [nothing] * sum(_sums(static)))
+    staging, (dq, *wholes) = shared.q.at[wg], results
     staging[...] = (dq_acc[...] * static.scale).astype(x.q.dtype)
+    places = [shared.sums.at[wg, pl.ds(i * TILE, TILE)] for i in range(len(sums))]
+    for place, part in zip(places, sums, strict=True):
+        place[...] = part
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(staging, dq.at[at.b, pl.ds(at.query, TILE), head])
+    plgpu.copy_smem_to_gmem(staging, dq.at[at.b, pl.ds(at.query, TILE), at.head])
+    for place, whole in zip(places, wholes, strict=True):
+        plgpu.copy_smem_to_gmem(place, whole.at[numbers])
     plgpu.wait_smem_to_gmem(0)

@@ -9,6 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.dense.mosaic_gpu_distance import distance
 from pallas_kernels.dense.mosaic_gpu_geometry import (
     CONSUMER_ROWS,
     LOG2E,
@@ -408,8 +409,7 @@ def logits(static, x: Operands, row, b, head, first_row, s, tile, segments, mask
     if static.bias is not None:
         s = s + _bias_tile(static, x.bias, b, head, first_row, first_key, s)
     if static.alibi:
-        distance = (iota(0) - iota(1)) + (first_row + row.offset - first_key)
-        s = s - jnp.abs(distance).astype(jnp.float32) * x.slopes[head]
+        s = s - distance(first_row + row.offset - first_key, shape, tile) * x.slopes[head]
     if static.segments:
         queries = x.q_segments.at[b, pl.ds(first_row, shape[0])]
         mine = plgpu.load(queries, layout=ROW, optimized=False)

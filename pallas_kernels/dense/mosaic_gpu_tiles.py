@@ -34,30 +34,44 @@ class Tiles:
     rows: int = 64
 
 
-# Shape classes: a soft cap takes registers for its tanh, segment ids take shared memory.
-PLAIN, CAPPED, SEGMENTED = "plain", "capped", "segmented"
+# Shape classes: a soft cap takes registers for its tanh, segment ids take shared memory, a bias and
+# slopes take registers beside either; `CROWDED` is these and one of those.
+PLAIN, CAPPED, SEGMENTED, ADDED, CROWDED = "plain", "capped", "segmented", "added", "crowded"
 # Capability -> (head_dim, head_dim_v) -> shape class -> tiles; bfloat16 and float16 are alike.
 TILES = {
     (8, 0): {
         (64, 64): {PLAIN: Tiles(64, 2, 1, turns=False)},
+        (80, 80): {PLAIN: Tiles(64, 2, 1, turns=False)},
         (96, 96): {PLAIN: Tiles(64, 2, 1, turns=False)},
         (128, 128): {PLAIN: Tiles(64, 2, 1, turns=False)},
+        (192, 128): {PLAIN: Tiles(64, 2, 1, turns=False)},
+        (192, 192): {PLAIN: Tiles(64, 2, 1, turns=False)},
+        (256, 256): {PLAIN: Tiles(32, 2, 1, turns=False)},
     },
     (9, 0): {
         (64, 64): {PLAIN: Tiles(128, 4)},
         (80, 80): {PLAIN: Tiles(128, 4)},
-        (96, 96): {PLAIN: Tiles(128, 4)},
-        (128, 128): {PLAIN: Tiles(128, 3), SEGMENTED: Tiles(128, 2, tied=True)},
+        (96, 96): {PLAIN: Tiles(128, 4), CROWDED: Tiles(64, 6)},
+        (128, 128): {
+            PLAIN: Tiles(128, 3),
+            SEGMENTED: Tiles(128, 2, tied=True),
+            CROWDED: Tiles(64, 4),
+        },
         (192, 128): {
             PLAIN: Tiles(128, 2, turns=False),
             CAPPED: Tiles(64, 2, turns=False),
             SEGMENTED: Tiles(128, 2, turns=False, tied=True),
+            ADDED: Tiles(64, 4, turns=False),
         },
-        (192, 192): {PLAIN: Tiles(64, 2, turns=False)},
+        (192, 192): {
+            PLAIN: Tiles(64, 2, turns=False),
+            ADDED: Tiles(64, 2, turns=False, tied=True),
+        },
         (256, 256): {
             PLAIN: Tiles(64, 2, turns=False),
             CAPPED: Tiles(64, 2, turns=False, tied=True),
             SEGMENTED: Tiles(64, 2, turns=False, tied=True),
+            ADDED: Tiles(64, 2, turns=False, tied=True),
         },
     },
     (10, 0): {
@@ -73,15 +87,22 @@ TILES = {
 
 
 def forward_tiles(
-    chip: GpuChip, head_dim: int, head_dim_v: int, *, capped: bool, segmented: bool
+    chip: GpuChip,
+    head_dim: int,
+    head_dim_v: int,
+    *,
+    capped: bool,
+    segmented: bool,
+    added: bool = False,
 ) -> Tiles:
-    """The tiles of a shape class on a chip."""
-    return _of_class(TILES[chip.capability][head_dim, head_dim_v], capped, segmented)
+    """The tiles of a shape class on a chip; `added`: with a bias or slopes."""
+    return _of_class(TILES[chip.capability][head_dim, head_dim_v], capped, segmented, added)
 
 
-def _of_class(classes: Mapping[str, Any], capped: bool, segmented: bool) -> Any:
-    """What a soft cap asks for, else what segments do, else the plain tiles."""
-    asked = [CAPPED] * capped + [SEGMENTED] * segmented
+def _of_class(classes: Mapping[str, Any], capped: bool, segmented: bool, added: bool) -> Any:
+    """What the call's own class has, else what each thing in it asks for, else the plain tiles."""
+    asked = [CROWDED] * (added and (capped or segmented))
+    asked += [ADDED] * added + [CAPPED] * capped + [SEGMENTED] * segmented
     return next((classes[name] for name in asked if name in classes), classes[PLAIN])
 
 
@@ -95,6 +116,8 @@ class BackwardTiles:
         q_stages: query tiles in flight where keys are owned (dk, dv).
         split: dk and dv of the same keys are two warpgroups'.
         tied: whether addresses of what stays are computed in the loops (`gpu_addresses`).
+        bias_stages: steps in flight where a bias's gradient is added up.
+        block_q: queries of a tile where keys are owned (Ampere).
     """
 
     block_kv: int
@@ -103,32 +126,65 @@ class BackwardTiles:
     q_stages: int
     split: bool
     tied: bool = False
+    bias_stages: int = 2
+    block_q: int = 64
 
 
 # The largest head_dim that they are for -> shape class -> tiles, capability 9.0. Above 128, dk and
 # dv of 64 keys do not fit one warpgroup's registers; at 128 not beside a soft cap's slopes. `tied`
 # is for what spilled without it (bytes stored + loaded, dk and dv): at 96 with everything 12 + 16,
+# or 44 + 40 with it beside a bias and slopes, at 128 beside those 124 + 124,
 # at 128 with a window 8 + 4, with chunks and lengths 36 + 44, at 192 with everything 12 + 20; dq
 # at 256 176 + 188. It costs dk and dv at 64 49 instructions of 566 a tile.
 BACKWARD_TILES = {
-    80: {PLAIN: BackwardTiles(64, 2, 2, 2, split=False)},
+    80: {
+        PLAIN: BackwardTiles(64, 2, 2, 2, split=False),
+        CROWDED: BackwardTiles(64, 2, 2, 2, split=True),
+    },
     96: {
         PLAIN: BackwardTiles(64, 2, 2, 2, split=False),
         CAPPED: BackwardTiles(64, 2, 2, 2, split=False, tied=True),
+        CROWDED: BackwardTiles(64, 2, 2, 2, split=True),
     },
     128: {
         PLAIN: BackwardTiles(64, 2, 2, 2, split=False, tied=True),
         CAPPED: BackwardTiles(64, 2, 2, 2, split=True),
+        ADDED: BackwardTiles(64, 2, 2, 2, split=True, tied=True),
     },
     192: {
-        PLAIN: BackwardTiles(64, 2, 2, 2, split=True),
-        CAPPED: BackwardTiles(64, 2, 2, 2, split=True, tied=True),
+        PLAIN: BackwardTiles(64, 2, 2, 2, split=True, bias_stages=1),
+        CAPPED: BackwardTiles(64, 2, 2, 2, split=True, tied=True, bias_stages=1),
     },
-    256: {PLAIN: BackwardTiles(64, 2, 1, 2, split=True, tied=True)},
+    256: {PLAIN: BackwardTiles(64, 2, 1, 2, split=True, tied=True, bias_stages=1)},
 }
 
 
-def backward_tiles(head_dim: int, *, capped: bool, segmented: bool) -> BackwardTiles:
-    """The tiles of the backward for a head size and a shape class."""
+# head_dim -> shape class -> tiles, capability 8.0. From 80 on tiles of 32 let two blocks share a
+# core's memory; at 128 tiles of 64 queries spill beside a soft cap and segments (16 + 12 bytes).
+AMPERE_BACKWARD_TILES = {
+    64: {PLAIN: BackwardTiles(64, 2, 2, 2, split=False)},
+    80: {PLAIN: BackwardTiles(32, 2, 2, 2, split=False, block_q=32)},
+    96: {PLAIN: BackwardTiles(32, 2, 2, 2, split=False, block_q=32)},
+    128: {PLAIN: BackwardTiles(32, 2, 2, 2, split=False, block_q=32)},
+}
+
+
+def backward_tiles(
+    capability: tuple[int, int], head_dim: int, *, capped: bool, segmented: bool,
+    added: bool = False,
+) -> BackwardTiles:  # fmt: skip
+    """The tiles of the backward for a chip, a head size and a shape class.
+
+    Raises:
+        ValueError: the chip has no backward for the head size.
+    """
+    if capability == (8, 0):
+        if head_dim not in AMPERE_BACKWARD_TILES:
+            allowed = ", ".join(map(str, AMPERE_BACKWARD_TILES))
+            raise ValueError(
+                f"head_dim is {head_dim}, must be one of {allowed} where gradients are taken on "
+                f"compute_capability 8.0: use CUDNN or XLA"
+            )
+        return _of_class(AMPERE_BACKWARD_TILES[head_dim], capped, segmented, added)
     classes = next(tiles for largest, tiles in BACKWARD_TILES.items() if head_dim <= largest)
-    return _of_class(classes, capped, segmented)
+    return _of_class(classes, capped, segmented, added)

@@ -12,6 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.dense.mosaic_gpu_distance import distance
 from pallas_kernels.dense.mosaic_gpu_geometry import (
     CONSUMER_ROWS,
     LOG2E,
@@ -33,6 +34,8 @@ class Arrays(NamedTuple):
     lse, delta: float32 [batch, num_q_heads, whole blocks]; lse in units of log2, +inf for a row
     that sees nothing.
     rows: int32 [batch, 3] as `Row`; segment ids int32, padded to whole blocks.
+    bias: its full dimensions padded to whole blocks, its last two in the order of the kernel's
+        logits: queries first for dq, keys first for dk and dv; slopes float32 [num_q_heads].
     """
 
     q: Any
@@ -44,15 +47,18 @@ class Arrays(NamedTuple):
     rows: Any = None
     q_segments: Any = None
     kv_segments: Any = None
+    bias: Any = None
+    slopes: Any = None
 
 
 class Place(NamedTuple):
-    """Where a tile is: row of the batch, its lengths, the first query, the first key."""
+    """Where a tile is: row of the batch, its lengths, the first query, the first key, the head."""
 
     b: Any
     row: Row
     query: Any
     key: Any
+    head: Any = None
 
 
 class Weights(NamedTuple):
@@ -72,8 +78,8 @@ def weights(
         static: the call.
         x: arrays.
         at: where the tile is.
-        logits: float32, unscaled products: TILE queries by the tile's keys, or keys first.
-        lse: float32 [TILE], along the axis of the queries.
+        logits: float32, unscaled products: queries by keys, or keys first.
+        lse: float32, along the axis of the queries.
         queries: that axis, 0 or 1.
         sloped: the product of both instead, for who needs no more: 32 registers less, where the
             masks' branch begins.
@@ -84,10 +90,14 @@ def weights(
         e = jnp.exp2(logits * (2 * LOG2E * static.scale / static.soft_cap))
         t = 1.0 - 2.0 / (e + 1.0)
         slope, y = 1.0 - t * t, t * (static.soft_cap * LOG2E)
+    if static.bias is not None:
+        y = y + _bias(static, x.bias, at, y, queries) * LOG2E
+    if static.alibi:
+        y = y - distances(at, y.shape, queries) * (x.slopes[at.head] * LOG2E)
     p = jnp.exp2(y - wide(lse, queries, y))
     if sloped and slope is not None:
         p, slope = p * slope, None
-    inside = jnp.logical_not(needs_mask(static, at, y.shape[1 - queries]))
+    inside = jnp.logical_not(needs_mask(static, at, y.shape[queries], y.shape[1 - queries]))
     if static.segments:
         return Weights(_masked(static, x, at, p, queries), slope)
     return Weights(
@@ -95,14 +105,36 @@ def weights(
     )
 
 
+def _bias(static: Static, bias: Any, at: Place, like: jax.Array, queries: int) -> jax.Array:
+    """The bias of a tile, float32, as wide as it is."""
+    b, head = (i if full else 0 for i, full in zip((at.b, at.head), static.bias[:2], strict=True))
+    axes = static.bias[2:] if queries == 0 else static.bias[:1:-1]
+    firsts = (at.query, at.key) if queries == 0 else (at.key, at.query)
+    index = [pl.ds(*part) if full else 0
+             for full, *part in zip(axes, firsts, like.shape, strict=True)]  # fmt: skip
+    if not any(axes):
+        return bias[b, head, 0, 0].astype(jnp.float32)
+    if all(axes):
+        tile = plgpu.load(bias.at[b, head, *index], layout=WGMMA, optimized=False)
+        return tile.astype(jnp.float32)
+    numbers = _load(bias.at[b, head, *index], axes.index(True)).astype(jnp.float32)
+    return wide(numbers, axes.index(True), like)
+
+
+def distances(at: Place, shape: tuple[int, int], queries: int) -> jax.Array:
+    """float32, like the logits: how far apart a query and a key stand."""
+    apart = at.query + at.row.offset - at.key
+    return distance(apart if queries == 0 else -apart, shape, at.query + at.key)
+
+
 def wide(numbers: jax.Array, axis: int, like: jax.Array) -> jax.Array:
     """A number for each index of an axis, as a tile."""
     return lax.broadcast_in_dim(numbers, like.shape, [axis])
 
 
-def needs_mask(static: Static, at: Place, keys: int) -> jax.Array:
-    """Whether some query of the tile does not see some of its `keys` keys."""
-    last = at.query + TILE - 1
+def needs_mask(static: Static, at: Place, queries: int, keys: int) -> jax.Array:
+    """Whether one of a tile's so many queries does not see one of its so many keys."""
+    last = at.query + queries - 1
     low = seen_interval(static, at.row, last)[0]
     high = seen_interval(static, at.row, at.query)[1]
     return (low > at.key) | (high < at.key + keys) | (last >= at.row.q_len)
@@ -111,7 +143,8 @@ def needs_mask(static: Static, at: Place, keys: int) -> jax.Array:
 def _masked(static: Static, x: Arrays, at: Place, p: jax.Array, queries: int) -> jax.Array:
     """The weights with 0 where a query does not see a key."""
     keys = 1 - queries
-    index = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=LAYOUTS[queries]) + at.query
+    shape = (p.shape[queries],)
+    index = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=LAYOUTS[queries]) + at.query
     low, high = seen_interval(static, at.row, index)
     high = jnp.where(index < at.row.q_len, high, 0)
     key = plgpu.broadcasted_iota(jnp.int32, p.shape, keys, layout=WGMMA) + at.key
@@ -136,6 +169,8 @@ def _load(numbers: Any, axis: int) -> jax.Array:
 
 def logit_gradients(w: Weights, dp: jax.Array, delta: jax.Array, *, queries: int) -> jax.Array:
     """Gradients of a tile's logits before the scale: 0 where the weight is, whatever v holds.
+
+    Without the slope they are the gradients of what is added after the soft cap.
 
     Args:
         w: the weights.

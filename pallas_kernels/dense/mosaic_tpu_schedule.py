@@ -17,9 +17,9 @@ from pallas_kernels import masks
 from pallas_kernels.dense.mosaic_tpu_tiles import Tiles
 
 # Rows of `Work.rows`.
-START, STOP, FREE_START, FREE_STOP, NEXT_ROW = range(5)
+START, STOP, FREE_START, FREE_STOP, NEXT_FREE, NEXT_MASKED = range(6)
 # Rows of `Work.majors`.
-COUNT, FIRST_ROW, FIRST_MAJOR, LAST_MAJOR = range(4)
+FREE, FIRST_FREE, MASKED, FIRST_MASKED, FIRST_MAJOR, LAST_MAJOR = range(6)
 # Rows of `Work.facts`.
 Q_OFFSET, Q_LEN, KV_LEN = range(3)
 
@@ -102,14 +102,17 @@ class Masks(NamedTuple):
 class Work(NamedTuple):
     """The work list, int32; one batch row's part stands for all where nothing differs by row.
 
+    Tiles are of two kinds: in a free one every query sees every key; all others are computed with
+    a mask. Of free ones a major block has a multiple of `Tiles.together`: what is over is masked.
+
     Attributes:
-        rows: [5, batch * kv_majors * q_majors * rows]: for a row of tiles and a major block of
-            keys, the tiles it meets, [START, STOP), within them those in which every key is seen by
-            every query, [FREE_START, FREE_STOP), and the next row of this major block of queries
-            that meets any, or itself.
-        majors: [4, batch * q_majors * kv_majors]: how many tiles there are in all, the first row
-            that has one; and, the same for every major block of keys, the first and the last one
-            that has any.
+        rows: [6, batch * kv_majors * q_majors * rows]: for a row of tiles and a major block of
+            keys, the tiles it meets, [START, STOP), within them the free ones, [FREE_START,
+            FREE_STOP), and of each kind the next row of this major block of queries that has any,
+            or itself.
+        majors: [6, batch * q_majors * kv_majors]: of each kind how many tiles there are in all,
+            and the first row that has one; and, the same for every major block of keys, the first
+            and the last one that has any.
         facts: [3, batch]: position of query 0, queries and keys that exist.
     """
 
@@ -141,14 +144,15 @@ def work_list(static: Static, who: Masks) -> Work:
     broken = ~every & (index >= free_start[..., None])
     free_stop = xp.where(broken.any(-1), _first(xp, broken), static.columns)
     free_stop = xp.where(every.any(-1), free_stop, free_start)
-    met = stop > start
-    rows = xp.stack([start, stop, free_start, free_stop, _next(xp, met)])
-    count = xp.moveaxis(xp.sum(stop - start, -1), 1, 2)  # [batch, q_majors, kv_majors]
-    first_row = xp.moveaxis(_first(xp, met), 1, 2)
-    any_work = count > 0
+    free_stop = free_stop - _surplus(xp, free_stop - free_start, static.tiles.together)
+    free = free_stop - free_start
+    kinds = (free, stop - start - free)
+    rows = xp.stack([start, stop, free_start, free_stop, *(_next(xp, x > 0) for x in kinds)])
+    of_kinds = [f for x in kinds for f in (xp.sum(x, -1), _first(xp, x > 0))]
+    of_kinds = [xp.moveaxis(x, 1, 2) for x in of_kinds]  # [batch, q_majors, kv_majors]
+    any_work = of_kinds[FREE] + of_kinds[MASKED] > 0
     bounds = [_first(xp, any_work), xp.maximum(_last(xp, any_work), 0)]
-    bounds = [xp.broadcast_to(x[..., None], count.shape) for x in bounds]
-    majors = xp.stack([count, first_row, *bounds])
+    majors = xp.stack([*of_kinds, *(xp.broadcast_to(x[..., None], any_work.shape) for x in bounds)])
     facts = xp.stack([offset, q_len, kv_len])
     return Work(*(x.reshape(len(x), -1).astype(xp.int32) for x in (rows, majors, facts)))
 
@@ -210,6 +214,12 @@ def _last(xp: Any, x: jax.Array) -> jax.Array:
     """Index of the last True of the last axis, -1 if there is none."""
     last = x.shape[-1] - 1 - _first(xp, x[..., ::-1])
     return xp.where(x.any(-1), last, xp.int32(-1))
+
+
+def _surplus(xp: Any, free: jax.Array, together: int) -> jax.Array:
+    """How many free tiles to take from each row, last row first, for a multiple in all."""
+    later = xp.cumsum(free[..., ::-1], axis=-1)[..., ::-1] - free
+    return xp.clip(xp.sum(free, axis=-1, keepdims=True) % together - later, 0, free)
 
 
 def _next(xp: Any, met: jax.Array) -> jax.Array:

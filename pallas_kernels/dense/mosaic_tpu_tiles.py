@@ -2,7 +2,8 @@
 
 `major` blocks are what the grid's pipeline brings into VMEM; inside one, the kernel walks tiles of
 block_q queries and block_kv keys, each in steps of step_kv keys. Sizes change speed, never numbers
-beyond the order of sums. `python -m benchmarks.tpu_static tune --work dense` finds and writes them.
+beyond the order of sums. `python -m benchmarks.tpu_static tune --work dense_causal` (or
+`dense_causal_grad`) finds and writes them; heads of 64 and groups have no entries of their own.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ WIDE = 128  # the largest head size that is not wide
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Sizes in queries and keys, all multiples of 128.
+    """Sizes in queries and keys, all multiples of 128, and how many tiles go together.
 
     Attributes:
         block_q: queries of a tile; they lie along lanes.
@@ -23,6 +24,7 @@ class Tiles:
         step_kv: keys that one step multiplies while the tile before is exponentiated.
         major_q: queries in VMEM at a time, a multiple of block_q.
         major_kv: keys in VMEM at a time, a multiple of block_kv.
+        together: tiles that need no mask in one run of code without a branch, an even number.
     """
 
     block_q: int
@@ -30,19 +32,35 @@ class Tiles:
     step_kv: int
     major_q: int
     major_kv: int
+    together: int = 2
+
+    def __post_init__(self) -> None:
+        """Refuses sizes that are not whole.
+
+        Raises:
+            ValueError: a size is no multiple of what it must be one of.
+        """
+        units = {
+            "block_q": LANES, "block_kv": self.step_kv, "step_kv": LANES, "major_q": self.block_q,
+            "major_kv": self.block_kv, "together": 2,
+        }  # fmt: skip
+        for name, unit in units.items():
+            size = getattr(self, name)
+            if size % unit:
+                raise ValueError(f"{name} is {size}, must be a multiple of {unit}")
 
 
 # Measured by replaying the compiled schedule with a model of the DMAs (jax 0.12.0.1, libtpu 0.0.52,
 # November 2026; nothing of it ran on a TPU), causal, 8 heads, 4096, 128, bfloat16, microseconds on
-# v5e, v6e, 7x.
-#   Forward: these tiles 237, 121, 93. By a prototype that had two tiles of queries in one block of
-# code and no work list, (block_q, block_kv, step_kv): (512, 512, 256) 241, 117, 93; (256, 512, 256)
-# 239, 128, 104; (512, 512, 128) 252, 143, -; (512, 1024, 256) 271, 121, 94; (256, 512, 512) 262,
-# 144, 118; (128, 512, 128) 369, 251, -. Without the two halves in turn (products, softmax): 292,
-# 161, 124.
-#   Backward: these tiles 549, 206, 164. When they took 210 on v6e (before the walk looked ahead):
-# (512, 512, 512) 219; (512, 256, 256) 225; (256, 512, 512) 232; (512, 1024, 256) 232;
-# (1024, 512, 256) 238; (256, 512, 256) 240; (512, 512, 128) 271; major_q 2048 215, 1024 222.
+# v5e, v6e, 7x. What these tiles take is in benchmarks/results/tpu_static.
+#   Forward, by a prototype that had two tiles of queries in one block of code and no work list,
+# (block_q, block_kv, step_kv): (512, 512, 256) 241, 117, 93; (256, 512, 256) 239, 128, 104;
+# (512, 512, 128) 252, 143, -; (512, 1024, 256) 271, 121, 94; (256, 512, 512) 262, 144, 118;
+# (128, 512, 128) 369, 251, -. Without the two halves in turn (products, softmax): 292, 161, 124.
+#   Backward, when these tiles took 210 on v6e, two together: (512, 512, 512) 219; (512, 256, 256)
+# 225; (256, 512, 512) 232; (512, 1024, 256) 232; (1024, 512, 256) 238; (256, 512, 256) 240;
+# (512, 512, 128) 271; major_q 2048 215, 1024 222.
+#   Two, four together: forward 121, 112 on v6e, 93, 85 on 7x; backward 206, 199 and 164, 157.
 TILES = {
     ("v4", "bfloat16", "forward"): Tiles(512, 512, 256, 1024, 1024),
     ("v4", "bfloat16", "forward_wide"): Tiles(512, 512, 256, 1024, 1024),
@@ -60,11 +78,11 @@ TILES = {
     ("v4", "float32", "backward_wide"): Tiles(256, 256, 256, 512, 512),
     ("v4", "float32", "backward_bias"): Tiles(256, 256, 256, 256, 256),
     ("v4", "float32", "backward_wide_bias"): Tiles(256, 256, 256, 256, 256),
-    ("v5e", "bfloat16", "forward"): Tiles(512, 512, 256, 4096, 4096),
+    ("v5e", "bfloat16", "forward"): Tiles(512, 512, 256, 4096, 4096, 4),
     ("v5e", "bfloat16", "forward_wide"): Tiles(512, 512, 256, 2048, 2048),
     ("v5e", "bfloat16", "forward_bias"): Tiles(512, 512, 256, 1024, 1024),
     ("v5e", "bfloat16", "forward_wide_bias"): Tiles(512, 512, 256, 512, 512),
-    ("v5e", "bfloat16", "backward"): Tiles(512, 512, 256, 4096, 4096),
+    ("v5e", "bfloat16", "backward"): Tiles(512, 512, 256, 4096, 4096, 4),
     ("v5e", "bfloat16", "backward_wide"): Tiles(512, 512, 256, 1024, 1024),
     ("v5e", "bfloat16", "backward_bias"): Tiles(512, 512, 256, 1024, 1024),
     ("v5e", "bfloat16", "backward_wide_bias"): Tiles(512, 512, 256, 512, 512),
@@ -92,11 +110,11 @@ TILES = {
     ("v5p", "float32", "backward_wide"): Tiles(512, 512, 256, 1024, 1024),
     ("v5p", "float32", "backward_bias"): Tiles(512, 512, 256, 512, 512),
     ("v5p", "float32", "backward_wide_bias"): Tiles(512, 512, 256, 512, 512),
-    ("v6e", "bfloat16", "forward"): Tiles(512, 512, 256, 4096, 4096),
+    ("v6e", "bfloat16", "forward"): Tiles(512, 512, 256, 4096, 4096, 4),
     ("v6e", "bfloat16", "forward_wide"): Tiles(512, 512, 256, 2048, 2048),
     ("v6e", "bfloat16", "forward_bias"): Tiles(512, 512, 256, 1024, 1024),
     ("v6e", "bfloat16", "forward_wide_bias"): Tiles(512, 512, 256, 512, 512),
-    ("v6e", "bfloat16", "backward"): Tiles(512, 512, 256, 4096, 4096),
+    ("v6e", "bfloat16", "backward"): Tiles(512, 512, 256, 4096, 4096, 4),
     ("v6e", "bfloat16", "backward_wide"): Tiles(512, 512, 256, 1024, 1024),
     ("v6e", "bfloat16", "backward_bias"): Tiles(512, 512, 256, 1024, 1024),
     ("v6e", "bfloat16", "backward_wide_bias"): Tiles(512, 512, 256, 512, 512),
@@ -108,11 +126,11 @@ TILES = {
     ("v6e", "float32", "backward_wide"): Tiles(512, 512, 256, 1024, 1024),
     ("v6e", "float32", "backward_bias"): Tiles(512, 512, 256, 512, 512),
     ("v6e", "float32", "backward_wide_bias"): Tiles(512, 512, 256, 512, 512),
-    ("7x", "bfloat16", "forward"): Tiles(512, 512, 256, 4096, 4096),
+    ("7x", "bfloat16", "forward"): Tiles(512, 512, 256, 4096, 4096, 4),
     ("7x", "bfloat16", "forward_wide"): Tiles(512, 512, 256, 2048, 2048),
     ("7x", "bfloat16", "forward_bias"): Tiles(512, 512, 256, 1024, 1024),
     ("7x", "bfloat16", "forward_wide_bias"): Tiles(512, 512, 256, 512, 512),
-    ("7x", "bfloat16", "backward"): Tiles(512, 512, 256, 4096, 4096),
+    ("7x", "bfloat16", "backward"): Tiles(512, 512, 256, 4096, 4096, 4),
     ("7x", "bfloat16", "backward_wide"): Tiles(512, 512, 256, 1024, 1024),
     ("7x", "bfloat16", "backward_bias"): Tiles(512, 512, 256, 1024, 1024),
     ("7x", "bfloat16", "backward_wide_bias"): Tiles(512, 512, 256, 512, 512),
@@ -158,7 +176,8 @@ def fitted(tiles: Tiles, q_len: int, kv_len: int) -> Tiles:
     block_q = min(tiles.block_q, _up(q_len, LANES))
     block_kv = min(tiles.block_kv, _up(kv_len, LANES))
     step_kv = tiles.step_kv if block_kv % tiles.step_kv == 0 else LANES
-    return Tiles(
+    return dataclasses.replace(
+        tiles,
         block_q=block_q,
         block_kv=block_kv,
         step_kv=step_kv,

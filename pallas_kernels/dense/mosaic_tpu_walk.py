@@ -8,8 +8,9 @@ of code does the second half of a tile and the first half of the next, so that t
     tile 1         │ first  │ second
     tile 2                  │ first  │ second
 
-Two such blocks stand in one branch, each with a fixed slot. There are two branches: one for the
-case that neither of the coming tiles needs a mask, one that masks both.
+Tiles in which every query sees every key are walked first, `Tiles.together` of them to one run of
+code without a branch, then those with a mask, two to a run. The more tiles to a run, the less often
+the matrix unit runs empty at its end; each has a fixed slot.
 """
 
 from collections.abc import Callable
@@ -30,15 +31,6 @@ class Tile(NamedTuple):
 
     row: jax.Array
     column: jax.Array
-
-
-class _Ahead(NamedTuple):
-    """A tile, the two that follow it, and whether neither of these needs a mask."""
-
-    tile: Tile
-    after: Tile
-    last: Tile
-    free: jax.Array
 
 
 class Walk(NamedTuple):
@@ -84,50 +76,66 @@ class Walk(NamedTuple):
         at = (self.list_of * self.static.kv_majors + self.kv_major) * self.static.q_majors
         return self.work.rows[what, (at + self.q_major) * self.static.rows + row]
 
-    def following(self, t: Tile) -> Tile:
-        """The tile after this one; after the last, some tile of its row."""
-        inside = t.column + 1 < self.of_row(schedule.STOP, t.row)
-        row = jnp.where(inside, t.row, self.of_row(schedule.NEXT_ROW, t.row))
-        start = self.of_row(schedule.START, row)
-        return Tile(row, jnp.where(inside, t.column + 1, start))
+    def start_of(self, row: jax.Array, masked: bool) -> jax.Array:
+        """The first tile of a kind in a row that has one."""
+        if not masked:
+            return self.of_row(schedule.FREE_START, row)
+        return self._past_free(row, self.of_row(schedule.START, row))
 
-    def is_free(self, t: Tile) -> jax.Array:
-        """Whether every query of the tile sees every key."""
-        start = self.of_row(schedule.FREE_START, t.row)
-        return (t.column >= start) & (t.column < self.of_row(schedule.FREE_STOP, t.row))
+    def following(self, t: Tile, masked: bool) -> Tile:
+        """The tile of its kind after this one; after the last, some tile of its row."""
+        if masked:
+            column = self._past_free(t.row, t.column + 1)
+            inside = column < self.of_row(schedule.STOP, t.row)
+            next_row = self.of_row(schedule.NEXT_MASKED, t.row)
+        else:
+            column = t.column + 1
+            inside = column < self.of_row(schedule.FREE_STOP, t.row)
+            next_row = self.of_row(schedule.NEXT_FREE, t.row)
+        row = jnp.where(inside, t.row, next_row)
+        return Tile(row, jnp.where(inside, column, self.start_of(row, masked)))
+
+    def _past_free(self, row: jax.Array, column: jax.Array) -> jax.Array:
+        """The column, or the one after the free tiles if these begin there."""
+        at_free = column == self.of_row(schedule.FREE_START, row)
+        return jnp.where(at_free, self.of_row(schedule.FREE_STOP, row), column)
 
     def run(
         self,
         first_half: Callable[[Tile, int, bool], None],
         both_halves: Callable[[Tile, Tile | None, int, bool], None],
     ) -> None:
-        """Every tile of the grid step, in order.
+        """Every tile of the grid step.
 
         Args:
             first_half: of (tile, slot, masked).
             both_halves: of (tile, following tile, slot, masked): the second half of the tile, from
                 the slot, and the first half of the following one, if it is given, into the other.
         """
-        count = self.of_major(schedule.COUNT)
 
-        def two(_, ahead: _Ahead) -> _Ahead:
-            def blocks(masked: bool) -> _Ahead:
-                both_halves(ahead.tile, ahead.after, 0, masked)
-                both_halves(ahead.after, ahead.last, 1, masked)
-                return self._ahead_of(ahead.last)  # among the vectors: no cycles of its own
+        def run_of(masked: bool, together: int, count: jax.Array, row: jax.Array) -> None:
+            first = Tile(row, self.start_of(row, masked))
+            first_half(first, 0, masked)
 
-            return lax.cond(ahead.free, lambda: blocks(False), lambda: blocks(True))
+            def several(_, tiles: list[Tile]) -> list[Tile]:
+                for i in range(together):
+                    both_halves(tiles[i], tiles[i + 1], i % 2, masked)
+                return ahead_of(tiles[-1])  # among the vectors: no cycles of its own
 
-        @pl.when(count > 0)
-        def _():
-            row = self.of_major(schedule.FIRST_ROW)
-            first = Tile(row, self.of_row(schedule.START, row))
-            first_half(first, 0, True)
-            ahead = lax.fori_loop(0, count // 2, two, self._ahead_of(first))
-            pl.when(count % 2 == 1)(lambda: both_halves(ahead.tile, None, 0, True))
+            def ahead_of(t: Tile) -> list[Tile]:
+                """A tile and those that follow it."""
+                tiles = [t]
+                for _ in range(together):
+                    tiles.append(self.following(tiles[-1], masked))
+                return tiles
 
-    def _ahead_of(self, t: Tile) -> "_Ahead":
-        """A tile and the two that follow it."""
-        after = self.following(t)
-        last = self.following(after)
-        return _Ahead(t, after, last, self.is_free(after) & self.is_free(last))
+            tiles = lax.fori_loop(0, count // together, several, ahead_of(first))
+            if masked:
+                pl.when(count % 2 == 1)(lambda: both_halves(tiles[0], None, 0, True))
+
+        together = self.static.tiles.together
+        free, masked = self.of_major(schedule.FREE), self.of_major(schedule.MASKED)
+        first_free = self.of_major(schedule.FIRST_FREE)
+        first_masked = self.of_major(schedule.FIRST_MASKED)
+        pl.when(free > 0)(lambda: run_of(False, together, free, first_free))
+        pl.when(masked > 0)(lambda: run_of(True, 2, masked, first_masked))

@@ -15,9 +15,10 @@ weights where the block's rotary keys were, which nobody reads any more, and the
 beside them. Blocks go into every accumulator in their order, so the maximum passes from owner to
 owner, and while one warpgroup computes weights the other one multiplies.
 
-The division of the work (two warpgroups, two blocks of keys, halves of V, weights exchanged through
-shared memory) is that of FlashMLA's decode kernel for Hopper as DeepSeek describe it (FlashMLA,
-docs/20250422-new-kernel-deep-dive.md).
+The division of the work (two blocks of keys a step, one for each of two warpgroups; halves of V
+and of the sums; both weights meet both halves) is what Li and Liu call "seesaw" scheduling ("A
+Deep-Dive Into the New Flash MLA Kernel", FlashMLA, docs/20250422-new-kernel-deep-dive.md, 2025).
+How weights and maxima pass between the warpgroups, it does not say; this is ours.
 """
 
 import dataclasses

@@ -1,10 +1,11 @@
-"""Paged attention on Hopper: Pallas Mosaic GPU kernels that bring pages by TMA.
+"""Paged attention on NVIDIA GPUs: Pallas Mosaic GPU kernels that bring pages by TMA or cp.async.
 
 The contract (maths, arguments, edge cases) is `pallas_kernels/paged/__init__.py`. The cache is
 "by_head": [2, num_pages, num_kv_heads, page_size, head_dim], so that what one TMA brings, one
 head's part of a page, lies together. A step is four programs: `mosaic_gpu_write` puts this step's
 keys and values into the cache, `mosaic_gpu_decode` attends for sequences with few new tokens and
-`mosaic_gpu_merge` merges its partial results, `mosaic_gpu_prefill` attends for all others.
+`mosaic_gpu_merge` merges its partial results, `mosaic_gpu_prefill` attends for all others; on
+Ampere `mosaic_gpu_ampere` has both that attend.
 """
 
 import math
@@ -15,8 +16,9 @@ import jax.numpy as jnp
 from pallas_kernels import gpu_chip
 from pallas_kernels.contract_checks import check_logit_numbers, check_paged
 from pallas_kernels.masks import Window
+from pallas_kernels.paged import mosaic_gpu_ampere
 from pallas_kernels.paged.mosaic_gpu_decode import decode
-from pallas_kernels.paged.mosaic_gpu_geometry import CHUNK, ROWS, Geometry, Masks, round_up
+from pallas_kernels.paged.mosaic_gpu_geometry import ROWS, Geometry, Masks, round_up
 from pallas_kernels.paged.mosaic_gpu_merge import merge
 from pallas_kernels.paged.mosaic_gpu_prefill import PerHead, prefill
 from pallas_kernels.paged.mosaic_gpu_schedule import Decode, schedule_decode, schedule_prefill
@@ -28,6 +30,11 @@ CACHES = (*DTYPES, "float8_e4m3fn", "float8_e5m2")
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 PAGE_SIZES = (16, 32, 64, 128, 256)
 LOG2E = math.log2(math.e)
+# Compute capability -> its (decode, prefill).
+KERNELS = {
+    (8, 0): (mosaic_gpu_ampere.decode, mosaic_gpu_ampere.prefill),
+    (9, 0): (decode, prefill),
+}
 
 
 def paged_attention(
@@ -104,14 +111,15 @@ def _geometry(q, kv_pages, page_table, masks, soft_cap, has_slopes) -> Geometry:
     is_narrow = kv_pages.dtype.itemsize == 1
     dtype = jnp.dtype(jnp.float16) if is_narrow else kv_pages.dtype
     added = has_slopes or soft_cap is not None
+    tiles = tiles_for_chip(head_dim, kv_pages.dtype.itemsize, added=added)
     return Geometry(
         num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
         page_size=page_size, pages_per_seq=page_table.shape[1], num_tokens=num_tokens,
         max_num_seqs=page_table.shape[0], cache_dtype=kv_pages.dtype, dtype=dtype,
         out_dtype=q.dtype, masks=masks,
-        tiles=tiles_for_chip(head_dim, kv_pages.dtype.itemsize, added=added),
+        tiles=tiles,
         soft_cap=None if soft_cap is None else float(soft_cap) * LOG2E, has_slopes=has_slopes,
-        has_row_factors=dtype != q.dtype, num_blocks=gpu_chip.current().num_cores,
+        has_row_factors=dtype != q.dtype, num_blocks=gpu_chip.current().num_cores * tiles.blocks,
     )  # fmt: skip
 
 
@@ -158,8 +166,10 @@ def _per_head(
 def _prompts(queries, kv_pages, page_table, schedule, heads, geometry):
     """(out, lse) of tokens that are not decoded."""
     # Copies of queries take 64 rows from multiples of 8 on, past the last one too.
-    fewer = max(ROWS, round_up(geometry.num_tokens, CHUNK)) - geometry.num_tokens
+    whole = round_up(geometry.num_tokens, geometry.tiles.alignment)
+    fewer = max(ROWS, whole) - geometry.num_tokens
     queries = jnp.pad(queries, ((0, fewer), (0, 0), (0, 0)))
+    _, prefill = KERNELS[gpu_chip.current().capability]
     out, lse = prefill(queries, kv_pages, page_table, schedule, heads, geometry)
     out = out[: geometry.num_tokens]
     lse = lse.reshape(geometry.num_q_heads, -1)[:, schedule.of_token].T
@@ -205,6 +215,7 @@ def _decoded(rows, row_factor, kv_pages, page_table, schedule, heads, geometry):
         of_group = part + jnp.arange(ROWS) % geometry.part_heads
         head = per_unit[:, None] + jnp.minimum(of_group, geometry.group - 1)
         slopes = heads.slopes[head]
+    decode, _ = KERNELS[gpu_chip.current().capability]
     partial = decode(rows, kv_pages, page_table, schedule, factor, slopes, geometry)
     out, lse = merge(*partial, schedule, heads.v_factor, heads.sinks, geometry)
     return out[..., : geometry.head_dim], lse[..., 0]

@@ -127,6 +127,36 @@ def initial_state(geometry: Geometry) -> State:
     )
 
 
+class Seen(NamedTuple):
+    """What the rows see of a span.
+
+    Attributes:
+        interval: each row's keys [start, stop), int32 [64]; start is None where it is 0.
+        valid: the keys [start, stop) whose slots the block may read, int32 scalars.
+        plain, late: tiles [0, plain) and [late, num_tiles) are masked, those between are not.
+    """
+
+    interval: tuple[Any, Any]
+    valid: tuple[Any, Any]
+    plain: Any
+    late: Any
+
+
+def seen_of(span: Span, rows: Rows, keys: int, masks: Masks) -> Seen:
+    """What the rows see of a span in tiles of so many keys."""
+    _, first_stop = bounds(rows.first_q_pos, span.kv_len, masks)
+    last_start, _ = bounds(rows.last_q_pos, span.kv_len, masks)
+    item_start, _ = bounds(rows.item_q_pos, span.kv_len, masks)
+    plain = jnp.int32(0)
+    if last_start is not None:
+        above = lax.div(lax.max(last_start, jnp.int32(0)) + (keys - 1), jnp.int32(keys))
+        plain = lax.min(lax.max(above - span.first_tile, plain), span.num_tiles)
+    whole = lax.div(lax.max(first_stop, jnp.int32(0)), jnp.int32(keys)) - span.first_tile
+    late = lax.min(lax.max(whole, plain), span.num_tiles)
+    valid = (jnp.int32(0) if item_start is None else item_start, span.kv_len)
+    return Seen(bounds(rows.q_pos, span.kv_len, masks), valid, plain, late)
+
+
 def attend_span(
     span: Span, rows: Rows, count: Any, tools: Tools, geometry: Geometry
 ) -> tuple[State, Any]:
@@ -143,18 +173,7 @@ def attend_span(
         the softmax, and the tiles that the ring has held now.
     """
     stages, keys, _ = tools.ring.k.shape
-    interval = bounds(rows.q_pos, span.kv_len, geometry.masks)
-    _, first_stop = bounds(rows.first_q_pos, span.kv_len, geometry.masks)
-    last_start, _ = bounds(rows.last_q_pos, span.kv_len, geometry.masks)
-    item_start, _ = bounds(rows.item_q_pos, span.kv_len, geometry.masks)
-    valid = (jnp.int32(0) if item_start is None else item_start, span.kv_len)
-    # Tiles [0, plain) and [late, num_tiles) are masked, those between them are not.
-    plain = jnp.int32(0)
-    if last_start is not None:
-        above = lax.div(lax.max(last_start, jnp.int32(0)) + (keys - 1), jnp.int32(keys))
-        plain = lax.min(lax.max(above - span.first_tile, plain), span.num_tiles)
-    whole = lax.div(lax.max(first_stop, jnp.int32(0)), jnp.int32(keys)) - span.first_tile
-    late = lax.min(lax.max(whole, plain), span.num_tiles)
+    interval, valid, plain, late = seen_of(span, rows, keys, geometry.masks)
     mine = lax.rem(count + tools.warpgroup, jnp.int32(tools.stride))
 
     def over(begin, end, state, masked):
@@ -171,7 +190,7 @@ def attend_span(
         return lax.fori_loop(*turns, step, state)
 
     state = initial_state(geometry)
-    if last_start is not None:
+    if interval[0] is not None:
         state = over(jnp.int32(0), plain, state, True)
     state = over(plain, late, state, False)
     state = over(late, span.num_tiles, state, True)
@@ -187,19 +206,33 @@ def attend_tile(
     plgpu.barrier_wait(ring.k_full.at[slot])
     logits = _logits(slot, rows, first_key, tools, geometry)
     plgpu.barrier_arrive(ring.k_empty.at[slot])
-    if seen is not None:
-        logits = jnp.where(_mask(seen[0], first_key, logits.shape), logits, -jnp.inf)
-    m = jnp.maximum(state.m, logits.max(axis=1))
-    fade = jnp.exp2(state.m - m)
-    p = jnp.exp2(logits - over_columns(m, logits.shape[1]))
-    total = state.l * fade + p.sum(axis=1)
-    acc = state.acc * over_columns(fade, geometry.head_dim)
+    p, state = softmax_step(state, logits, first_key, None if seen is None else seen[0])
     plgpu.barrier_wait(ring.v_full.at[slot])
     values = _values(slot, first_key, None if seen is None else seen[1], tools, geometry)
     weights = p.astype(geometry.dtype)
-    acc = pl.run_state(lambda a: plgpu.wgmma(a, weights, values))(plgpu.ACC.init(acc))
+    acc = pl.run_state(lambda a: plgpu.wgmma(a, weights, values))(plgpu.ACC.init(state.acc))
     plgpu.barrier_arrive(ring.v_empty.at[slot])
-    return State(acc, m, total)
+    return state._replace(acc=acc)
+
+
+def softmax_step(
+    state: State, logits: jax.Array, first_key: Any, interval: Any
+) -> tuple[jax.Array, State]:
+    """Weights [64, keys] of a tile, and the softmax before the tile's values are added.
+
+    Args:
+        state: before the tile.
+        logits: [64, keys] in units of log2.
+        first_key: of the tile.
+        interval: each row's keys, as `Seen` has them; None = every row sees the whole tile.
+    """
+    if interval is not None:
+        logits = jnp.where(_mask(interval, first_key, logits.shape), logits, -jnp.inf)
+    m = jnp.maximum(state.m, logits.max(axis=1))
+    fade = jnp.exp2(state.m - m)
+    p = jnp.exp2(logits - over_columns(m, logits.shape[1]))
+    acc = state.acc * over_columns(fade, state.acc.shape[1])
+    return p, State(acc, m, state.l * fade + p.sum(axis=1))
 
 
 def _logits(slot: Any, rows: Rows, first_key: Any, tools: Tools, geometry: Geometry) -> jax.Array:
@@ -216,8 +249,13 @@ def _logits(slot: Any, rows: Rows, first_key: Any, tools: Tools, geometry: Geome
         plgpu.wgmma(acc, q, k.transpose((1, 0)))
         return acc[...]
 
-    logits = pl.run_scoped(product, plgpu.ACC((ROWS, keys), F32))
-    logits = logits * over_columns(rows.factor, keys)
+    return in_log2(pl.run_scoped(product, plgpu.ACC((ROWS, keys), F32)), rows, first_key, geometry)
+
+
+def in_log2(products: jax.Array, rows: Rows, first_key: Any, geometry: Geometry) -> jax.Array:
+    """Logits in units of log2 of products [64, keys]: factor, soft cap, slopes."""
+    keys = products.shape[1]
+    logits = products * over_columns(rows.factor, keys)
     if geometry.soft_cap is not None:
         # The hardware's tanh is good to 11 bits only.
         logits = jnp.exp2(logits * (2 * LOG2E))

@@ -108,7 +108,7 @@ def decode(
         first_item, num_items = blocks[block, 0], blocks[block, 1]
 
         def item_of(i):
-            return _item(first_item + i, block, seqs, rows, blocks, geometry)
+            return item_at(first_item + i, block, seqs, rows, blocks, geometry)
 
         @pl.when(warpgroup < warpgroups)
         def _():
@@ -119,7 +119,7 @@ def decode(
                 item = item_of(i)
                 queries = q.at[item.unit, pl.ds(item.first_row, ROWS)]
                 fetch_queries(queries, tools.q.at[warpgroup], scratch["q_full"].at[warpgroup])
-                described = _rows(item, factor, more, geometry)
+                described = rows_of(item, factor, more, geometry)
                 state, count = attend_span(item.span, described, count, tools, geometry)
                 if warpgroups == 1:
                     _leave(state, item, out, lse, scratch, geometry)
@@ -163,7 +163,7 @@ def decode(
     )(*arrays)
 
 
-def _item(index: Any, block: Any, seqs: Any, rows: Any, blocks: Any, geometry: Geometry) -> Item:
+def item_at(index: Any, block: Any, seqs: Any, rows: Any, blocks: Any, geometry: Geometry) -> Item:
     """A block's part of a tile of queries."""
     units = jnp.int32(geometry.units)
     place, unit = lax.div(index, units), lax.rem(index, units)
@@ -195,7 +195,7 @@ def _tools(scratch: dict[str, Any], warpgroup: Any, geometry: Geometry) -> Tools
     )
 
 
-def _rows(item: Item, factor: Any, more: list[Any], geometry: Geometry) -> Rows:
+def rows_of(item: Item, factor: Any, more: list[Any], geometry: Geometry) -> Rows:
     """Positions and factors of the rows of an item."""
     row = row_index()
     heads = geometry.part_heads
@@ -238,16 +238,20 @@ def _with_the_other(state: State, scratch: dict[str, Any]) -> State:
     return State(acc, higher, state.l * mine + total * theirs)
 
 
+def normalised(state: State) -> tuple[jax.Array, jax.Array]:
+    """A partial result [64, head_dim], and its lse in units of log2."""
+    # Where nothing was seen the sum is 0, and so is acc.
+    total = jnp.where(state.l > 0, state.l, 1)
+    out = state.acc / over_columns(total, state.acc.shape[1])
+    return out, jnp.where(state.l > 0, state.m + jnp.log2(total), -jnp.inf)
+
+
 def _leave(
     state: State, item: Item, out: Any, lse: Any, scratch: dict[str, Any], geometry: Geometry
 ) -> None:
     """Stores a partial result, in chunks of rows."""
     out_smem, lse_smem = scratch["out_smem"], scratch["lse_smem"]
-    # Where nothing was seen the sum is 0, and so is acc.
-    total = jnp.where(state.l > 0, state.l, 1)
-    normalised = state.acc / over_columns(total, geometry.head_dim)
-    out_smem[...] = normalised
-    lse_smem[...] = jnp.where(state.l > 0, state.m + jnp.log2(total), -jnp.inf)
+    out_smem[...], lse_smem[...] = normalised(state)
     plgpu.commit_smem()
 
     def store(chunk, _):

@@ -141,7 +141,9 @@ class Geometry:
     @property
     def prefill_tiles(self) -> int:
         """Work items of one head, or pair of heads, at most."""
-        begins = (self.max_num_seqs + 1) * (1 + (CHUNK - 1) / self.prefill_tokens)
+        # Of prompts, which have more tokens than what is decoded, and of the padding.
+        most = min(self.max_num_seqs, self.num_tokens // (self.decode_q_len + 1)) + 1
+        begins = most * (1 + (self.tiles.alignment - 1) / self.prefill_tokens)
         return int(self.num_tokens / self.prefill_tokens + begins) + 1
 
 

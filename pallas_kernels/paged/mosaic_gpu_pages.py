@@ -84,7 +84,7 @@ def produce(
 
         def bring_tile(i, count):
             slot = lax.rem(count, stages)
-            pages = _pages_of(span, span.first_tile + i, keys, page_table, geometry)
+            pages = pages_of(span, span.first_tile + i, keys, page_table, geometry)
             for side, smem, full, empty in sides:
                 pl.when(count >= stages)(functools.partial(plgpu.barrier_wait, empty.at[slot]))
                 size = min(keys, geometry.page_size)
@@ -108,19 +108,23 @@ def produce(
     lax.fori_loop(lax.max(total - stages, jnp.int32(0)), total, drain, None)
 
 
-def _pages_of(span: Span, tile: Any, keys: int, page_table: Any, geometry: Geometry) -> list:
+def pages_of(
+    span: Span, tile: Any, keys: int, page_table: Any, geometry: Geometry, first: Any = 0
+) -> list:
     """(page, offset within it) of each part of a tile.
 
-    Past the sequence's last page nothing may be read off the table: the last page comes again.
+    Past the sequence's last page nothing may be read off the table: the last page comes again. So
+    does `first`, a column of the table, for those before it: what is copied without clipping may
+    not ask for an expired page.
     """
     page_size = geometry.page_size
     last = lax.div(span.kv_len - 1, jnp.int32(page_size))
     last = lax.min(lax.max(last, jnp.int32(0)), jnp.int32(geometry.pages_per_seq - 1))
     if page_size > keys:
         position = tile * keys
-        column = lax.min(lax.div(position, jnp.int32(page_size)), last)
+        column = lax.min(lax.max(lax.div(position, jnp.int32(page_size)), first), last)
         offset = pl.multiple_of(lax.rem(position, jnp.int32(page_size)), keys)
         return [(page_table[span.seq, column], offset)]
     parts = keys // page_size
-    columns = [lax.min(tile * parts + j, last) for j in range(parts)]
+    columns = [lax.min(lax.max(tile * parts + j, first), last) for j in range(parts)]
     return [(page_table[span.seq, column], 0) for column in columns]

@@ -124,7 +124,7 @@ def prefill(
         num_items = lax.div(left, jnp.int32(geometry.num_blocks))
 
         def item_of(i):
-            return _item(block + i * geometry.num_blocks, warpgroup, tiles, geometry)
+            return item_at(block + i * geometry.num_blocks, warpgroup, tiles, geometry)
 
         @pl.when(warpgroup < warpgroups)
         def _():
@@ -135,7 +135,7 @@ def prefill(
                 item = item_of(i)
                 queries = q.at[pl.ds(item.token, ROWS), item.head]
                 fetch_queries(queries, tools.q.at[warpgroup], scratch["q_full"].at[warpgroup])
-                rows = _rows(item, per_head, geometry)
+                rows = rows_of(item, per_head, geometry)
                 state, count = attend_span(item.span, rows, count, tools, geometry)
                 _finish(state, item, per_head, out, lse, scratch, warpgroup, geometry)
                 return count
@@ -164,7 +164,7 @@ def prefill(
     )(*arrays)
 
 
-def _item(index: Any, warpgroup: Any, tiles: Any, geometry: Geometry) -> Item:
+def item_at(index: Any, warpgroup: Any, tiles: Any, geometry: Geometry) -> Item:
     """A work item, as one of the warpgroups sees it."""
     units = jnp.int32(geometry.num_q_heads // geometry.prefill_heads)
     tile, unit = lax.div(index, units), lax.rem(index, units)
@@ -195,7 +195,7 @@ def _tools(scratch: dict[str, Any], warpgroup: Any, geometry: Geometry) -> Tools
     )
 
 
-def _rows(item: Item, heads: PerHead, geometry: Geometry) -> Rows:
+def rows_of(item: Item, heads: PerHead, geometry: Geometry) -> Rows:
     """Positions and factors of the rows of an item."""
     if geometry.has_row_factors:
         source = heads.row_factor.at[item.head, pl.ds(item.token, ROWS)]
@@ -212,20 +212,27 @@ def _rows(item: Item, heads: PerHead, geometry: Geometry) -> Rows:
     )
 
 
-def _finish(
-    state: State, item: Item, heads: PerHead, out: Any, lse: Any, scratch: dict[str, Any],
-    warpgroup: Any, geometry: Geometry,
-) -> None:  # fmt: skip
-    """Divides by the sum, the sink in it, and stores the rows that are the sequence's."""
-    out_smem, lse_smem = scratch["out_smem"].at[warpgroup], scratch["lse_smem"].at[warpgroup]
+def normalised(
+    state: State, item: Item, heads: PerHead, geometry: Geometry
+) -> tuple[jax.Array, jax.Array]:
+    """Results [64, head_dim], divided by the sum, the sink in it; their natural lse."""
     sink = heads.sinks[item.head]
     m = jnp.maximum(state.m, sink)
     fade = jnp.exp2(state.m - m)
     total = state.l * fade + jnp.exp2(sink - m)
     safe = jnp.where(total > 0, total, 1)
     scaled = state.acc * over_columns(fade * heads.v_factor[item.head] / safe, geometry.head_dim)
-    out_smem[...] = scaled.astype(geometry.out_dtype)
-    lse_smem[...] = jnp.where(total > 0, (m + jnp.log2(safe)) * jnp.log(2.0), -jnp.inf)
+    lse = jnp.where(total > 0, (m + jnp.log2(safe)) * jnp.log(2.0), -jnp.inf)
+    return scaled.astype(geometry.out_dtype), lse
+
+
+def _finish(
+    state: State, item: Item, heads: PerHead, out: Any, lse: Any, scratch: dict[str, Any],
+    warpgroup: Any, geometry: Geometry,
+) -> None:  # fmt: skip
+    """Stores the rows that are the sequence's."""
+    out_smem, lse_smem = scratch["out_smem"].at[warpgroup], scratch["lse_smem"].at[warpgroup]
+    out_smem[...], lse_smem[...] = normalised(state, item, heads, geometry)
     plgpu.commit_smem()
     place = pl.ds(0 if geometry.pairs_heads else warpgroup * ROWS, ROWS)
     plgpu.copy_smem_to_gmem(lse_smem, lse.at[item.head, item.tile, place])

@@ -132,8 +132,8 @@ def schedule_prefill(
     q_lens = jnp.append(jnp.where(is_prompt, q_lens, 0), geometry.num_tokens - end)
     begin = jnp.append(cu_q_lens[:-1], end)
     kv_lens = jnp.append(kv_lens, 0)
-    # TMA reads queries from multiples of 8 on: a sequence's first tile may begin before it.
-    aligned = begin // CHUNK * CHUNK
+    # Queries are read from multiples of 8 on (TMA): a sequence's first tile may begin before it.
+    aligned = begin // geometry.tiles.alignment * geometry.tiles.alignment
     of_seq = jnp.where(q_lens > 0, -(-(begin + q_lens - aligned) // tokens), 0)
     until = jnp.cumsum(of_seq)
     index = jnp.arange(geometry.prefill_tiles)

@@ -22,10 +22,18 @@ class Phase(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Sizes where few queries see the whole cache, and under prompts."""
+    """Sizes where few queries see the whole cache, and under prompts.
+
+    Attributes:
+        decode, prefill: of each.
+        blocks: of a persistent grid that share a core.
+        alignment: tokens that tiles of prompts begin at a multiple of.
+    """
 
     decode: Phase
     prefill: Phase
+    blocks: int = 1
+    alignment: int = 8
 
 
 # By chip, bytes of a cached number, and head sizes up to the key. Decoding waits for bytes: 1 us of
@@ -51,11 +59,23 @@ HOPPER = {
 ADDED = {
     2: {128: Tiles(Phase(64, 4, 1), Phase(64, 4))},
     1: {
-        96: Tiles(Phase(64, 8, 1), Phase(64, 4)),
+        96: Tiles(Phase(64, 8, 1, tied=True), Phase(64, 4)),
         128: Tiles(Phase(64, 6, 1, tied=True), Phase(64, 4, 1, tied=True)),
     },
 }
-TILES = {"h100": HOPPER, "h200": HOPPER}
+# One warpgroup a block (mma takes 64 rows), and two blocks a core to hide each other's waits; no
+# copy of 16 rows of queries, the least that four warps share at any head size, crosses their end.
+AMPERE = {
+    2: {
+        64: Tiles(Phase(64, 3, 1), Phase(64, 2, 1), blocks=2, alignment=16),
+        96: Tiles(Phase(64, 2, 1), Phase(64, 2, 1), blocks=2, alignment=16),
+        128: Tiles(Phase(64, 2, 1), Phase(64, 2, 1), blocks=2, alignment=16),
+        192: Tiles(Phase(64, 2, 1), Phase(64, 2, 1), blocks=1, alignment=16),
+        256: Tiles(Phase(32, 2, 1), Phase(32, 2, 1), blocks=1, alignment=16),
+    },
+}
+TILES = {"a100": AMPERE, "h100": HOPPER, "h200": HOPPER}
+ADDED_TILES = {"h100": ADDED, "h200": ADDED}
 
 
 def tiles_for_chip(head_dim: int, itemsize: int, *, added: bool = False) -> Tiles:
@@ -72,11 +92,21 @@ def tiles_for_chip(head_dim: int, itemsize: int, *, added: bool = False) -> Tile
     chip = gpu_chip.current()
     if chip.name not in TILES:
         raise ValueError(f"chip is {chip.name}, must be one of {', '.join(TILES)}")
+    if itemsize not in TILES[chip.name]:
+        raise ValueError(
+            f"kv_pages has {itemsize} byte a number, must have 2 on {chip.name}: Ampere has no "
+            f"instruction that converts float8"
+        )
     by_size = TILES[chip.name][itemsize]
+    if chip.name == "a100" and head_dim not in by_size:
+        raise ValueError(
+            f"head_dim is {head_dim}, must be one of {', '.join(map(str, by_size))} on {chip.name}"
+        )
     if head_dim > max(by_size):
         raise ValueError(
             f"head_dim is {head_dim}, must be at most {max(by_size)} with a cache of {itemsize} "
             f"byte a number: converting its tiles takes more registers than there are"
         )
     size = min(size for size in by_size if size >= head_dim)
-    return ADDED[itemsize].get(size, by_size[size]) if added else by_size[size]
+    with_more = ADDED_TILES.get(chip.name, {}).get(itemsize, {}) if added else {}
+    return with_more.get(size, by_size[size])

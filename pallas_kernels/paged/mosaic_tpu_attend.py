@@ -72,8 +72,8 @@ class Step(NamedTuple):
 
 
 FACTOR, V_FACTOR, SLOPE, SINK = range(4)
-# Where the computation is; whether the tile's queries are rows.
-SEQ, TOKEN, IN_ROWS = range(3)
+# Where the computation is; whether the tile's queries are rows; the decode that is to be finished.
+SEQ, TOKEN, IN_ROWS, DUE = range(4)
 
 
 def attend(
@@ -165,7 +165,7 @@ def attend(
                 ),
                 pltpu.SemaphoreType.DMA((geometry.num_buffers,)),
                 pltpu.SMEM((CELLS,), jnp.int32),
-                pltpu.SMEM((3,), jnp.int32),
+                pltpu.SMEM((4,), jnp.int32),
                 [pltpu.VMEM(in_rows, q.dtype)] * (2 * geometry.in_columns),
                 mosaic_tpu_heads.scratch_shapes(*in_rows, q.dtype),
                 mosaic_tpu_decode.scratch_shapes(geometry, kv_pages.dtype),
@@ -230,7 +230,7 @@ def _kernel(static: _Static, page_table, kv_lens, cu_q_lens, num_seqs, *refs) ->
 
     end = cu_q_lens[num_seqs[0]]
     last = jnp.minimum(first_token + geometry.tile_tokens, end)
-    now[TOKEN], now[IN_ROWS] = first_token, jnp.int32(0)
+    now[TOKEN], now[IN_ROWS], now[DUE] = first_token, jnp.int32(0), jnp.int32(-1)
     is_partly_none = first_token + geometry.tile_tokens > end
     if geometry.in_columns:
         # What rows have is added to what columns have.
@@ -251,7 +251,10 @@ def _kernel(static: _Static, page_table, kv_lens, cu_q_lens, num_seqs, *refs) ->
         if geometry.in_columns:
             are_missing = now[IN_ROWS] == 0
             pl.when((is_one | is_short) & are_missing)(lambda: _make_rows(prompt, decode, now))
-        pl.when(is_one)(lambda: mosaic_tpu_decode.attend_span(decode, span))
+
+        @pl.when(is_one)
+        def _():
+            now[DUE] = mosaic_tpu_decode.attend_span(decode, span, now[DUE])
 
         @pl.when(several & is_short)
         def _():
@@ -271,6 +274,7 @@ def _kernel(static: _Static, page_table, kv_lens, cu_q_lens, num_seqs, *refs) ->
         return now[TOKEN] < last
 
     lax.while_loop(lambda more: more, visit, first_token < last)
+    pl.when(now[DUE] >= 0)(lambda: mosaic_tpu_decode.finish(decode, now[DUE]))
     if geometry.in_columns:
         pl.when(now[IN_ROWS] != 0)(lambda: _add_rows(prompt, decode))
 

@@ -38,11 +38,21 @@ def begin(step) -> None:
     step.scratch[0][...] = jnp.zeros_like(step.scratch[0])
 
 
-def attend_span(step, span: Span) -> None:
-    """Attends with one token."""
+def attend_span(step, span: Span, before) -> jax.Array:
+    """Attends with one token, and finishes the one before: the two wait for different things.
+
+    Args:
+        step, span: what is computed.
+        before: the token, counted from the tile's first, that `finish` is due for; -1 = none.
+
+    Returns:
+        the token that it is due for now.
+    """
     walk, geometry = step.walk, step.walk.geometry
     _, m, l, acc = step.scratch[:4]
     token = span.begin - step.first_token
+    # Where there is none, what comes out is overwritten when this token is finished.
+    finish(step, jnp.where(before < 0, token, before))
     _load_q(step, token)
     m[...] = jnp.full_like(m, softmax.START)
     l[...] = jnp.zeros_like(l)
@@ -66,7 +76,7 @@ def attend_span(step, span: Span) -> None:
             _attend_part(step, span, buffer, position)
 
     lax.fori_loop(first, last, attend_block, None)
-    _finish(step, token)
+    return token
 
 
 def _attend_part(step, span: Span, buffer, position) -> None:
@@ -222,8 +232,8 @@ def _of_odd_heads(geometry: Geometry) -> jax.Array:
     return lax.shift_right_logical(row, geometry.decode_rows.bit_length() - 1) & 1 != 0
 
 
-def _finish(step, token) -> None:
-    """Puts output and lse into the tile."""
+def finish(step, token) -> None:
+    """Puts a token's output and lse into the tile."""
     geometry = step.walk.geometry
     _, m, l, acc = step.scratch[:4]
     factor, lse = softmax.finish(m[...], l[...], step.rows[3], step.rows[1])

@@ -4,6 +4,10 @@ A token's heads lie beside each other along sublanes, 16 bits wide two in a word
 tokens is every n-th row of that: a load with a stride brings it, of 16-bit heads two at a time,
 from a copy in words. The words are taken apart, and put together, in registers. Where heads do not
 fill whole registers the compiler gathers rows itself, which takes it longer.
+
+VMEM has 32 banks of rows: eight rows that are a multiple of 8, 16 or 32 apart meet in one, and come
+in two, four or eight loads. In the copy a token's words are followed by 4 rows of nothing, so that
+no two of them meet.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import tpu_chip
 
 HIGH = -(1 << 16)  # the upper half of a word
+APART = 4  # rows between one token's words and the next one's
 
 
 def _heads_in_word(heads: int, head_dim: int, dtype: jnp.dtype) -> int:
@@ -30,8 +35,9 @@ def _heads_in_word(heads: int, head_dim: int, dtype: jnp.dtype) -> int:
 def scratch_shapes(tokens: int, heads: int, head_dim: int, dtype: jnp.dtype) -> list:
     """The heads of so many tokens in words, if they are taken apart there."""
     packed = _heads_in_word(heads, head_dim, dtype)
-    words = pltpu.VMEM((tokens * heads // max(packed, 1), head_dim), jnp.int32)
-    return [words] if packed else []
+    if not packed:
+        return []
+    return [pltpu.VMEM((tokens * (heads // packed + APART), head_dim), jnp.int32)]
 
 
 def read(
@@ -53,10 +59,10 @@ def read(
             found = ref[pl.ds(first, tokens), head].astype(jnp.float32)
             yield head, found.T if turned else found
         return
-    stride, (rows,) = heads // packed, words
+    each, (rows,) = heads // packed, words
     _to_words(ref, rows, first, tokens)
-    for word in range(stride):
-        found = rows[pl.ds(word, tokens, stride=stride), :]
+    for word in range(each):
+        found = rows[pl.ds(word, tokens, stride=each + APART), :]
         found = found.T if turned else found
         if packed == 1:
             yield word, pltpu.bitcast(found, jnp.float32)
@@ -67,9 +73,13 @@ def read(
 
 def _to_words(ref: Any, rows: Any, first: Any, tokens: int) -> None:
     """Copies some tokens' heads."""
-    values = ref[pl.ds(first, tokens)].reshape(tokens * ref.shape[1], ref.shape[2])
-    found = pltpu.bitcast(values, jnp.int32)
-    rows[: found.shape[0]] = found
+    there = ref.bitcast(jnp.int32)
+    each = there.shape[1]
+
+    def copy(token, _):
+        rows[pl.ds(token * (each + APART), each)] = there[first + token]
+
+    lax.fori_loop(0, tokens, copy, None, unroll=True)
 
 
 def write(
@@ -100,22 +110,23 @@ def write(
                 values = jnp.where(mine, values, old)
             ref[pl.ds(first, tokens), head] = values.astype(ref.dtype)
         return
-    stride, (rows,) = heads // packed, words
+    each, (rows,) = heads // packed, words
+    stride = each + APART
     if mine is not None:
         _to_words(ref, rows, first, tokens)
-    for word in range(stride):
+    for word in range(each):
         if packed == 1:
             values = pltpu.bitcast(of_head(word), jnp.int32)
         else:
-            values = _bits(of_head(2 * word), ref.dtype)
-            values |= lax.shift_left(_bits(of_head(2 * word + 1), ref.dtype), 16)
+            both = [of_head(2 * word), of_head(2 * word + 1)]
+            values = pltpu.pack_elementwise(both, packed_dtype=ref.dtype)
+            values = lax.bitcast_convert_type(values, jnp.int32)
         values = values.T if turned else values
         at = pl.ds(word, tokens, stride=stride)
         rows[at, :] = values if mine is None else jnp.where(mine, values, rows[at, :])
-    found = pltpu.bitcast(rows[: tokens * stride], ref.dtype)
-    ref[pl.ds(first, tokens)] = found.reshape(tokens, heads, size)
+    there = ref.bitcast(jnp.int32)
 
+    def put(token, _):
+        there[first + token] = rows[pl.ds(token * stride, each)]
 
-def _bits(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """A 16-bit number's bits, in the lower half of a word."""
-    return lax.bitcast_convert_type(x.astype(dtype), jnp.uint16).astype(jnp.int32)
+    lax.fori_loop(0, tokens, put, None, unroll=True)

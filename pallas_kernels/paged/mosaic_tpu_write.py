@@ -21,7 +21,7 @@ from pallas_kernels import tpu_chip
 from pallas_kernels.paged.mosaic_tpu_geometry import LANES, divided, remainder, round_up
 
 RING, AHEAD = 16, 8  # windows in the ring, and read ahead of the one that is merged
-TILE = 64  # tokens that are brought at once
+TILE, TILES_AHEAD = 64, 2  # tokens that are brought at once; how far ahead
 # Rows of a window: a decode step writes a row or two of each, a prompt fills them.
 FEW, MANY = 8, 32
 
@@ -114,10 +114,13 @@ def scratch_shapes(new: News, kv_pages: jax.Array) -> list:
     # Room for windows that reach over either end.
     rows = new.window + new.tile + new.window
     return [
-        *(pltpu.VMEM((2, new.tile, *part.shape[1:]), part.dtype) for part in new.parts),
+        *(
+            pltpu.VMEM((TILES_AHEAD + 1, new.tile, *part.shape[1:]), part.dtype)
+            for part in new.parts
+        ),
         pltpu.VMEM((registers, rows * _stride(heads), LANES), jnp.float32),
         pltpu.VMEM((RING, heads, tiles, new.window, lanes), kv_pages.dtype),
-        pltpu.SemaphoreType.DMA((2,)),
+        pltpu.SemaphoreType.DMA((TILES_AHEAD + 1,)),
         pltpu.SemaphoreType.DMA((RING,)),
         pltpu.SemaphoreType.DMA((RING,)),
         pltpu.SMEM((RING,), jnp.int32),
@@ -230,7 +233,7 @@ def write_all(slots, run_lengths, parts, kv_pages, scratch, window: int) -> None
         return jnp.minimum(i * tile, num_tokens - tile)
 
     def copies(i):
-        at = remainder(i, 2)
+        at = lax.rem(i, TILES_AHEAD + 1)
         for part, there in zip(parts, staged, strict=True):
             source = part.at[pl.ds(first_of(i), tile)]
             yield pltpu.make_async_copy(source, there.at[at], brought.at[at])
@@ -240,10 +243,11 @@ def write_all(slots, run_lengths, parts, kv_pages, scratch, window: int) -> None
             copy.start()
 
     def write_tile(i, _):
-        pl.when(i + 1 < tiles)(lambda: bring(i + 1))
+        pl.when(i + TILES_AHEAD < tiles)(lambda: bring(i + TILES_AHEAD))
         for copy in copies(i):
             copy.wait()
-        _widen([there.at[remainder(i, 2)] for there in staged], wide, window, buffers.dtype)
+        at = lax.rem(i, TILES_AHEAD + 1)
+        _widen([there.at[at] for there in staged], wide, window, buffers.dtype)
         stop = jnp.minimum((i + 1) * tile, num_tokens)
 
         def merge_run(token):
@@ -271,7 +275,8 @@ def write_all(slots, run_lengths, parts, kv_pages, scratch, window: int) -> None
         lax.while_loop(lambda token: token < stop, merge_run, i * tile)
 
     ring.begin()
-    bring(0)
+    for i in range(min(TILES_AHEAD, tiles)):
+        bring(i)
     lax.fori_loop(0, tiles, write_tile, None)
     ring.free_all()
 

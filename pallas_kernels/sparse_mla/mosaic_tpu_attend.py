@@ -1,4 +1,4 @@
-"""The attending half of sparse MLA on TPU: each token over the rows that it names.
+"""The gathering half of sparse MLA on TPU: each token over the rows that it names, and no others.
 
 Tokens go one after another, a token's list in groups of `buffers` blocks, a block being `block_kv`
 keys. What bounds the kernel on every generation is the scalar unit, which makes one descriptor a
@@ -14,7 +14,6 @@ descriptors. Borders between tokens, and so between sequences, are no borders to
 """
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -24,9 +23,16 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.sparse_mla.mosaic_tpu_positions import MASKED
 from pallas_kernels.sparse_mla.mosaic_tpu_rows import Row, start_gather, unpack, wait_gather
+from pallas_kernels.sparse_mla.mosaic_tpu_softmax import (
+    Running,
+    add_block,
+    dot,
+    finished,
+    reset,
+    running_shapes,
+    scaled_logits,
+)
 from pallas_kernels.tpu_chip import LANES
-
-LOG2_E, LN_2 = math.log2(math.e), math.log(2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +42,6 @@ class Sizes:
     Attributes:
         block_kv, buffers: see `Tiles`.
         num_heads: of the queries, a multiple of a packed register's rows.
-        num_keys: of a list, whole groups.
         row: of the cache.
         q_dtype, cache_dtype: of queries and output; of the rows as they are stored.
         soft_cap: of the logits.
@@ -45,11 +50,15 @@ class Sizes:
     block_kv: int
     buffers: int
     num_heads: int
-    num_keys: int
     row: Row
     q_dtype: jnp.dtype
     cache_dtype: jnp.dtype
     soft_cap: float | None
+
+    @property
+    def group(self) -> int:
+        """Keys of a group."""
+        return self.block_kv * self.buffers
 
     @property
     def precision(self) -> jax.lax.Precision | None:
@@ -57,18 +66,8 @@ class Sizes:
         return jax.lax.Precision.HIGHEST if self.q_dtype == jnp.float32 else None
 
 
-def factors_of(kv_scale: jax.Array | None, scale: float, soft_cap: float | None) -> jax.Array:
-    """float32 [2]: of products, to base 2 or to what is capped; of the output.
-
-    Made before the kernel: there it would be a product of scalars, which the replay reads as 0.
-    """
-    kv_scale = jnp.ones((), jnp.float32) if kv_scale is None else kv_scale
-    of_products = scale * LOG2_E if soft_cap is None else scale / soft_cap
-    return jnp.stack([kv_scale * of_products, kv_scale])
-
-
 class Arrays(NamedTuple):
-    """The arrays in HBM; and in SMEM the groups of each token, the tokens, `factors_of`."""
+    """The arrays in HBM; in SMEM groups of each token, the tokens, their number, factors."""
 
     ql_nope: Any
     q_pe: Any
@@ -79,14 +78,16 @@ class Arrays(NamedTuple):
     lse: Any
     groups: Any
     tokens: Any
+    num_tokens: Any
     factors: Any
 
 
 class Cursor(NamedTuple):
-    """Group `group` of token `token`."""
+    """Group `group` of the listed token `token`, row `at` of the arrays."""
 
     token: jax.Array
     group: jax.Array
+    at: jax.Array
 
 
 class Scratch(NamedTuple):
@@ -99,9 +100,7 @@ class Scratch(NamedTuple):
     rows_at: list[Any]  # SMEM int32 [1, block_kv]: where the next ones are
     keys: list[Any]  # [block_kv, rank + 128] in the queries' dtype
     logits: list[Any]  # float32 [num_heads, block_kv]
-    m: Any  # float32 [num_heads, LANES]: the same in every lane
-    l: Any
-    acc: Any  # float32 [num_heads, rank]
+    running: Running
     out: Any  # [2, num_heads, rank]
     lse: Any  # float32 [2, 1, num_heads]
     q_arrived: Any
@@ -124,9 +123,7 @@ def scratch_shapes(sizes: Sizes) -> Scratch:
         rows_at=[pltpu.SMEM((1, s.block_kv), jnp.int32) for _ in range(s.buffers)],
         keys=[pltpu.VMEM((s.block_kv, row.rank + LANES), s.q_dtype) for _ in range(s.buffers)],
         logits=[pltpu.VMEM((s.num_heads, s.block_kv), jnp.float32) for _ in range(s.buffers)],
-        m=pltpu.VMEM((s.num_heads, LANES), jnp.float32),
-        l=pltpu.VMEM((s.num_heads, LANES), jnp.float32),
-        acc=pltpu.VMEM((s.num_heads, row.rank), jnp.float32),
+        running=running_shapes(s.num_heads, row.rank),
         out=pltpu.VMEM((2, s.num_heads, row.rank), s.q_dtype),
         lse=pltpu.VMEM((2, 1, s.num_heads), jnp.float32),
         q_arrived=pltpu.SemaphoreType.DMA((2,)),
@@ -139,7 +136,7 @@ def scratch_shapes(sizes: Sizes) -> Scratch:
 def attend_tokens(sizes: Sizes, arrays: Arrays) -> None:
     """Attends with every token of a sequence, and writes its output and lse."""
 
-    @pl.when(arrays.tokens[0] > 0)
+    @pl.when(arrays.num_tokens[0] > 0)
     def _():
         shapes, structure = jax.tree.flatten(scratch_shapes(sizes))
 
@@ -154,14 +151,16 @@ class _Attending:
 
     def __init__(self, sizes, arrays, scratch):
         self.sizes, self.arrays, self.scratch = sizes, arrays, scratch
-        self.num_tokens = arrays.tokens[0]
+        self.num_tokens = arrays.num_tokens[0]
+        # Read here: in a run the read waits for descriptors (v5e decode 208 us in place of 171).
+        self.factors = [arrays.factors[i] for i in range(2)]
 
     def run(self) -> None:
         """Fills the pipeline, turns it until every token is through, and empties it."""
         blocks = range(self.sizes.buffers)
-        current = Cursor(jnp.int32(0), jnp.int32(0))
+        current = Cursor(jnp.int32(0), jnp.int32(0), self.arrays.tokens[0])
         following = self._after(current)
-        self._reset()
+        reset(self.scratch.running)
         self._start_query(current.token)
         for block in blocks:
             self._start_list(current, block)
@@ -179,7 +178,7 @@ class _Attending:
             after = self._after(following)
             for block in blocks:
                 self._one_block(current, following, after, block)
-            pl.when(current.group + 1 == self.arrays.groups[current.token])(
+            pl.when(current.group + 1 == self.arrays.groups[current.at])(
                 lambda: self._finish(current.token)
             )
             return following, after
@@ -219,19 +218,22 @@ class _Attending:
 
     def _after(self, cursor: Cursor) -> Cursor:
         """The next group; the token after the last has one too, which is never come to."""
-        token = jnp.minimum(cursor.token, self.num_tokens - 1)
-        is_last = cursor.group + 1 >= self.arrays.groups[token]
-        return Cursor(cursor.token + is_last, jnp.where(is_last, 0, cursor.group + 1))
+        is_last = cursor.group + 1 >= self.arrays.groups[cursor.at]
+        token = cursor.token + is_last
+        return Cursor(token, jnp.where(is_last, 0, cursor.group + 1), self._row(token))
+
+    def _row(self, token: jax.Array) -> jax.Array:
+        """The row of a listed token in the arrays; past the last one, that one's."""
+        return self.arrays.tokens[jnp.minimum(token, self.num_tokens - 1)]
 
     # Copies.
 
     def _of_block(self, array: Any, cursor: Cursor, block: int) -> Any:
         """A block's part of what is known of lists; past the last token, of some that exists."""
         sizes = self.sizes
-        token = jnp.minimum(cursor.token, self.num_tokens - 1)
         first = (cursor.group * sizes.buffers + block) * sizes.block_kv
         at = pl.ds(pl.multiple_of(first, sizes.block_kv), sizes.block_kv)
-        return array.at[token, :, at]
+        return array.at[cursor.at, :, at]
 
     def _start_list(self, cursor: Cursor, block: int) -> None:
         source, target = (
@@ -273,7 +275,7 @@ class _Attending:
             (self.arrays.q_pe, self.scratch.q_pe),
         ):
             sem = self.scratch.q_arrived.at[slot]
-            act(pltpu.make_async_copy(source.at[token], target.at[slot], sem))
+            act(pltpu.make_async_copy(source.at[self._row(token)], target.at[slot], sem))
 
     def _receive_query(self, token: jax.Array) -> None:
         """Waits for a token's queries, and calls for the next one's."""
@@ -288,7 +290,7 @@ class _Attending:
             (self.scratch.lse, self.arrays.lse),
         ):
             sem = self.scratch.out_left.at[slot]
-            act(pltpu.make_async_copy(source.at[slot], target.at[token], sem))
+            act(pltpu.make_async_copy(source.at[slot], target.at[self._row(token)], sem))
 
     # Phases of a block.
 
@@ -301,48 +303,28 @@ class _Attending:
         slot = token % 2
         keys = scratch.keys[block]
         unpack(scratch.gathered[block], keys, row)
-        products = _dot(scratch.ql_nope[slot], keys[:, : row.rank], (1, 1), sizes.precision)
+        products = dot(scratch.ql_nope[slot], keys[:, : row.rank], (1, 1), sizes.precision)
         rotary = keys[:, row.rank : row.width]
-        products += _dot(scratch.q_pe[slot], rotary, (1, 1), sizes.precision)
-        logits = products * self.arrays.factors[0]
-        if sizes.soft_cap is not None:
-            logits = jnp.tanh(logits) * (sizes.soft_cap * LOG2_E)
+        products += dot(scratch.q_pe[slot], rotary, (1, 1), sizes.precision)
+        logits = scaled_logits(products, self.factors[0], sizes.soft_cap)
         scratch.logits[block][...] = jnp.where(scratch.bias[block][...] == 0, logits, MASKED)
 
     def _multiply_values(self, block: int) -> None:
         """Adds a block to the running softmax."""
-        sizes, scratch = self.sizes, self.scratch
+        scratch, sizes = self.scratch, self.sizes
+        values = scratch.keys[block].at[:, pl.ds(0, sizes.row.rank)]
         logits = scratch.logits[block][...]
-        m_old = scratch.m[...]
-        m_new = jnp.maximum(m_old, jnp.max(logits, axis=1, keepdims=True))
-        kept = jnp.exp2(m_old - m_new)
-        p = jnp.exp2(logits - _widened(m_new, sizes.block_kv))
-        scratch.m[...] = m_new
-        scratch.l[...] = kept * scratch.l[...] + jnp.sum(p, axis=1, keepdims=True)
-        values = scratch.keys[block][:, : sizes.row.rank]
-        product = _dot(p.astype(sizes.q_dtype), values, (1, 0), sizes.precision)
-        scratch.acc[...] = scratch.acc[...] * _widened(kept, sizes.row.rank) + product
+        add_block(scratch.running, ..., logits, values, sizes.precision)
 
     def _finish(self, token: jax.Array) -> None:
         """Divides, sends a token's output and lse off, and makes room for the next token."""
-        scratch, rank = self.scratch, self.sizes.row.rank
-        slot = token % 2
+        scratch, slot = self.scratch, token % 2
         pl.when(token >= 2)(lambda: self._each_output(token - 2, _wait))
-        m, l = scratch.m[...], scratch.l[...]
-        seen = m > 0.5 * MASKED
-        factor = jnp.where(seen, self.arrays.factors[1] / l, 0.0)
-        out = jnp.where(_widened(seen, rank), scratch.acc[...] * _widened(factor, rank), 0.0)
+        out, lse = finished(scratch.running, self.factors[1])
         scratch.out[slot] = out.astype(self.sizes.q_dtype)
-        lse = jnp.where(seen, (m + jnp.log2(l)) * LN_2, -jnp.inf)
         scratch.lse[slot] = lse.T[:1]
         self._each_output(token, _start)
-        self._reset()
-
-    def _reset(self) -> None:
-        """Nothing seen yet."""
-        self.scratch.m[...] = jnp.full_like(self.scratch.m, MASKED)
-        self.scratch.l[...] = jnp.zeros_like(self.scratch.l)
-        self.scratch.acc[...] = jnp.zeros_like(self.scratch.acc)
+        reset(scratch.running)
 
 
 def _start(copy: Any) -> None:
@@ -351,14 +333,3 @@ def _start(copy: Any) -> None:
 
 def _wait(copy: Any) -> None:
     copy.wait()
-
-
-def _dot(a, b, contract, precision) -> jax.Array:
-    """The product in float32."""
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _widened(x: jax.Array, width: int) -> jax.Array:
-    """[rows, LANES] with equal lanes as [rows, width]."""
-    return x[:, :width] if width <= LANES else jnp.tile(x, (1, width // LANES))

@@ -121,27 +121,40 @@ def _key(at: int, row: Row) -> int:
     return group * row.group + word * row.packed + part
 
 
-def unpack(buffer: Any, keys: Any, row: Row) -> None:
-    """A gathered block, token by token, as the matrix unit wants it: [block_kv, width].
+def unpack(buffer: Any, keys: Any, row: Row, *, count: jax.Array | None = None) -> None:
+    """Rows of a block, token by token, as the matrix unit wants them: [block_kv, width].
 
     Args:
-        buffer: [block_kv * parts, packed, 128], as gathered.
+        buffer: [block_kv * parts, packed, 128]: as gathered, in the order of `_key`; with a count
+            as pages have them.
         keys: [block_kv, rank + 128] in the queries' dtype; written.
         row: its sizes.
+        count: tokens that there are; those after them become zeros.
     """
-    words = buffer.bitcast(jnp.uint32).reshape(buffer.shape[0], LANES)
+    words = buffer.bitcast(jnp.uint32).reshape(keys.shape[0] * row.parts, LANES)
+    apart, stride = (SUBLANES, 1) if count is None else (1, row.packed)
     for group in range(keys.shape[0] // row.group):
+        firsts = [group * row.group + i * apart for i in range(row.packed)]
         for part in range(row.parts):
-            first = group * row.group * row.parts + part
             of_tokens = [
-                words[pl.ds(first + i * SUBLANES * row.parts, SUBLANES, row.parts), :]
-                for i in range(row.packed)
+                words[pl.ds(at * row.parts + part, SUBLANES, stride * row.parts), :]
+                for at in firsts
             ]
+            if count is not None:
+                of_tokens = [
+                    _existing(x, at, row, count) for x, at in zip(of_tokens, firsts, strict=True)
+                ]
             is_rope = part == row.parts - 1
             for line in range(1 if is_rope else row.packed):
                 numbers = _line(of_tokens, line, row, buffer.dtype).astype(keys.dtype)
                 lane = (part * row.packed + line) * LANES
                 keys[pl.ds(group * row.group, row.group), pl.ds(lane, LANES)] = numbers
+
+
+def _existing(words: jax.Array, first: int, row: Row, count: jax.Array) -> jax.Array:
+    """Words of every `packed`-th token from `first` on; 0 where the token is not below count."""
+    sublane = jax.lax.broadcasted_iota(jnp.int32, words.shape, 0)
+    return jnp.where(first + sublane * row.packed < count, words, jnp.uint32(0))
 
 
 def _line(words: list[jax.Array], line: int, row: Row, dtype: jnp.dtype) -> jax.Array:

@@ -13,23 +13,32 @@ class Tiles(NamedTuple):
     Attributes:
         block_kv: rows that are gathered and multiplied at once; a multiple of 128.
         buffers: blocks in VMEM, at least 2: one is multiplied, the others are on their way.
+        reach: keys that a masked tile may have for every 100 entries of its tokens' lists; 0: none
+            is masked.
+        rows: tokens times heads of a masked tile.
+        step_rows: of those, that are multiplied at once.
+        masked_kv: keys of a masked tile's block, where pages are no larger; a multiple of 128.
     """
 
     block_kv: int
     buffers: int
+    reach: int = 0
+    rows: int = 1024
+    step_rows: int = 256
+    masked_kv: int = 512
 
 
 TILES: dict[tuple[str, str, str], Tiles] = {
     ("v4", "bfloat16", "decode"): Tiles(block_kv=512, buffers=4),
     ("v4", "bfloat16", "prefill"): Tiles(block_kv=512, buffers=4),
     ("v5e", "bfloat16", "decode"): Tiles(block_kv=512, buffers=4),
-    ("v5e", "bfloat16", "prefill"): Tiles(block_kv=512, buffers=4),
+    ("v5e", "bfloat16", "prefill"): Tiles(block_kv=512, buffers=4, reach=17),
     ("v5p", "bfloat16", "decode"): Tiles(block_kv=512, buffers=4),
-    ("v5p", "bfloat16", "prefill"): Tiles(block_kv=512, buffers=4),
+    ("v5p", "bfloat16", "prefill"): Tiles(block_kv=512, buffers=4, reach=17),
     ("v6e", "bfloat16", "decode"): Tiles(block_kv=512, buffers=4),
-    ("v6e", "bfloat16", "prefill"): Tiles(block_kv=512, buffers=4),
+    ("v6e", "bfloat16", "prefill"): Tiles(block_kv=512, buffers=4, reach=49),
     ("7x", "bfloat16", "decode"): Tiles(block_kv=512, buffers=4),
-    ("7x", "bfloat16", "prefill"): Tiles(block_kv=512, buffers=4),
+    ("7x", "bfloat16", "prefill"): Tiles(block_kv=512, buffers=4, reach=49),
 }
 
 

@@ -4,6 +4,8 @@ import concurrent.futures
 import dataclasses
 import importlib.util
 import json
+import sys
+import time
 
 import jax
 import numpy as np
@@ -11,8 +13,21 @@ import pytest
 from typer.testing import CliRunner
 
 from attnsel_jax.backends.xla import XlaBackend
-from benchmarks.gpu import cli, clock, inputs, measured, ours, page, racing
+from benchmarks.gpu import (
+    calibration,
+    checks,
+    cli,
+    clock,
+    inputs,
+    measured,
+    ours,
+    page,
+    racing,
+    steps,
+    watching,
+)
 from benchmarks.gpu.contenders import CONTENDERS, OURS
+from benchmarks.gpu.works import WORKS as WORKS_OF_A_RUN
 from benchmarks.work import Work
 
 DENSE = Work("dense", "", "dense", 4, 2, 16, 16, (48,) * 2, (48,) * 2)
@@ -99,15 +114,23 @@ def test_bits_that_change_are_a_fault(monkeypatch):
     assert "other bits" in racing._own_fault(DENSE, runner, (), [one], [two])
 
 
+def in_this_process(todo, ends, say):
+    for step in todo:
+        on_time = time.perf_counter() <= ends(step)
+        yield from steps.take(step) if on_time else steps.left(step)
+
+
 def test_a_whole_run_writes_what_it_found(monkeypatch, tmp_path):
-    quick = [p for p in measured.checks.QUICK if p.name.startswith("quick.dense")][:2]
-    monkeypatch.setattr(measured.checks, "SETS", {"quick": quick})
-    monkeypatch.setattr(measured.calibration, "calibrated", lambda: {"tflops": 1.0, "gbytes": 1.0})
+    quick = [p for p in checks.QUICK if p.name.startswith("quick.dense")][:2]
+    monkeypatch.setattr(checks, "SETS", {"quick": quick})
+    monkeypatch.setattr(calibration, "calibrated", lambda: {"tflops": 1.0, "gbytes": 1.0})
     works = [WORKS["dense"], WORKS["paged"]]
-    said = []
-    data = measured.run(works, [OURS, "jax.nn xla"], tmp_path, 900.0, seed=3, say=said.append)
+    data = measured.run(
+        works, [OURS, "jax.nn xla"], tmp_path, 900.0, 3, lambda text: None, in_this_process
+    )
     kept = json.loads((tmp_path / "gpu.json").read_text())
     assert kept["seed"] == 3
+    assert kept["calibration"] == {"tflops": 1.0, "gbytes": 1.0}
     verdicts = {(row["work"], row["contender"]): row["verdict"] for row in kept["timings"]}
     left_out = verdicts.pop(("paged", "jax.nn xla"))
     assert (left_out, set(verdicts.values()), len(verdicts)) == ("left out", {"timed"}, 3)
@@ -118,11 +141,94 @@ def test_a_whole_run_writes_what_it_found(monkeypatch, tmp_path):
 
 
 def test_no_time_left_is_said(monkeypatch, tmp_path):
-    monkeypatch.setattr(measured.calibration, "calibrated", dict)
-    data = measured.run([WORKS["dense"]], [OURS], tmp_path, 0.0, seed=0, say=lambda text: None)
+    data = measured.run(
+        [WORKS["dense"]], [OURS], tmp_path, 0.0, 0, lambda text: None, in_this_process
+    )
     assert data["timings"] == [{"work": "dense", "verdict": "not run: no time was left"}]
     assert {row["verdict"] for row in data["checks"]} == {"not run"}
     assert page.timed_rows(data)
+    monkeypatch.setattr(page, "FOLDER", tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "gpu.json").rename(tmp_path / "run" / "gpu.json")
+    assert "no device" in page.measured_sections(tmp_path)
+
+
+CHILD = """
+import json, os, sys, time
+for line in sys.stdin:
+    name = json.loads(line).get("work", {}).get("name")
+    if name == "hangs":
+        time.sleep(60)
+    if name == "crashes":
+        os._exit(3)
+    print(json.dumps({"place": "timings", "value": [name, os.getpid()]}))
+    print("noise of a library")
+    print(json.dumps({"done": True}), flush=True)
+"""
+
+
+def test_a_step_that_crashes_or_hangs_costs_itself_only():
+    names = ("one", "crashes", "two", "hangs", "three", "late")
+    todo = [{"kind": "race", "work": {"name": name}, "names": [OURS]} for name in names]
+
+    def ends(step):
+        return time.perf_counter() + (-1 if step["work"]["name"] == "late" else 60)
+
+    found = list(
+        watching.taken(
+            todo, ends, lambda text: None, command=[sys.executable, "-c", CHILD], step_s=2.0
+        )
+    )
+    assert {place for place, _ in found} == {"timings"}
+    (one, first), crashed, (two, second), hung, (three, third), late = (row for _, row in found)
+    assert (one, two, three) == ("one", "two", "three")
+    assert len({first, second, third}) == 3, "another process after each"
+    assert (crashed["verdict"], crashed["reason"]) == (racing.FAILED, "its process ended with 3")
+    assert (hung["verdict"], hung["reason"]) == (racing.FAILED, "hung: stopped after 2 s")
+    assert late == {"work": "late", "verdict": "not run: no time was left"}
+    assert measured.failed({"checks": [], "timings": [crashed]})
+
+
+def test_the_process_takes_steps_and_says_what_raised():
+    work = dataclasses.asdict(WORKS["dense"])
+    todo = [
+        {"kind": "device"},
+        {"kind": "race", "work": work, "names": ["nobody"]},
+        {"kind": "race", "work": work, "names": ["jax.nn xla"]},
+    ]
+    found = list(watching.taken(todo, lambda step: time.perf_counter() + 200, lambda text: None))
+    assert [place for place, _ in found] == ["device", "timings", "timings"]
+    assert found[0][1]["kind"] == "cpu"
+    assert "contender is 'nobody', must be one of" in found[1][1]["reason"]
+    assert found[2][1]["verdict"] == racing.TIMED
+
+
+def test_a_contender_that_fails_while_it_is_timed_stops_nobody_else(monkeypatch):
+    real = racing._time_once
+
+    def once(runner, sets):
+        if runner.name == OURS and runner.wall:
+            raise RuntimeError("out of memory")
+        real(runner, sets)
+
+    monkeypatch.setattr(racing, "_time_once", once)
+    timings = raced(DENSE, [OURS, "jax.nn xla"])
+    assert timings["jax.nn xla"].verdict == racing.TIMED
+    assert (timings[OURS].verdict, "out of memory" in timings[OURS].reason) == ("failed", True)
+
+
+def test_what_a_stopped_process_of_torch_had_said_counts():
+    said = '{"calibration": {"tflops": 1}}\nnoise\n{"work": "a", "verdict": "timed"}\n{"work": "b'
+    assert measured._said(said) == {
+        "calibration": {"tflops": 1}, "rows": [{"work": "a", "verdict": "timed"}],
+    }  # fmt: skip
+
+
+def test_the_first_works_have_one_of_each_kind():
+    first = list(WORKS_OF_A_RUN.values())[:4]
+    assert [(work.op, work.backward) for work in first] == [
+        ("dense", False), ("paged", False), ("dense", True), ("mla", False),
+    ]  # fmt: skip
 
 
 def test_something_wrong_of_ours_fails_the_run():

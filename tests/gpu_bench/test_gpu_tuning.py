@@ -3,14 +3,17 @@
 import dataclasses
 
 import pytest
+from typer.testing import CliRunner
 
-from benchmarks.gpu import tuning
+from benchmarks.gpu import cli, clock, ours, racing, steps, tuning
 from benchmarks.gpu.static.measuring import COMPILED, REFUSED, Compiled
 from benchmarks.gpu.static.ptxas import Resources
 from benchmarks.gpu.static.reading import KernelFigures
 from benchmarks.gpu.static.sass import Code, Kernel, Loop
+from benchmarks.work import Work
 from pallas_kernels import gpu_chip
 from pallas_kernels.dense import mosaic_gpu_tiles as dense_tiles
+from pallas_kernels.mla import mosaic_gpu_tiles as latent_tiles
 from pallas_kernels.paged import mosaic_gpu_tiles as paged_tiles
 
 H200 = gpu_chip.CHIPS["h200"]
@@ -78,6 +81,84 @@ def test_what_is_decoded_has_enough_bytes_in_flight_in_the_table():
             assert in_flight >= tuning.IN_FLIGHT, (itemsize, size, in_flight)
 
 
+def test_time_comes_before_all_but_faults():
+    some = {"waves": 1}
+    slow, quick, broken, spills = (
+        tuning.Candidate(some | {"least_pairs": i}, ("spills",) * (i == 3), 0.5, 0.5, 0)
+        for i in range(4)
+    )
+    found = [{"seconds": 2e-5}, {"seconds": 1e-5}, {"reason": "hung: stopped after 2 s"}]
+    tried = tuning.timed([slow, spills, quick, broken], found)
+    order = tuning.ranked(tried, waits_for_bytes=False)
+    assert [c.sizes["least_pairs"] for c in order[:2]] == [1, 0]
+    assert {c.faults for c in order[2:]} == {("spills",), ("hung: stopped after 2 s",)}
+
+
+LATENT_WORK = tuning.work_of("sparse_mla", 576, backward=False, cache_dtype="bfloat16")
+
+
+def test_latent_entries_are_used_and_need_a_gpu(monkeypatch):
+    target = tuning.target_of(LATENT_WORK)
+    entry = ("h200", 16, "sparse")
+    monkeypatch.setitem(latent_tiles.TILES, entry, latent_tiles.TILES[entry])
+    sizes = {"waves": 2, "least_pairs": 16}
+    assert sizes in list(target.candidates(H200))
+    target.use(sizes)
+    assert latent_tiles.TILES[entry] == latent_tiles.Tiles(**sizes)
+    assert tuning.row(target, sizes) == "('h200', 16, 'sparse'): Tiles(2, 16)"
+    with pytest.raises(ValueError, match="op is sparse_mla, must be dense or paged where nothing"):
+        cli.check_tunable(target, measure=False)
+    with pytest.raises(ValueError, match="measure is True, must be False on cpu"):
+        cli.check_tunable(target, measure=True)
+    of_float8 = tuning.work_of("mla", 576, backward=False, cache_dtype="float8_e4m3fn")
+    assert tuning.target_of(of_float8, chip="h100").path == ("TILES", ("h100", 8, "decode"))
+
+
+def test_a_whole_tuning_by_a_clock_that_is_fake(monkeypatch):
+    """XLA's kernel stands for ours: what is measured is which entry was put in the table."""
+    used = []
+
+    def seconds_of(work, name, options):
+        tuning.target_of(work).use(options["tiles"])
+        used.append(latent_tiles.TILES["h200", 16, "decode"])
+        if used[-1].waves == 3:
+            raise RuntimeError("too many blocks")
+        return 1e-5 * (used[-1].waves + abs(used[-1].least_pairs - 4))
+
+    def in_this_process(todo, ends, say):
+        for step in todo:
+            try:
+                yield from steps.take(step)
+            except RuntimeError as error:
+                yield from steps.broken(step, str(error))
+
+    entry = ("h200", 16, "decode")
+    monkeypatch.setitem(latent_tiles.TILES, entry, latent_tiles.TILES[entry])
+    monkeypatch.setattr(cli, "check_tunable", lambda target, measure: None)
+    monkeypatch.setattr(steps.racing, "seconds_of", seconds_of)
+    monkeypatch.setattr(cli.watching, "taken", in_this_process)
+    done = CliRunner().invoke(cli.app, ["tune", "--op", "mla", "--measure"])
+    assert done.exit_code == 0, done.output
+    assert len(used) == 15
+    assert "('h200', 16, 'decode'): Tiles(1, 4)" in done.output
+    assert "too many blocks" in done.output
+
+
+def test_one_call_is_timed_with_the_sizes_that_are_asked_for(monkeypatch):
+    work = Work("paged", "", "paged", 4, 2, 16, 16, (1, 20), (40, 50), 16)
+    asked = []
+    fake = dataclasses.replace(DECODE, module="m")
+    monkeypatch.setattr(ours, "BACKENDS", {"paged": "XLA"})
+    monkeypatch.setattr(type(fake), "use", lambda target, sizes: asked.append(sizes))
+    monkeypatch.setattr(tuning, "target_of", lambda work, phase: fake)
+    monkeypatch.setattr(racing, "poison", lambda: None)
+    monkeypatch.setattr(clock, "wall_seconds", lambda call, calls, rounds: (call(), 0.25)[1])
+    monkeypatch.setattr(clock, "calls_for", lambda seconds: 2)
+    (step,) = steps.tuning_steps(work, [{"keys": 64}], "decode")
+    assert list(steps.take(step)) == [("tuned", {"seconds": 0.25})]
+    assert asked == [{"keys": 64}]
+
+
 def test_an_op_without_a_choice_is_refused():
-    with pytest.raises(ValueError, match="op is 'mla', must be one of dense, paged"):
-        tuning.work_of("mla", 576, backward=False, cache_dtype="")
+    with pytest.raises(ValueError, match="op is 'indexer', must be one of dense, paged"):
+        tuning.work_of("indexer", 576, backward=False, cache_dtype="")

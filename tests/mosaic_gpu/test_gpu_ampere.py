@@ -8,16 +8,15 @@ import numpy as np
 import pytest
 from gpu_interpreter import gpu_interpreter, needs_gpu_interpreter
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from test_gpu_dense import FEATURES, KERNEL, SINGLE, as_declared, problem
+from test_gpu_dense import FEATURES, SINGLE, SIZES, as_declared, compiles, problem
 
-from attnsel_jax.aot import compile_for, target_for
-from attnsel_jax.aot.arguments import dense_arguments
-from attnsel_jax.backends.mosaic_gpu import AMPERE_HEAD_SIZES, MosaicGpuBackend
+from attnsel_jax.backends.mosaic_gpu import MosaicGpuBackend
 from attnsel_jax.compare import compare
 from attnsel_jax.compare.comparison import FAIL, PASS
 from attnsel_jax.config import AttentionSelectorConfig
 from attnsel_jax.platforms import Device
 from attnsel_jax.problems import QUICK
+from pallas_kernels import gpu_mma
 from pallas_kernels.dense import mosaic_gpu, mosaic_gpu_ampere, mosaic_gpu_forward, mosaic_gpu_tiles
 
 needs_gpu_interpreter()
@@ -48,6 +47,11 @@ TILED = (
     problem("everything", batch=2, sinks=True, alibi=True, soft_cap=8.0, q_len=150,
             q_lens=(150, 70), kv_len=170, kv_lens=(170, 130), bias=(True, True, True, True),
             segments=2, sliding_window=90, attention_chunk_size=100, causal=True),
+    sweep(problem("head size 80", head_size=80, causal=True, q_len=133, kv_len=140)),
+    sweep(problem("head sizes 192 and 128", head_size=192, head_size_v=128, q_len=70, kv_len=200,
+                  causal=True, heads=(2, 2))),
+    sweep(problem("head size 192", head_size=192, q_len=70, kv_len=200, sliding_window=33)),
+    sweep(problem("head size 256", head_size=256, q_len=70, kv_len=200, sinks=True)),
     sweep(problem("two-sided window", sliding_window=(50, 90), q_len=70, kv_len=300)),
     sweep(problem("lengths", batch=2, q_len=130, kv_len=333, q_lens=(130, 60),
                   kv_lens=(330, 123))),
@@ -125,12 +129,12 @@ def waiting_for_too_little():
     def faulty(n):
         plgpu.wait_gmem_to_smem(n + 1)
 
-    return mosaic_gpu_ampere, "arrived", faulty
+    return gpu_mma, "arrived", faulty
 
 
 def slot_too_early():
     """Tiles sent for into the slot that is read."""
-    return mosaic_gpu_ampere, "free_slot", lambda static, slot: slot
+    return gpu_mma, "free_slot", lambda slot, stages: slot
 
 
 ONE = {"q_len": 20, "heads": (1, 1)}
@@ -223,42 +227,29 @@ def test_a_left_operand_s_registers_hold_what_the_results_held(rows, dtype):
 
 
 def test_what_ampere_does_not_have_is_refused():
-    def reasons(op="dense", **question):
-        asked = {"head_size": 128, "dtype": "bfloat16", "kv_cache_dtype": "auto", "op": op}
+    def reasons(**question):
+        asked = {"head_size": 128, "dtype": "bfloat16", "kv_cache_dtype": "auto", "op": "dense"}
         config = AttentionSelectorConfig(**asked | question)
         found = MosaicGpuBackend.validate_configuration(config, Device.named("a100"))
         return [reason.argument for reason in found]
 
-    assert reasons() == []
-    assert reasons(needs_grad=True) == ["needs_grad"]
-    assert reasons(head_size=256) == ["head_size"]
-    assert reasons("paged") == ["compute_capability"]
-    x = jnp.zeros((1, 64, 1, 64), "bfloat16")
-    with gpu_interpreter("a100"):
-        with pytest.raises(ValueError, match=r"compute_capability is 8.0, must be 9.0 where grad"):
-            jax.grad(lambda q: mosaic_gpu.dense_attention(q, x, x)[0].sum().astype("float32"))(x)
-        wide = jnp.zeros((1, 64, 1, 256), "bfloat16")
-        with pytest.raises(ValueError, match="head_dim/head_dim_v is 256/256, must be one of 64/"):
-            mosaic_gpu.dense_attention(wide, wide, wide)
-
-
-def compiles(**options):
-    missing = target_for("a100").missing()
-    if missing:
-        pytest.skip(f"no compiler for a100 here: {missing}")
-    options = {"batch": 1, "q_len": 1100, "kv_len": 1100, "num_heads": 4, "num_kv_heads": 2,
-               "head_size": 128, "dtype": "bfloat16", "causal": True} | options  # fmt: skip
-    report = compile_for("a100", KERNEL, dense_arguments(**options))
-    assert report.compiled, report.refusal
+    assert reasons() == reasons(needs_grad=True) == []
+    assert reasons(needs_grad=True, has_alibi=True) == ["has_alibi"]
+    assert reasons(head_size=256) == reasons(head_size=192, head_size_v=128) == []
+    assert reasons(head_size=256, needs_grad=True) == ["head_size"]
+    wide = jnp.ones((1, 8, 1, 192), "bfloat16")
+    message = "head_dim is 192, must be one of 64, 80, 96, 128 where gradients"
+    with gpu_interpreter("a100"), pytest.raises(ValueError, match=message):
+        jax.grad(lambda q: mosaic_gpu.dense_attention(q, q, q)[0].sum())(wide)
 
 
 def test_it_compiles_for_ampere():
-    compiles()
+    compiles("a100", num_heads=8)  # no program of the sweep, which would not be compiled again
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("head_size", AMPERE_HEAD_SIZES.values)
+@pytest.mark.parametrize(("size", "size_v"), SIZES)
 @pytest.mark.parametrize("features", [{}, *FEATURES], ids=str)
-def test_everything_declared_compiles(features, head_size, dtype):
-    compiles(**{"head_size": head_size, "dtype": dtype} | features)
+def test_everything_declared_compiles(features, size, size_v, dtype):
+    compiles("a100", **{"head_size": size, "head_size_v": size_v, "dtype": dtype} | features)

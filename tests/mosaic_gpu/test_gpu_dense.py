@@ -14,9 +14,10 @@ from gpu_compiler import compiled_cleanly
 from gpu_interpreter import RACE, gpu_interpreter, needs_gpu_interpreter
 
 from attnsel_jax.aot.arguments import dense_arguments
-from attnsel_jax.backends.mosaic_gpu import DENSE, HEAD_SIZES_V, MosaicGpuBackend
+from attnsel_jax.backends.mosaic_gpu import DENSE, MosaicGpuBackend
 from attnsel_jax.compare import compare
 from attnsel_jax.compare.comparison import FAIL, PASS
+from attnsel_jax.mosaic_gpu_limits import HEAD_SIZES_V
 from attnsel_jax.platforms import Device
 from attnsel_jax.problems import QUICK, Problem
 from attnsel_jax.problems.dense_inputs import dense_inputs
@@ -295,6 +296,7 @@ FEATURES = (
     {"q_len": 33, "kv_len": 3},
     {"kv_len": 20000},
 )
+ADDED = FEATURES[4] | FEATURES[8]  # a bias and slopes, which spilled where each alone did not
 
 
 def features_of(features):
@@ -307,7 +309,9 @@ def features_of(features):
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("features", [*FEATURES, "all"], ids=str)
+@pytest.mark.parametrize(
+    "features", [*FEATURES, ADDED, ADDED | FEATURES[2], ADDED | FEATURES[9], "all"], ids=str
+)
 def test_every_declared_feature_compiles(features, sizes):
     compiles("h200", head_size=sizes[0], head_size_v=sizes[1], **features_of(features))
 

@@ -161,14 +161,14 @@ def test_expired_pages_may_be_gone():
         assert deviation(name, results[name], answer).passed
 
 
-def test_large_and_small_queries_over_a_float8_cache():
+@pytest.mark.parametrize(
+    ("of_queries", "scale"), [(2.0**40, 2.0**-42), sweep(2.0**-30, 2.0**28)], ids=["large", "small"]
+)
+def test_large_and_small_queries_over_a_float8_cache(of_queries, scale):
     """bfloat16 reaches further than float16: rows are scaled by powers of two."""
     arguments = batch((2, 70), (20, 90), heads=(2, 1), cache_dtype="float8_e4m3fn", scale=1.0)
-    q = arguments["q"].astype(np.float32)
-    arguments["q"] = (q * 2.0**-30).astype(arguments["q"].dtype)
-    check(arguments | {"scale": 2.0**28})
-    arguments["q"] = (q * 2.0**40).astype(arguments["q"].dtype)
-    check(arguments | {"scale": 2.0**-42})
+    q = arguments["q"].astype(np.float32) * of_queries
+    check(arguments | {"q": q.astype(arguments["q"].dtype), "scale": scale})
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_tiles_change_speed_and_never_numbers(monkeypatch, decode, prefill):
 
 
 def test_a_result_comes_again_bit_for_bit():
-    arguments = batch((1, 3), (150, 60), heads=(2, 1))
+    arguments = batch((1,), (150,), heads=(1, 1))  # cut over all cores, and merged
     first, second = results_of(arguments), results_of(arguments)
     np.testing.assert_array_equal(first["out"], second["out"])
     np.testing.assert_array_equal(first["lse"], second["lse"])
@@ -211,8 +211,8 @@ FAULTS = {
         )[1],
     ),
     "the page table": (
-        mosaic_gpu_pages, "_pages_of",
-        lambda *given, pages=mosaic_gpu_pages._pages_of: pages(*given)[::-1],
+        mosaic_gpu_pages, "pages_of",
+        lambda *given, pages=mosaic_gpu_pages.pages_of: pages(*given)[::-1],
     ),
 }  # fmt: skip
 
@@ -274,7 +274,7 @@ def test_the_backend_refuses_with_reasons():
         return [reason.argument for reason in found]
 
     assert reasons() == []
-    assert reasons("b200") == reasons("a100") == ["compute_capability"]
+    assert reasons("b200") == ["compute_capability"]
     assert reasons(dtype="float32") == ["dtype", "kv_cache_dtype"]
     assert reasons(dtype="float16", kv_cache_dtype="bfloat16") == ["kv_cache_dtype"]
     assert reasons(head_size=192, kv_cache_dtype="fp8_e4m3") == ["head_size"]

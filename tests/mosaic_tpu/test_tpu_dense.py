@@ -6,6 +6,7 @@ rows of tiles with nothing, something and everything to see, and odd and even nu
 
 import dataclasses
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,13 @@ from attnsel_jax.backends.mosaic_tpu import MosaicTpuBackend
 from attnsel_jax.compare.comparison import PASS
 from attnsel_jax.platforms import CHIPS, Device
 from attnsel_jax.problems import QUICK
-from pallas_kernels.dense import mosaic_tpu, mosaic_tpu_schedule, mosaic_tpu_tiles
+from pallas_kernels import masks
+from pallas_kernels.dense import (
+    mosaic_tpu,
+    mosaic_tpu_schedule,
+    mosaic_tpu_tiles,
+    mosaic_tpu_walk,
+)
 from pallas_kernels.dense.mosaic_tpu_schedule import Masks, Static, work_list
 from pallas_kernels.dense.mosaic_tpu_tiles import Tiles
 
@@ -120,14 +127,20 @@ def test_longer_problems_and_every_gradient_agree_with_the_oracle(case):
     check(case, detect_races=True)
 
 
-def test_tiles_change_no_numbers(monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "tiles"),
+    [({"causal": True, "sliding_window": 200}, Tiles(128, 256, 128, 384, 256)),
+     ({}, Tiles(128, 128, 128, 384, 384, together=4))],
+    ids=["other sizes", "four together, two left over"],
+)  # fmt: skip
+def test_tiles_change_no_numbers(options, tiles, monkeypatch):
     """The same tiles give the same bits; others differ in the order of float32 sums."""
     shape = (1, 300, 1, 64)
     q, k, v, dout = (jax.random.normal(jax.random.key(i), shape) for i in range(4))
 
     def results(times):
         def attend(q, k, v):
-            return mosaic_tpu.dense_attention(q, k, v, causal=True, sliding_window=200)
+            return mosaic_tpu.dense_attention(q, k, v, **options)
 
         @jax.jit
         def both(q, k, v):
@@ -138,19 +151,22 @@ def test_tiles_change_no_numbers(monkeypatch):
             return [[np.asarray(x) for x in both(q, k, v)] for _ in range(times)]
 
     first, second = results(2)
-    use(Tiles(128, 256, 128, 384, 256), monkeypatch)
+    use(tiles, monkeypatch)
     names = ["out", "lse", "dq", "dk", "dv"]
     for name, cut, again, other in zip(names, first, second, *results(1), strict=True):
         np.testing.assert_array_equal(cut, again, err_msg=name)
         np.testing.assert_allclose(other, cut, rtol=2e-5, atol=2e-5, err_msg=name)
 
 
-def test_the_table_s_tiles_are_whole(monkeypatch):
-    monkeypatch.undo()
-    for key, tiles in mosaic_tpu_tiles.TILES.items():
-        assert all(size % 128 == 0 for size in dataclasses.astuple(tiles)), key
-        assert tiles.block_kv % tiles.step_kv == 0, key
-        assert (tiles.major_q % tiles.block_q, tiles.major_kv % tiles.block_kv) == (0, 0), key
+@pytest.mark.parametrize(
+    ("sizes", "text"),
+    [((128, 384, 256, 256, 384), "block_kv is 384, must be a multiple of 256"),
+     ((256, 128, 128, 384, 128), "major_q is 384, must be a multiple of 256"),
+     ((128, 128, 128, 128, 128, 3), "together is 3, must be a multiple of 2")],
+)  # fmt: skip
+def test_tiles_that_are_not_whole_are_refused(sizes, text):
+    with pytest.raises(ValueError, match=text):
+        Tiles(*sizes)
 
 
 def test_the_table_has_every_call_that_is_declared():
@@ -195,7 +211,65 @@ def test_a_work_list_is_the_same_constant_or_computed(options):
 def test_no_tile_is_computed_that_nobody_sees(options, tiles):
     """8 x 8 tiles of 128; a window of 129 reaches one tile back."""
     work = work_list(static(**options), Masks(*[None] * 5))
-    assert work.majors[mosaic_tpu_schedule.COUNT].sum() == tiles
+    kinds = work.majors[[mosaic_tpu_schedule.FREE, mosaic_tpu_schedule.MASKED]]
+    assert kinds.sum() == tiles
+
+
+def test_free_tiles_go_together_and_the_rest_is_masked():
+    """8 x 8 tiles of 128 in one major block: 28 lie below the diagonal; 30 are whole."""
+    tiles = dataclasses.replace(CUT, major_q=1024, major_kv=1024)
+    schedule = mosaic_tpu_schedule
+
+    def of(together, **options):
+        call = static(tiles=dataclasses.replace(tiles, together=together), **options)
+        rows, majors, _ = work_list(call, Masks(*[None] * 5))
+        free = rows[schedule.FREE_STOP] - rows[schedule.FREE_START]
+        assert free.sum() == majors[schedule.FREE].item()
+        return free.tolist(), majors[schedule.MASKED].item()
+
+    assert of(4) == ([0, 1, 2, 3, 4, 5, 6, 7], 8)
+    assert of(6) == ([0, 1, 2, 3, 4, 5, 6, 3], 12)
+    assert of(20) == ([0, 1, 2, 3, 4, 5, 5, 0], 16)
+    assert of(32) == ([0] * 8, 36)
+
+
+@pytest.mark.parametrize("together", [2, 4])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"causal": False, "kv_len": 900}, {"sliding_window": (300, 100), "causal": False},
+     {"attention_chunk_size": 300, "q_offset": 77}, {"q_len": 130, "q_offset": 800}],
+    ids=str,
+)  # fmt: skip
+def test_a_walk_meets_every_tile_once(options, together, monkeypatch):
+    """By plain numbers: free tiles and masked ones, each of its kind, all that anyone sees."""
+    plain = types.SimpleNamespace(where=lambda condition, a, b: a if condition else b)
+    monkeypatch.setattr(mosaic_tpu_walk, "jnp", plain)
+    call = static(tiles=Tiles(128, 128, 128, 1024, 512, together), **options)
+    work, schedule = work_list(call, Masks(*[None] * 5)), mosaic_tpu_schedule
+    some, every = np.zeros((2, call.q_majors * call.rows, call.kv_majors * call.columns), bool)
+    for i, j in np.ndindex(call.q_majors, call.kv_majors):
+        walk = mosaic_tpu_walk.Walk(call, work, 0, i, j)
+        for masked, count, first in ((False, schedule.FREE, schedule.FIRST_FREE),
+                                     (True, schedule.MASKED, schedule.FIRST_MASKED)):  # fmt: skip
+            count, row = walk.of_major(count), walk.of_major(first)
+            tile = mosaic_tpu_walk.Tile(row, walk.start_of(row, masked)) if count else None
+            for _ in range(count):
+                at = i * call.rows + tile.row, j * call.columns + tile.column
+                assert not some[at], "met before"
+                some[at], every[at] = True, not masked
+                tile = walk.following(tile, masked)
+    q_pos = call.q_offset + np.arange(some.shape[0] * 128)[:, None]
+    kv_pos = np.arange(some.shape[1] * 128)
+    seen = masks.seen(q_pos, kv_pos, **call.positions)
+    seen = np.broadcast_to(True if seen is None else seen, (q_pos.size, kv_pos.size))
+    exists = (q_pos < call.q_offset + call.q_len) & (kv_pos < call.kv_len)
+
+    def of_tiles(x, reduce):
+        return reduce(x.reshape(some.shape[0], 128, some.shape[1], 128), axis=(1, 3))
+
+    np.testing.assert_array_equal(some, of_tiles(seen & exists, np.any))
+    whole = of_tiles(seen & (kv_pos < call.kv_len), np.all)
+    assert not (every & ~whole).any(), "a tile that needs a mask has none"
 
 
 def test_major_blocks_that_nobody_sees_are_not_loaded():

@@ -117,6 +117,8 @@ FAULTS = (
      other_static(logits, "seen", sliding_window=window_of(lambda w: w - 1)), "window", "out"),
     ("one key too many", changed(logits, "seen", one_key_more), "lengths", "out"),
     ("a tile lost", changed(schedule, "_last", last_tile_lost), "causal", "out"),
+    ("free tiles left over are lost", changed(schedule, "_surplus",
+     lambda real, xp, free, together: 0 * free), "causal", "out"),
     ("no mask", changed(schedule, "_meetings", never_masked), "causal", "out"),
     ("NaN of unseen keys", changed(logits, "used", everything_used), "lengths", "out"),
     ("segments not asked", changed(logits, "seen", lambda real, static, extras, at: real(

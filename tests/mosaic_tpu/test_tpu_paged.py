@@ -83,8 +83,9 @@ def test_spans_tiles_and_blocks(options):
         ((2, 2), {"sliding_window": 70, "sinks": True}),
         ((3, 3), {"soft_cap": 6.0, "alibi": True, "dtype": "float32"}),
         ((2, 1), {"head_size": 192, "cache_dtype": "int8", "scales": "head"}),
+        pytest.param((2, 1), {"head_size": 192, "dtype": "float32"}, marks=pytest.mark.sweep),
     ],
-    ids=["window", "odd", "192"],
+    ids=["window", "odd", "192", "192 float32"],
 )
 def test_prompts(monkeypatch, heads, options):
     """Tiles of 128 tokens: keys first."""
@@ -139,6 +140,25 @@ def test_the_table_has_every_key():
     assert set(mosaic_tpu_tiles.TILES) == set(itertools.product(tpu_chip.CHIPS, dtypes, classes))
 
 
+@pytest.mark.parametrize(
+    ("head_size", "dtype", "along_lanes"),
+    [
+        (64, "bfloat16", True),
+        (64, "float32", False),
+        (128, "bfloat16", False),
+        (192, "bfloat16", False),
+        (192, "float32", False),
+    ],
+)
+def test_only_halves_of_bfloat16_take_tokens_along_lanes(head_size, dtype, along_lanes):
+    """And prompts only: what XLA keeps that way, and what was compiled."""
+    q = jax.ShapeDtypeStruct((256, 4, head_size), dtype)
+    pages = jax.ShapeDtypeStruct(LAYOUTS["side_by_side"].shape(9, 64, 2, head_size), dtype)
+    table = jax.ShapeDtypeStruct((2, 4), "int32")
+    for of_class, answer in (("prefill_64", along_lanes), ("decode_64", False)):
+        assert mosaic_tpu._geometry(q, pages, table, of_class).in_columns is answer
+
+
 def test_one_kernel_writes_and_attends():
     """A single custom call, and the cache that it is given is the cache that it returns."""
     arguments = batch((1, 70, 3), (75, 90, 9))
@@ -155,7 +175,12 @@ def test_one_kernel_writes_and_attends():
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize(
-    "heads", [(3, 3), (3, 1), pytest.param((8, 1), marks=pytest.mark.sweep), (10, 1)]
+    "heads",
+    [
+        (3, 1),
+        (10, 1),
+        *(pytest.param(heads, marks=pytest.mark.sweep) for heads in ((3, 3), (8, 1))),
+    ],
 )
 def test_groups(heads):
     check(batch((1, 3), (30, 11), heads=heads, page_size=16))
@@ -249,10 +274,10 @@ def needs_compiler(chip):
         pytest.skip(f"no compiler for {chip} here: {missing}")
 
 
-def compiles(chip, **options):
+def compiles(chip, q_lens=(1, 40, 3), kv_lens=(70, 75, 9), **options):
     """Lets the chip's own compiler have the kernels, with a cache in the backend's layout."""
     needs_compiler(chip)
-    arguments = batch((1, 40, 3), (70, 75, 9), pad_tokens=0, **options)
+    arguments = batch(q_lens, kv_lens, pad_tokens=0, **options)
     pages = LAYOUTS["side_by_side"].join(*jnp.asarray(arguments["kv_pages"]))
     report = compile_for(chip, MosaicTpuBackend.kernels["paged"], arguments | {"kv_pages": pages})
     assert report.compiled, report.refusal
@@ -282,3 +307,12 @@ def test_every_size_compiles(chip, head_size, page_size, dtype):
 @pytest.mark.parametrize("dtype", DECLARED.dtype.values)
 def test_every_cache_compiles(chip, cache_dtype, page_size, dtype):
     compiles(chip, head_size=80, page_size=page_size, dtype=dtype, cache_dtype=cache_dtype)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("chip", DECLARED.generation.values)
+@pytest.mark.parametrize("head_size", DECLARED.head_size.values)
+@pytest.mark.parametrize("dtype", DECLARED.dtype.values)
+def test_every_prompt_compiles(chip, head_size, dtype):
+    """As many tokens as a whole tile has: keys first, where the others' batches are too short."""
+    compiles(chip, (1, 260, 3), (70, 300, 9), head_size=head_size, page_size=64, dtype=dtype)

@@ -1,11 +1,13 @@
 """A fault in each phase of paged attention's TPU kernel, and the checks that find it.
 
 Each fault is planted in the kernel itself, and must be found in the tokens of every computation
-that has the phase: a decode, a few tokens, a prompt.
+that has the phase: a decode, a few tokens, a prompt. Faults that can be told apart are planted
+together: a trace takes most of a test's time.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from test_tpu_paged import batch
 from tpu_interpreter import tpu_interpreter
@@ -29,6 +31,8 @@ pytestmark = pytest.mark.planted
 
 Q_LENS, KV_LENS = (1, 3, 66), (30, 21, 75)
 SPANS = {"decode": slice(0, 1), "few": slice(1, 4), "prompt": slice(4, 70)}
+# Without a prompt, for what all computations share: a smaller kernel.
+FEW = {"q_lens": (1, 9), "kv_lens": (30, 21)}
 
 
 @pytest.fixture(autouse=True)
@@ -38,20 +42,34 @@ def _small_tiles(monkeypatch):
     jax.clear_caches()
 
 
-def found_in(*quantities, **options):
-    """The spans where one of these quantities is outside its budget; the cache is one."""
-    arguments = batch(Q_LENS, KV_LENS, pad_tokens=0, **options)
+def ran(q_lens=Q_LENS, kv_lens=KV_LENS, **options):
+    """What the faulty kernel says, and what is expected."""
+    arguments = batch(q_lens, kv_lens, pad_tokens=0, **options)
     with tpu_interpreter("v5e"):
         results = run(mosaic_tpu.paged_attention, "paged", arguments, layout="side_by_side")
-    answers = expected("paged", arguments)
-    return set().union(*(_outside(name, results, answers[name]) for name in quantities))
+    return results, expected("paged", arguments)
 
 
-def _outside(quantity, results, answer):
+def found_in(*quantities, **options):
+    """The spans where one of these quantities is outside its budget; the cache is one."""
+    found = ran(**options)
+    return set().union(*(spans_outside(quantity, *found) for quantity in quantities))
+
+
+def spans_outside(quantity, results, answers):
+    """The spans where a quantity is outside its budget."""
     if quantity == "kv_pages":
-        return set() if deviation(quantity, results[quantity], answer).passed else {"cache"}
-    outside = deviation(quantity, results[quantity], answer).map.max(axis=1) > 1
+        return (
+            set() if deviation(quantity, results[quantity], answers[quantity]).passed else {"cache"}
+        )
+    outside = deviation(quantity, results[quantity], answers[quantity]).map > 1
     return {name for name, tokens in SPANS.items() if outside[tokens].any()}
+
+
+def heads_outside(quantity, results, answers):
+    """For each span, the query heads in which a quantity is outside its budget."""
+    outside = deviation(quantity, results[quantity], answers[quantity]).map > 1
+    return [set(np.flatnonzero(outside[tokens].any(axis=0))) for tokens in SPANS.values()]
 
 
 def limits(change):
@@ -64,63 +82,54 @@ def limits(change):
     return Masks, "limits", faulty
 
 
-def per_head(**changes):
-    """`_per_head` with some numbers changed."""
-    true = mosaic_tpu._per_head
-
-    def faulty(*arguments):
-        numbers = true(*arguments)
-        changed = {name: f(getattr(numbers, name)) for name, f in changes.items()}
-        return numbers._replace(**changed)
-
-    return mosaic_tpu, "_per_head", faulty
-
-
-def in_finish(change):
-    """`softmax.finish` with its arguments or its results changed."""
-    true = mosaic_tpu_softmax.finish
-    return mosaic_tpu_softmax, "finish", lambda *arguments: change(true, *arguments)
-
-
 ALL = set(SPANS)
 FAULTS = {
-    "one key too far": (limits(lambda first, last: (first, last + 1)), "lse", {}),
-    "window one too long": (
-        limits(lambda first, last: (first - 1, last)),
-        "lse",
-        {"sliding_window": 9},
-    ),
-    "scale": (per_head(factor=lambda x: x * 1.03), "lse", {}),
-    "scale of keys": (
-        per_head(factor=lambda x: x * 0 + x[0]),
-        "lse",
-        {"cache_dtype": "int8", "scales": "head"},
-    ),
-    "scale of values": (
-        per_head(v_factor=lambda x: x * 0 + 1),
-        "out",
-        {"cache_dtype": "int8", "scales": "head"},
-    ),
-    "ALiBi": (per_head(slope=lambda x: -x), "lse", {"alibi": True}),
-    "sink": (per_head(sink=lambda x: x - 1), "lse", {"sinks": True}),
-    "lse in base 2": (
-        in_finish(lambda true, *x: (true(*x)[0], true(*x)[1] / mosaic_tpu_softmax.LN2)),
-        "lse",
-        {},
-    ),
-    "sum of weights": (
-        in_finish(lambda true, m, l, *x: true(m, l * 1.02, *x)),
-        "out",
-        {},
-    ),
+    "one key too far": (limits(lambda first, last: (first, last + 1)), {}),
+    "window one too long": (limits(lambda first, last: (first - 1, last)), {"sliding_window": 9}),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_found_in_every_computation(monkeypatch, fault):
-    planted, quantity, options = FAULTS[fault]
+def test_a_wrong_mask_is_found_in_every_computation(monkeypatch, fault):
+    planted, options = FAULTS[fault]
     monkeypatch.setattr(*planted)
-    assert found_in(quantity, **options) == ALL
+    assert found_in("lse", **options) == ALL
+
+
+# A fault of each number of a head, each in heads of its own: two query heads to a kv head, which
+# have one factor; the last two have no fault.
+FACTOR, SLOPE, SINK, K_SCALE, V_SCALE, NONE = {0, 1}, {2}, {3}, {4, 5}, {6}, {8, 9}
+
+
+def test_a_wrong_number_of_a_head_is_found_in_every_computation(monkeypatch):
+    true = mosaic_tpu._per_head
+
+    def faulty(*arguments):
+        factor, v_factor, slope, sink, *rest = true(*arguments)
+        factor = factor.at[np.array([*FACTOR])].multiply(1.03)
+        factor = factor.at[np.array([*K_SCALE])].set(factor[min(V_SCALE)])
+        slope = slope.at[np.array([*SLOPE])].multiply(-1)
+        sink = sink.at[np.array([*SINK])].add(-1)
+        v_factor = v_factor.at[np.array([*V_SCALE])].set(1)
+        return mosaic_tpu.PerHead(factor, v_factor, slope, sink, *rest)
+
+    monkeypatch.setattr(mosaic_tpu, "_per_head", faulty)
+    options = {"cache_dtype": "int8", "scales": "head", "alibi": True, "sinks": True}
+    found = ran(heads=(10, 5), **options)
+    assert heads_outside("lse", *found) == [FACTOR | SLOPE | SINK | K_SCALE] * len(SPANS)
+    assert all(heads >= V_SCALE and not heads & NONE for heads in heads_outside("out", *found))
+
+
+def test_a_wrong_end_is_found_in_every_computation(monkeypatch):
+    """The sum of the weights, seen in outputs; an lse in base 2."""
+    true = mosaic_tpu_softmax.finish
+
+    def faulty(m, l, *numbers):
+        return true(m, l * 1.02, *numbers)[0], true(m, l, *numbers)[1] / mosaic_tpu_softmax.LN2
+
+    monkeypatch.setattr(mosaic_tpu_softmax, "finish", faulty)
+    found = ran()
+    assert spans_outside("out", *found) == spans_outside("lse", *found) == ALL
 
 
 def test_no_soft_cap_is_found(monkeypatch):
@@ -149,7 +158,7 @@ def test_values_that_nobody_wrote_are_found(monkeypatch):
 )
 def test_a_wrong_write_is_found(monkeypatch, name, faulty):
     monkeypatch.setattr(mosaic_tpu_write, name, faulty)
-    assert found_in("kv_pages", cache_dtype="int8", scales="tensor") == {"cache"}
+    assert found_in("kv_pages", **FEW, cache_dtype="int8", scales="tensor") == {"cache"}
 
 
 @pytest.mark.parametrize("wait", [(Walk, "wait"), (mosaic_tpu_write._Ring, "free_one")])
@@ -164,11 +173,11 @@ def test_a_copy_that_nobody_waits_for_is_found(monkeypatch, wait):
 
     monkeypatch.setattr(*wait, faulty)
     try:
-        found = found_in("out")
+        results, answers = ran(**FEW)
     except (jax.errors.JaxRuntimeError, AssertionError, ValueError) as error:
         assert any(word in str(error) for word in ("RACE DETECTED", "emaphore"))  # noqa: PT017
         return
-    assert found
+    assert not deviation("out", results["out"], answers["out"]).passed
 
 
 class _NoCopy:

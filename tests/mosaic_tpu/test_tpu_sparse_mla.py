@@ -1,5 +1,6 @@
 """Sparse MLA on TPU, interpreted with race detection and NaN in uninitialised memory; compiled."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,11 +11,14 @@ from attnsel_jax.aot import compile_for, target_for
 from attnsel_jax.backends.mosaic_tpu_mla_sparse import TPU_TILED, MosaicTpuMlaSparseBackend
 from attnsel_jax.compare.comparison import FAIL, PASS
 from attnsel_jax.problems.mla_inputs import mla_inputs
+from pallas_kernels import tpu_chip
 from pallas_kernels.sparse_mla import (
     mosaic_tpu,
     mosaic_tpu_attend,
+    mosaic_tpu_masked,
     mosaic_tpu_positions,
     mosaic_tpu_rows,
+    mosaic_tpu_softmax,
 )
 from pallas_kernels.sparse_mla.mosaic_tpu import sparse_mla_attention
 from pallas_kernels.sparse_mla.mosaic_tpu_tiles import TILES, Tiles, tiles
@@ -23,12 +27,12 @@ from pallas_kernels.sparse_mla.mosaic_tpu_tiles import TILES, Tiles, tiles
 SHAPE = {"rank": 512, "q_lens": (1, 7, 0, 2), "kv_lens": (150, 70, 7, 2), "topk": 70}
 SMALL = {"q_lens": (1, 2), "kv_lens": (70, 9), "topk": 40}
 CASES = {
-    "float32": {},
     "bfloat16": {"dtype": "bfloat16", **SMALL},
     "e4m3": {"cache_dtype": "float8_e4m3fn", "scaled": True, "dtype": "bfloat16", **SMALL},
-    "soft-cap-nothing-written": {"soft_cap": 5.0, "writes": False, **SMALL},
 }
 MORE = {
+    "float32": {},
+    "soft-cap-nothing-written": {"soft_cap": 5.0, "writes": False, **SMALL},
     "bfloat16-long": {"dtype": "bfloat16", "num_heads": 16, "topk": 130},
     "e5m2": {"cache_dtype": "float8_e5m2", "scaled": True},
     "bfloat16-cache": {"cache_dtype": "bfloat16"},
@@ -64,6 +68,44 @@ def test_it_agrees_with_the_oracle_on_more_shapes(options):
     assert row.verdict == PASS, str(row)
 
 
+# Tiles of four tokens, two multiplied at once; of blocks of 128 keys; the rest gathers.
+MASKED = Tiles(32, 2, reach=1000, rows=64, step_rows=32, masked_kv=128)
+# One gathers; full tiles and a half full one; a tile that is less; a context of three blocks.
+MIXED = {"q_lens": (1, 11, 5, 0, 4), "kv_lens": (150, 70, 7, 9, 300), "pad_tokens": 3}
+MASKED_CASES = {
+    "float32": {},
+    "e4m3-soft-cap": {"cache_dtype": "float8_e4m3fn", "scaled": True, "soft_cap": 5.0,
+                      "q_lens": (8,), "kv_lens": (129,)},
+}  # fmt: skip
+MORE_MASKED = {
+    "bfloat16": {"dtype": "bfloat16"},
+    "masked-only": {"q_lens": (8,), "kv_lens": (256,), "pad_tokens": 0},
+    "longer-contexts-gather": {"topk": 10},
+    "nothing-written": {"writes": False, "dtype": "bfloat16"},
+    "e5m2": {"cache_dtype": "float8_e5m2", "dtype": "bfloat16"},
+    "page-256": {"page_size": 256},
+    "page-16": {"page_size": 16, "dtype": "bfloat16"},
+    "sixteen-heads": {"num_heads": 16, "dtype": "bfloat16"},
+    "forty-heads": {"num_heads": 40},
+    "long-lists": {"topk": 290, "q_lens": (6, 4), "kv_lens": (200, 300)},
+}
+
+
+@pytest.mark.parametrize("options", MASKED_CASES.values(), ids=MASKED_CASES)
+def test_masked_tiles_agree_with_the_oracle(monkeypatch, options):
+    monkeypatch.setattr(mosaic_tpu, "tiles", lambda *_, **__: MASKED)
+    row = interpreted(**MIXED | options)
+    assert row.verdict == PASS, str(row)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("options", MORE_MASKED.values(), ids=MORE_MASKED)
+def test_masked_tiles_agree_with_the_oracle_on_more_shapes(monkeypatch, options):
+    monkeypatch.setattr(mosaic_tpu, "tiles", lambda *_, **__: MASKED)
+    row = interpreted(**MIXED | options)
+    assert row.verdict == PASS, str(row)
+
+
 @pytest.mark.sweep
 @pytest.mark.parametrize("buffers", [3, 4])
 def test_more_buffers_change_nothing(monkeypatch, buffers):
@@ -95,21 +137,118 @@ FAULTS = {
     "keys in another order": (mosaic_tpu_rows, "_key", lambda at, row: at, SMALL),
     "no waiting for rows": (mosaic_tpu_attend, "wait_gather", lambda buffer, sem: None, SMALL),
     "nothing written": (mosaic_tpu, "write_rows", lambda *_: None, SMALL),
-    "natural logarithm taken for base 2": (mosaic_tpu_attend, "LN_2", 1.0, SMALL),
+    "natural logarithm taken for base 2": (mosaic_tpu_softmax, "LN_2", 1.0, SMALL),
     "padding tokens as they were": (mosaic_tpu, "_blank_padding", lambda *_: None, SMALL),
 }
 
 
-@pytest.mark.planted
-@pytest.mark.parametrize(("module", "name", "fault", "options"), FAULTS.values(), ids=FAULTS)
-def test_a_planted_fault_is_found(monkeypatch, module, name, fault, options):
-    monkeypatch.setattr(module, name, fault)
+def found_faulty(**options) -> None:
+    """Asserts that the interpreter or the oracle notices."""
     try:
         row = interpreted(dtype="bfloat16", **options)
     except (AssertionError, RuntimeError):  # a race, or semaphores left full
         return
     assert row.verdict != PASS, str(row)
     assert row.verdict == FAIL or "race" in str(row).lower() or "semaphore" in str(row).lower()
+
+
+@pytest.mark.planted
+@pytest.mark.parametrize(("module", "name", "fault", "options"), FAULTS.values(), ids=FAULTS)
+def test_a_planted_fault_is_found(monkeypatch, module, name, fault, options):
+    monkeypatch.setattr(module, name, fault)
+    found_faulty(**options)
+
+
+def _of_all_positions(lists, q_pos, rows):
+    return _TIMES_NAMED(lists, [last + 1000 for last in q_pos], rows)
+
+
+def _of_each_other(lists, q_pos, rows):
+    return _TIMES_NAMED(lists[::-1], q_pos, rows)
+
+
+def _unpacked_whole(buffer, keys, row, *, count=None):
+    return mosaic_tpu_rows.unpack(buffer, keys, row, count=None if count is None else 1 << 20)
+
+
+def _unpacked_as_gathered(buffer, keys, row, *, count=None):
+    return mosaic_tpu_rows.unpack(buffer, keys, row)
+
+
+def _shared_twice(placed, **options):
+    """Masked tokens are gathered, too, and the last of them not masked."""
+    shared = mosaic_tpu_positions.shared_tokens(placed, **options)
+    return shared._replace(num_tiles=shared.num_tiles - 1)
+
+
+_TIMES_NAMED = mosaic_tpu_masked._times_named
+PASS_OF = mosaic_tpu_masked._Pass
+MASKED_FAULTS = {
+    "positions after the query's count": (mosaic_tpu_masked, "_times_named", _of_all_positions),
+    "masks of another token": (mosaic_tpu_masked, "_times_named", _of_each_other),
+    "keys after the last one": (mosaic_tpu_masked, "unpack", _unpacked_whole),
+    "keys in another order": (mosaic_tpu_masked, "unpack", _unpacked_as_gathered),
+    "a tile left out": (mosaic_tpu, "shared_tokens", _shared_twice),
+    "no waiting for pages": (PASS_OF, "_wait_pages", lambda self, k: None),
+    "running on from tile to tile": (mosaic_tpu_masked, "reset", lambda running: None),
+}
+
+
+# Two at every push, the others on demand.
+OFTEN = ("keys in another order", "positions after the query's count")
+PLANTED_MASKED = [
+    pytest.param(*planted, id=name, marks=() if name in OFTEN else pytest.mark.sweep)
+    for name, planted in MASKED_FAULTS.items()
+]
+
+
+@pytest.mark.planted
+@pytest.mark.parametrize(("owner", "name", "fault"), PLANTED_MASKED)
+def test_a_fault_planted_among_masked_tiles_is_found(monkeypatch, owner, name, fault):
+    monkeypatch.setattr(mosaic_tpu, "tiles", lambda *_, **__: MASKED)
+    monkeypatch.setattr(owner, name, fault)
+    found_faulty(q_lens=(5, 4), kv_lens=(70, 200))
+
+
+def shared_of(q_lens, kv_lens, *, num_tokens, keys_per_token, block_q=4):
+    """The listed tiles as (first, count, q_pos, seq), and the tokens that gather."""
+    cu_q_lens = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
+    placed = mosaic_tpu_positions.placed_tokens(
+        jnp.asarray(kv_lens, jnp.int32), jnp.asarray(cu_q_lens), jnp.int32(len(q_lens)),
+        num_tokens=num_tokens, most_keys=1000,
+    )  # fmt: skip
+    shared = mosaic_tpu_positions.shared_tokens(
+        placed, block_q=block_q, keys_per_token=keys_per_token
+    )
+    tiles = np.stack(shared.tiles)[:, : int(shared.num_tiles[0])].T
+    return tiles.tolist(), shared.gathered[: int(shared.num_gathered[0])].tolist()
+
+
+def test_tokens_are_shared_out_by_how_many_keys_their_tile_has_for_each():
+    # 6 tokens at 10 to 15, one at 50, 8 at 32 to 39, of which the last four have 10 keys each.
+    lens = {"q_lens": (6, 1, 8), "kv_lens": (16, 51, 40), "num_tokens": 17}
+    listed = [[0, 4, 10, 0], [4, 2, 14, 0], [7, 4, 32, 2]]
+    assert shared_of(**lens, keys_per_token=9) == (listed, [6, 11, 12, 13, 14])
+    assert shared_of(**lens, keys_per_token=10) == ([*listed, [11, 4, 36, 2]], [6])
+    assert shared_of(**lens, keys_per_token=9, block_q=0) == ([], list(range(15)))
+
+
+def test_prompts_are_masked_where_the_table_says_so_and_decodes_never(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(mosaic_tpu, "tiles", tiles)
+    monkeypatch.setattr(
+        mosaic_tpu, "shared_tokens",
+        lambda placed, **options: seen.update(options) or _SHARED(placed, **options),
+    )  # fmt: skip
+    for generation, block_q in (("v6e", 8), ("v4", 0)):
+        for q_lens, expected in (((1, 30), block_q), ((1, 1, 1), 0)):
+            given = arguments_of(num_heads=128, q_lens=q_lens, kv_lens=(70,) * len(q_lens))
+            with tpu_chip.for_generation(generation):
+                jax.eval_shape(lambda given=given: sparse_mla_attention(**given))
+            assert seen["block_q"] == expected, (generation, q_lens)
+
+
+_SHARED = mosaic_tpu_positions.shared_tokens
 
 
 def arguments_of(**options):

@@ -194,6 +194,12 @@ def test_works_by_hand():
     sparse = Work("w", "", "sparse_mla", 4, 1, 576, 512, (1,), (100,), 16, topk=10)
     assert sparse.logits == 10
     assert sparse.floor_bytes() == 2 * (4 * (576 + 512) + 576 * (10 + 2))
+    indexer = Work("w", "", "indexer_scores", 4, 1, 128, 0, (2, 1), (100, 20), 16)
+    assert indexer.flops == 2 * 4 * 128 * (99 + 100 + 20)
+    # Bfloat16 queries, float32 weights; every key; a score of each of 7 pages for 3 tokens.
+    assert indexer.floor_bytes() == 3 * 4 * (2 * 128 + 4) + 2 * 128 * 120 + 4 * 3 * 112
+    topk = Work("w", "", "topk_positions", 1, 1, 0, 0, (2, 1), (100, 20), 16, topk=5)
+    assert (topk.flops, topk.floor_bytes()) == (0, 4 * 3 * (112 + 5))
     assert dense.shape_class == "prefill"
     assert sparse.shape_class == "decode"
 
@@ -405,10 +411,13 @@ def test_the_tuner_writes_the_dense_table():
     assert same == path.read_text()
 
 
-def test_the_tuner_goes_downhill_and_never_takes_what_is_refused():
+def test_the_tuner_goes_downhill_and_never_takes_what_is_refused_or_doubtful():
     def measured(sizes):
         if sizes["rows"] > 256:
             return Measurement("w", "ours", sizes, REFUSED, "too large")
+        if sizes["num_buffers"] > 3:
+            kernel = types.SimpleNamespace(doubts=["read as 0: spop (1)"])
+            return Measurement("w", "ours", sizes, MEASURED, kernels=(kernel,))
         time = abs(sizes["rows"] - 256) + abs(sizes["num_buffers"] - 3)
         return Measurement("w", "ours", sizes, MEASURED, replayed_us=1.0 + time)
 
@@ -418,6 +427,15 @@ def test_the_tuner_goes_downhill_and_never_takes_what_is_refused():
     assert best[0][0] == {"rows": 256, "num_buffers": 3}
     assert best[-1][1].verdict == REFUSED
     assert len(list(tuning.search({"rows": 64, "num_buffers": 2}, measured, most=3))) == 3
+
+
+def test_the_tuner_tries_once_what_changes_nothing():
+    def measured(sizes):
+        return Measurement("w", "ours", sizes, MEASURED, replayed_us=1.0 + abs(sizes["keys"] - 256))
+
+    tried = [sizes for sizes, _ in tuning.search({"rows": 64, "keys": 64}, measured, most=16)]
+    assert [sizes["rows"] for sizes in tried] == [64, 128, 64, 64, 64]
+    assert [sizes["keys"] for sizes in tried] == [64, 64, 128, 256, 512]
 
 
 def test_an_op_without_a_table_is_named(monkeypatch):

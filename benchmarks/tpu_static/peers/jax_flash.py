@@ -11,8 +11,12 @@ PACKAGE = "jax"
 
 
 def refuses(work: Work) -> str | None:
-    """Only dense works are its."""
-    return None if work.op == "dense" else f"op is {work.op}, must be dense"
+    """Only dense works are its, with as many heads of keys as of queries."""
+    if work.op != "dense":
+        return f"op is {work.op}, must be dense"
+    if work.num_kv_heads != work.num_heads:
+        return f"num_kv_heads is {work.num_kv_heads}, must be num_heads, {work.num_heads}"
+    return None
 
 
 def choices(work: Work, generation: str) -> list[dict[str, Any]]:

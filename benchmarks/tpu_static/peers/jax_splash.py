@@ -37,13 +37,9 @@ def program(
     )  # fmt: skip
     causal = masks.CausalMask((max(work.q_lens), max(work.kv_lens)))
     mask = masks.MultiHeadMask([causal] * work.num_heads)
-    grouped = work.num_heads != work.num_kv_heads
-    make = (
-        library.make_splash_mqa_single_device if grouped else library.make_splash_mha_single_device
-    )
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        kernel = make(mask, block_sizes=sizes)
+        kernel = library.make_splash_mha_single_device(mask, block_sizes=sizes)
         return jax.vmap(kernel)(q * work.scale, k, v)
 
     return dense_program(work, attend)

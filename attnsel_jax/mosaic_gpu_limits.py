@@ -1,0 +1,53 @@
+"""What MOSAIC_GPU's kernels do not take together, and what single chips lack of them."""
+
+from collections.abc import Iterator
+
+from attnsel_jax.capabilities import Rejection
+from attnsel_jax.config import AttentionSelectorConfig
+from attnsel_jax.constraints import OneOf
+from attnsel_jax.platforms import Device, DeviceCapability
+
+AMPERE, HOPPER, BLACKWELL = (DeviceCapability(major, 0) for major in (8, 9, 10))
+HEAD_SIZES_V = {192: (128, 192)}  # others: as head_size
+FLOAT8_SIZES = OneOf(64, 80, 96, 128)
+# Of those that the backend declares: gradients of dense, and paged.
+AMPERE_SIZES = {"dense": OneOf(64, 80, 96, 128), "paged": OneOf(64, 96, 128, 192)}
+
+
+def of_dense(config: AttentionSelectorConfig) -> Iterator[Rejection]:
+    """The sizes of v; what would spill beside a bias's gradient."""
+    size, size_v = config.head_size, config.head_size_v
+    sizes = OneOf(*HEAD_SIZES_V.get(size, (size,)))
+    if size_v is not None and size_v not in sizes:
+        yield Rejection("head_size_v", size_v, f"{sizes} with head_size {size}")
+    if config.needs_grad and size == 256 and (config.has_bias or config.has_alibi):
+        for name in ("has_soft_cap", "has_segment_ids"):
+            if getattr(config, name):
+                yield Rejection(name, True, "False with needs_grad, bias, head_size 256")
+
+
+def of_cache(config: AttentionSelectorConfig) -> Iterator[Rejection]:
+    """Dtypes of a cache beside the queries' dtype and the head size."""
+    cache = str(config.cache_dtype)
+    if cache == "bfloat16" and config.dtype == "float16":
+        lost = "bfloat16 would drop three bits of each float16 query"
+        yield Rejection("kv_cache_dtype", cache, OneOf("float16", "fp8_e4m3", "fp8_e5m2"), lost)
+    elif cache.startswith("fp8") and config.head_size not in FLOAT8_SIZES:
+        yield Rejection("head_size", config.head_size, FLOAT8_SIZES, f"with a cache of {cache}")
+
+
+def of_chip(config: AttentionSelectorConfig, device: Device) -> Iterator[Rejection]:
+    """What this chip has no kernel for, of what another has."""
+    if device.compute_capability == BLACKWELL and config.needs_grad:
+        yield Rejection("needs_grad", True, "False with compute_capability 10.0")
+    if device.compute_capability != AMPERE:
+        return
+    sizes, cache = AMPERE_SIZES[config.op], str(config.cache_dtype)
+    if config.head_size not in sizes and (config.op == "paged" or config.needs_grad):
+        yield Rejection("head_size", config.head_size, sizes, "with compute_capability 8.0")
+    if config.op == "paged" and cache.startswith("fp8"):
+        halves = OneOf("bfloat16", "float16")
+        yield Rejection("kv_cache_dtype", cache, halves, "compute_capability 8.0 has no float8")
+    for name in ("has_bias", "has_alibi"):
+        if config.op == "dense" and config.needs_grad and getattr(config, name):
+            yield Rejection(name, True, "False with needs_grad and compute_capability 8.0")
