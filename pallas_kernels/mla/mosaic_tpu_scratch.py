@@ -22,6 +22,7 @@ class Sizes:
         block_kv: keys of a block; whole pages.
         blocks: blocks of a step.
         lead: blocks that products with the keys are ahead of the softmax; at most `blocks`.
+        finishes: tiles that a step divides among its products; others wait till between the steps.
         starts_within: whether copies are started among a step's products, or before them.
         num_heads, rank, rope_dim, page_size: of the arrays.
         q_dtype: of queries and output.
@@ -34,6 +35,7 @@ class Sizes:
     block_kv: int
     blocks: int
     lead: int
+    finishes: int
     starts_within: bool
     num_heads: int
     rank: int
@@ -54,6 +56,11 @@ class Sizes:
     def pages_of_block(self) -> int:
         """Pages of a block."""
         return self.block_kv // self.page_size
+
+    @property
+    def stripes(self) -> int:
+        """Stripes of LANES numbers that a latent has."""
+        return self.rank // LANES
 
     @property
     def ring(self) -> int:
@@ -99,13 +106,13 @@ class Scratch(NamedTuple):
 
     ql_nope: Any  # [queries, block_q, num_heads, rank]
     q_pe: Any  # [queries, block_q, num_heads, rope_dim]
-    latents: Any  # [ring, block_kv / 2, 2 * (rank + rope_dim)]
+    latents: Any  # [ring, pages_of_block, parts, page_size / 2, LANES]: as the cache has them
     logits: Any  # float32 [lead, rows, block_kv]: unscaled, of the blocks that are ahead
-    m: Any  # float32 [blocks, rows, LANES]: the same in every lane
+    m: Any  # float32 [blocks + 1, rows, LANES]: the same in every lane; the last is nobody's
     l: Any
-    acc: Any  # float32 [blocks, rows, rank]
-    out: Any  # [OUTPUTS, block_q, num_heads, rank]
-    lse: Any  # float32 [OUTPUTS, block_q, 1, num_heads]
+    acc: Any  # float32 [blocks + 1, rows, rank]
+    out: Any  # [OUTPUTS + 1, block_q, num_heads, rank]: the last is nobody's
+    lse: Any  # float32 [OUTPUTS + 1, block_q, 1, num_heads]
     tile_of: Any  # SMEM [ring]: which tile, and which of its blocks, a buffer has
     block_of: Any
     q_arrived: Any
@@ -116,17 +123,18 @@ class Scratch(NamedTuple):
 def scratch_shapes(sizes: Sizes) -> Scratch:
     """The shapes of a pass's scratch."""
     s = sizes
-    both = 2 * (s.rank + s.rope_dim)
     return Scratch(
         ql_nope=pltpu.VMEM((s.queries, s.block_q, s.num_heads, s.rank), s.q_dtype),
         q_pe=pltpu.VMEM((s.queries, s.block_q, s.num_heads, s.rope_dim), s.q_dtype),
-        latents=pltpu.VMEM((s.ring, s.block_kv // 2, both), s.cache_dtype),
+        latents=pltpu.VMEM(
+            (s.ring, s.pages_of_block, 2 * s.stripes + 1, s.page_size // 2, LANES), s.cache_dtype
+        ),
         logits=pltpu.VMEM((s.lead, s.rows, s.block_kv), jnp.float32),
-        m=pltpu.VMEM((s.blocks, s.rows, LANES), jnp.float32),
-        l=pltpu.VMEM((s.blocks, s.rows, LANES), jnp.float32),
-        acc=pltpu.VMEM((s.blocks, s.rows, s.rank), jnp.float32),
-        out=pltpu.VMEM((OUTPUTS, s.block_q, s.num_heads, s.rank), s.q_dtype),
-        lse=pltpu.VMEM((OUTPUTS, s.block_q, 1, s.num_heads), jnp.float32),
+        m=pltpu.VMEM((s.blocks + 1, s.rows, LANES), jnp.float32),
+        l=pltpu.VMEM((s.blocks + 1, s.rows, LANES), jnp.float32),
+        acc=pltpu.VMEM((s.blocks + 1, s.rows, s.rank), jnp.float32),
+        out=pltpu.VMEM((OUTPUTS + 1, s.block_q, s.num_heads, s.rank), s.q_dtype),
+        lse=pltpu.VMEM((OUTPUTS + 1, s.block_q, 1, s.num_heads), jnp.float32),
         tile_of=pltpu.SMEM((s.ring,), jnp.int32),
         block_of=pltpu.SMEM((s.ring,), jnp.int32),
         q_arrived=pltpu.SemaphoreType.DMA((s.queries,)),

@@ -64,7 +64,7 @@ def test_it_agrees_with_the_oracle(options):
 
 
 def test_it_agrees_where_copies_are_started_between_the_products(monkeypatch):
-    monkeypatch.setattr(mosaic_tpu, "tiles_for", lambda *_, **__: Tiles(64, 128, 2, 2, False))
+    monkeypatch.setattr(mosaic_tpu, "tiles_for", lambda *_, **__: Tiles(64, 128, 2, 2, 1, False))
     row = row_of(mla_attention, generation="v6e", **CASES["e4m3"])
     assert row.verdict == PASS, str(row)
 
@@ -120,7 +120,7 @@ def arguments_of(**options):
     made = mla_inputs(np.random.default_rng(0), **SHAPE | options)
     scale = made.pop("scale")
     arrays = {n: None if x is None else jnp.asarray(x) for n, x in made.items()}
-    cache = LatentCache(arrays["latent_pages"]).converted("paired")
+    cache = LatentCache(arrays["latent_pages"]).converted("striped")
     return arrays | {"latent_pages": cache.pages, "scale": scale}
 
 
@@ -150,15 +150,15 @@ def test_what_it_does_not_take_is_refused_with_both_values(change, message):
 
 def test_a_converted_cache_holds_the_same_rows():
     rows = jnp.asarray(np.random.default_rng(0).standard_normal((3, 64, 192)), jnp.float32)
-    cache = LatentCache(rows).converted("paired")
+    cache = LatentCache(rows).converted("striped")
     assert cache.pages.shape == (3, 32, 384)
     assert (cache.num_pages, cache.page_size) == (3, 64)
     np.testing.assert_array_equal(cache.converted("rows").pages, rows)
 
 
 def test_the_backend_s_cache_is_in_the_layout_that_its_kernel_takes():
-    assert MosaicTpuMlaBackend.get_kv_cache_shape(7, 64, 1, 576) == (7, 32, 1152)
-    assert MosaicTpuMlaBackend.get_required_kv_cache_layout() == "paired"
+    assert MosaicTpuMlaBackend.get_kv_cache_shape(7, 64, 1, 576) == (7, 9, 32, 128)
+    assert MosaicTpuMlaBackend.get_required_kv_cache_layout() == "striped"
 
 
 def compiles(chip, **options):
