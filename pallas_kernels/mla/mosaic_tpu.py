@@ -159,6 +159,7 @@ def _passes(ql_nope, q_pe, pages, max_num_seqs: int, scale: float, soft_cap) -> 
             block_kv=max(chosen.block_kv, page_size),
             blocks=chosen.blocks,
             lead=min(chosen.lead, chosen.blocks),
+            lag=min(chosen.lag, chosen.blocks),
             finishes=chosen.finishes,
             starts_within=chosen.starts_within,
             num_heads=num_heads, rank=rank, rope_dim=q_pe.shape[2], page_size=page_size,

@@ -73,7 +73,7 @@ class _Pass:
     def run(self) -> None:
         """Fills the pipeline, and turns it until every block is through."""
         sizes, scratch, zero = self.sizes, self.scratch, jnp.int32(0)
-        for state in range(sizes.blocks + 1):
+        for state in range(sizes.states + 1):
             self._reset(state)
         ahead = jnp.minimum(sizes.queries // 2, self.num_tiles)
         jax.lax.fori_loop(0, ahead, lambda tile, _: self._start_queries(tile), None)
@@ -99,12 +99,13 @@ class _Pass:
                 coming = self._start_step(coming, k + AHEAD, num_steps)
             later = (k + AHEAD) % (AHEAD + 1) if starts else None
             coming = self._straight(coming, finished, first, later)
+            done = first - sizes.lag
             for _ in range(sizes.finishes):
-                ended = self._has_ended(finished, first)
+                ended = self._has_ended(finished, done)
                 pl.when(ended)(functools.partial(self._send, finished))
                 finished += ended.astype(jnp.int32)
             finished = self._while_ends(
-                finished, first + sizes.blocks, self._finish, but=sizes.finishes
+                finished, done + sizes.blocks, self._finish, but=sizes.finishes
             )
             return coming, crossed, finished
 
@@ -115,6 +116,8 @@ class _Pass:
             state = jax.lax.fori_loop(0, border, functools.partial(step, starts=True), state)
         step = functools.partial(step, starts=False)
         *_, finished = jax.lax.fori_loop(border, num_steps, step, state)
+        for i in range(sizes.lag):
+            self._add_values(*self._late(i), num_steps * sizes.blocks - sizes.lag + i)
         self._while_ends(finished, self.num_blocks, self._finish)
         for last in range(OUTPUTS - 1, 0, -1):
             tile = self.num_tiles - last
@@ -127,20 +130,24 @@ class _Pass:
 
         It divides what earlier runs left of tiles, too, from tile `finished` on.
         """
-        sizes, logits = self.sizes, self.scratch.logits
+        sizes, scratch = self.sizes, self.scratch
         for i in range(sizes.finishes):
             tile = finished + i
-            ended = self._has_ended(tile, first)
-            state = jnp.where(ended, jax.lax.rem(tile, sizes.blocks), sizes.blocks)
+            ended = self._has_ended(tile, first - sizes.lag)
+            state = jnp.where(ended, jax.lax.rem(tile, sizes.states), sizes.states)
             self._divide(tile, state, jnp.where(ended, tile % OUTPUTS, OUTPUTS))
-        products = [logits[i] for i in range(sizes.lead)]
+        products = [scratch.logits[i] for i in range(sizes.lead)]
+        weights = [self._late(i) for i in range(sizes.lag)]
         for i in range(sizes.blocks):
             products.append(self._logits(first + sizes.lead + i))
             later = first + AHEAD * sizes.blocks + sizes.lead + i
             coming = coming if sem is None else self._start_block(coming, later, sem)
-            self._softmax_and_values(products[i], first + i)
+            weights.append(self._softmax(products[i], first + i))
+            self._add_values(*weights[i], first - sizes.lag + i)
         for i in range(sizes.lead):
-            logits[i] = products[sizes.blocks + i]
+            scratch.logits[i] = products[sizes.blocks + i]
+        for i in range(sizes.lag):
+            scratch.weights[i], scratch.kept[i] = weights[sizes.blocks + i]
         return coming
 
     # Where a block is.
@@ -157,8 +164,8 @@ class _Pass:
         return jnp.minimum(tile, self.num_tiles - 1)
 
     def _buffer(self, i: jax.Array) -> jax.Array:
-        """Where in the ring block i is."""
-        return jax.lax.rem(i, self.sizes.ring)
+        """Where in the ring block i is; i is at least -lag."""
+        return jax.lax.rem(i + self.sizes.ring, self.sizes.ring)
 
     def _keys_of_tile(self, tile: jax.Array) -> jax.Array:
         """Keys that some query of the tile sees."""
@@ -273,7 +280,7 @@ class _Pass:
 
     def _finish(self, tile: jax.Array) -> None:
         """Divides what a tile has gathered, and sends it off."""
-        self._divide(tile, jax.lax.rem(tile, self.sizes.blocks), tile % OUTPUTS)
+        self._divide(tile, jax.lax.rem(tile, self.sizes.states), tile % OUTPUTS)
         self._send(tile)
 
     def _send(self, tile: jax.Array) -> None:
@@ -365,22 +372,33 @@ class _Pass:
         keys = jnp.concatenate([latents, jnp.concatenate(own, axis=0)], axis=1)
         return _dot(q, keys, contract=(1, 1), precision=sizes.precision)
 
-    def _softmax_and_values(self, products: jax.Array, i: jax.Array) -> None:
-        """Adds block i to its tile's running softmax."""
+    def _softmax(self, products: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Adds block i to its tile's running softmax: its weights, and what old ones keep."""
         scratch, sizes = self.scratch, self.sizes
         buffer = self._buffer(i)
         at = Cursor(scratch.tile_of[buffer], scratch.block_of[buffer])
-        slot = jax.lax.rem(at.tile, sizes.blocks)
+        state = jax.lax.rem(at.tile, sizes.states)
         logits = self._seen(self._scaled(products), at)
-        m_old = scratch.m[slot]
+        m_old = scratch.m[state]
         m_new = jnp.maximum(m_old, jnp.max(logits, axis=1, keepdims=True))
         kept = jnp.exp2(m_old - m_new)
         p = jnp.exp2(logits - _widened(m_new, sizes.block_kv))
-        scratch.m[slot] = m_new
-        scratch.l[slot] = kept * scratch.l[slot] + jnp.sum(p, axis=1, keepdims=True)
+        scratch.m[state] = m_new
+        scratch.l[state] = kept * scratch.l[state] + jnp.sum(p, axis=1, keepdims=True)
+        return p.astype(sizes.q_dtype), kept
+
+    def _late(self, i: int) -> tuple[jax.Array, jax.Array]:
+        """Weights of the last run's last blocks, whose values are not added yet."""
+        return self.scratch.weights[i], self.scratch.kept[i]
+
+    def _add_values(self, weights: jax.Array, kept: jax.Array, i: jax.Array) -> None:
+        """Adds the weighted values of block i to its tile's; to nobody's where i is negative."""
+        scratch, sizes = self.scratch, self.sizes
+        state = jax.lax.rem(scratch.tile_of[self._buffer(i)], sizes.states)
+        state = jnp.where(i < 0, sizes.states, state)
         values, _ = self._parts(i)
-        product = _dot(p.astype(values.dtype), values, contract=(1, 0), precision=sizes.precision)
-        scratch.acc[slot] = scratch.acc[slot] * _widened(kept, sizes.rank) + product
+        product = _dot(weights, values, contract=(1, 0), precision=sizes.precision)
+        scratch.acc[state] = scratch.acc[state] * _widened(kept, sizes.rank) + product
 
     def _scaled(self, products: jax.Array) -> jax.Array:
         """Logits in base 2."""

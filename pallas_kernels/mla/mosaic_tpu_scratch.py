@@ -22,6 +22,7 @@ class Sizes:
         block_kv: keys of a block; whole pages.
         blocks: blocks of a step.
         lead: blocks that products with the keys are ahead of the softmax; at most `blocks`.
+        lag: blocks that products with the values are behind it; at most `blocks`.
         finishes: tiles that a step divides among its products; others wait till between the steps.
         starts_within: whether copies are started among a step's products, or before them.
         num_heads, rank, rope_dim, page_size: of the arrays.
@@ -35,6 +36,7 @@ class Sizes:
     block_kv: int
     blocks: int
     lead: int
+    lag: int
     finishes: int
     starts_within: bool
     num_heads: int
@@ -64,8 +66,13 @@ class Sizes:
 
     @property
     def ring(self) -> int:
-        """Blocks of latents in VMEM: a step's, the lead, and those of AHEAD steps on their way."""
-        return (AHEAD + 1) * self.blocks + self.lead
+        """Blocks of latents in VMEM: a step's, lead and lag, and those of AHEAD steps to come."""
+        return (AHEAD + 1) * self.blocks + self.lead + self.lag
+
+    @property
+    def states(self) -> int:
+        """Tiles that may be under way: as many as a step has blocks, with those that lag."""
+        return self.blocks + self.lag
 
     @property
     def queries(self) -> int:
@@ -108,9 +115,11 @@ class Scratch(NamedTuple):
     q_pe: Any  # [queries, block_q, num_heads, rope_dim]
     latents: Any  # [ring, pages_of_block, parts, page_size / 2, LANES]: as the cache has them
     logits: Any  # float32 [lead, rows, block_kv]: unscaled, of the blocks that are ahead
-    m: Any  # float32 [blocks + 1, rows, LANES]: the same in every lane; the last is nobody's
+    weights: Any  # [lag, rows, block_kv]: of the blocks whose values come late
+    kept: Any  # float32 [lag, rows, LANES]: what they leave of those before them
+    m: Any  # float32 [states + 1, rows, LANES]: the same in every lane; the last is nobody's
     l: Any
-    acc: Any  # float32 [blocks + 1, rows, rank]
+    acc: Any  # float32 [states + 1, rows, rank]
     out: Any  # [OUTPUTS + 1, block_q, num_heads, rank]: the last is nobody's
     lse: Any  # float32 [OUTPUTS + 1, block_q, 1, num_heads]
     tile_of: Any  # SMEM [ring]: which tile, and which of its blocks, a buffer has
@@ -130,9 +139,11 @@ def scratch_shapes(sizes: Sizes) -> Scratch:
             (s.ring, s.pages_of_block, 2 * s.stripes + 1, s.page_size // 2, LANES), s.cache_dtype
         ),
         logits=pltpu.VMEM((s.lead, s.rows, s.block_kv), jnp.float32),
-        m=pltpu.VMEM((s.blocks + 1, s.rows, LANES), jnp.float32),
-        l=pltpu.VMEM((s.blocks + 1, s.rows, LANES), jnp.float32),
-        acc=pltpu.VMEM((s.blocks + 1, s.rows, s.rank), jnp.float32),
+        weights=pltpu.VMEM((max(s.lag, 1), s.rows, s.block_kv), s.q_dtype),
+        kept=pltpu.VMEM((max(s.lag, 1), s.rows, LANES), jnp.float32),
+        m=pltpu.VMEM((s.states + 1, s.rows, LANES), jnp.float32),
+        l=pltpu.VMEM((s.states + 1, s.rows, LANES), jnp.float32),
+        acc=pltpu.VMEM((s.states + 1, s.rows, s.rank), jnp.float32),
         out=pltpu.VMEM((OUTPUTS + 1, s.block_q, s.num_heads, s.rank), s.q_dtype),
         lse=pltpu.VMEM((OUTPUTS + 1, s.block_q, 1, s.num_heads), jnp.float32),
         tile_of=pltpu.SMEM((s.ring,), jnp.int32),
