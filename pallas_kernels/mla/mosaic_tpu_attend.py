@@ -6,14 +6,16 @@ sequence of blocks of keys, and borders between tiles are no borders to the pipe
 block's tile is looked up, and its queries, running softmax and accumulators are found by it in
 rings. Within that run the compiler has the products of some blocks to fill the matrix unit with
 while the vector unit is at the softmax of others. So that it has them at the run's ends too, the
-products with the keys are `lead` blocks ahead of the rest, across steps::
+products with the keys are `lead` blocks ahead of the softmax, those with the values `lag` behind,
+across steps, and a tile that ended is divided in the next run::
 
     step       k                                k + 1
-    DMA      | blocks of step k + 1           | ...     pages into a ring of blocks
-    q @ K.T  | 2  3  4  5  |                  | 6 ...   (here: 4 blocks a step, lead 2)
+    DMA      | blocks of step k + 2           | ...     pages into a ring of blocks
+    q @ K.T  | 2  3  4  5  |                  | 6 ...   (here: 4 blocks a step, lead 2, lag 1)
     softmax  | 0  1  2  3  |                  | 4 ...
-    p @ V    |  0  1  2  3 |                  |  4 ...
-    between  |             | tiles that ended: divide, send; that begin: their queries; ...
+    p @ V    | -1 0  1  2  |                  | 3 ...
+    divide   | what ended  |                  | ...
+    between  |             | its output leaves; a tile's last page, the next one's queries; ...
 
 A block lies in its buffer as the cache has it, page by page ("striped"); registers come from there
 in the order of the keys.
