@@ -223,13 +223,12 @@ class _Pass:
         sizes, buffer = self.sizes, self._buffer(i)
         self.scratch.tile_of[buffer] = at.tile
         self.scratch.block_of[buffer] = at.block
-        tile = self._listed(at.tile)
-        seq, last = self.tiles.seq[tile], self._keys_of_tile(tile) - 1
-        has_keys, last = last >= 0, jnp.maximum(last, 0) // sizes.page_size
+        tile, table = self._listed(at.tile), self.arrays.page_table
+        row, column = self.tiles.seq[tile] * sizes.columns, at.block * sizes.pages_of_block
+        last = (self._keys_of_tile(tile) - 1) >> (sizes.page_size.bit_length() - 1)
+        first = jnp.where(last >= 0, table[row], 0)
         for j in range(sizes.pages_of_block):
-            column = at.block * sizes.pages_of_block + j
-            column = jnp.where(column <= last, column, 0)
-            page = jnp.where(has_keys, self.arrays.page_table[seq, column], 0)
+            page = jnp.where(column + j <= last, table[row + column + j], first)
             target = self.scratch.latents.at[buffer, j]
             arrived = self.scratch.latents_arrived.at[sem]
             pltpu.make_async_copy(self.arrays.pages.at[page], target, arrived).start()

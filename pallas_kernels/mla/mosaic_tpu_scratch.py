@@ -26,6 +26,7 @@ class Sizes:
         finishes: tiles that a step divides among its products; others wait till between the steps.
         starts_within: whether copies are started among a step's products, or before them.
         num_heads, rank, rope_dim, page_size: of the arrays.
+        columns: of a row of the page table, with those that make it whole blocks.
         q_dtype: of queries and output.
         cache_dtype: of the latents as they are stored.
         scale, soft_cap: of the logits.
@@ -43,6 +44,7 @@ class Sizes:
     rank: int
     rope_dim: int
     page_size: int
+    columns: int
     q_dtype: jnp.dtype
     cache_dtype: jnp.dtype
     scale: float
@@ -93,7 +95,7 @@ class Arrays(NamedTuple):
     pages: Any
     out: Any
     lse: Any
-    page_table: Any
+    page_table: Any  # row after row, `Sizes.columns` each
     kv_scale: Any
 
 
