@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.tpu_chip import LANES, SUBLANES
 
 RUNS = 64  # of a group, at most
-TOKENS = 128  # that a group's runs are looked for in
+MOST_TOKENS = 256  # that a group's runs are looked for in
 SET_WORDS = 64  # words of 32 bits: units of a group, by the last bits of their numbers
 
 
@@ -33,11 +33,16 @@ class Writes(NamedTuple):
         """Rows of a tile."""
         return 32 // self.pages.dtype.itemsize
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that a group's runs are looked for in."""
+        return min(MOST_TOKENS, self.rows.shape[0])
+
 
 class _Scratch(NamedTuple):
     latents: Any  # [RUNS, 2, parts / 2, tile, LANES]
     ropes: Any  # [RUNS, tile, LANES]
-    rows: Any  # float32 [TOKENS, SUBLANES, LANES]
+    rows: Any  # float32 [tokens, SUBLANES, LANES]
     unit: Any  # SMEM [RUNS]: the unit, counted through all pages
     first: Any  # SMEM [RUNS]: its first token
     count: Any  # SMEM [RUNS]: its tokens, consecutive ones
@@ -54,11 +59,12 @@ def stored_rows(latents: jax.Array, ropes: jax.Array) -> jax.Array:
         latents, ropes: [num_tokens, rank], [num_tokens, rope_dim], as the cache stores them.
 
     Returns:
-        float32 [num_tokens up to a multiple of TOKENS, SUBLANES, LANES].
+        float32 [num_tokens up to whole groups', SUBLANES, LANES].
     """
+    group = min(MOST_TOKENS, latents.shape[0])
     rows = jnp.concatenate([latents, ropes, ropes], axis=-1).astype(jnp.float32)
     missing = SUBLANES * LANES - rows.shape[1]
-    rows = jnp.pad(rows, ((0, -rows.shape[0] % TOKENS), (0, missing)))
+    rows = jnp.pad(rows, ((0, -rows.shape[0] % group), (0, missing)))
     return rows.reshape(-1, SUBLANES, LANES)
 
 
@@ -73,7 +79,7 @@ def write_rows(writes: Writes) -> None:
         scoped,
         pltpu.VMEM((RUNS, 2, parts // 2, tile, LANES), writes.pages.dtype),
         pltpu.VMEM((RUNS, tile, LANES), writes.pages.dtype),
-        pltpu.VMEM((TOKENS, SUBLANES, LANES), jnp.float32),
+        pltpu.VMEM((writes.tokens, SUBLANES, LANES), jnp.float32),
         *[pltpu.SMEM((RUNS,), jnp.int32)] * 4,
         pltpu.SMEM((SET_WORDS,), jnp.int32),
         *[pltpu.SemaphoreType.DMA(())] * 2,
@@ -85,12 +91,12 @@ def _write_groups(writes, scratch) -> None:
     num_tokens = writes.slot_mapping.shape[0]
 
     def one_group(token):
-        base = token // TOKENS * TOKENS
-        rows = pltpu.make_async_copy(
-            writes.rows.at[pl.ds(base, TOKENS)], scratch.rows, scratch.arrived
-        )
+        base = token // writes.tokens * writes.tokens
+        in_hbm = writes.rows.at[pl.ds(base, writes.tokens)]
+        rows = pltpu.make_async_copy(in_hbm, scratch.rows, scratch.arrived)
         rows.start()
-        token, runs = _gather_runs(writes, scratch, token, jnp.minimum(base + TOKENS, num_tokens))
+        stop = jnp.minimum(base + writes.tokens, num_tokens)
+        token, runs = _gather_runs(writes, scratch, token, stop)
         _each_copy(writes, scratch, runs, lambda copy: copy.start(), into=True)
         rows.wait()
         _each_copy(writes, scratch, runs, lambda copy: copy.wait(), into=True)
