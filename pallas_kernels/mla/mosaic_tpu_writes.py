@@ -6,7 +6,6 @@ of tokens that go to one unit is one read, merge and write of the tiles that it 
 taken in groups: all tiles of a group are on their way at once, and no unit is twice in a group.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -182,8 +181,9 @@ def _each_copy(writes, scratch, runs, act, *, into: bool) -> None:
             in_hbm = writes.pages.at[page, stripes, _aligned(at % half, writes.tile)]
             copy(in_hbm, scratch.latents.at[j, i])
 
-        for i in range(2):
-            pl.when(scratch.tiles[j] & (1 << i) != 0)(functools.partial(one_tile, i))
+        tiles = scratch.tiles[j]
+        one_tile(jnp.where(tiles == 2, 1, 0))
+        pl.when(tiles == 3)(lambda: one_tile(1))
         at = _aligned(unit * writes.tile, writes.tile)
         copy(writes.pages.at[page, 2 * num_stripes, at], scratch.ropes.at[j])
         return _
