@@ -75,7 +75,7 @@ class _Pass:
     def run(self) -> None:
         """Fills the pipeline, and turns it until every block is through."""
         sizes, scratch, zero = self.sizes, self.scratch, jnp.int32(0)
-        for state in range(sizes.states + 1):
+        for state in range(sizes.states + sizes.spare):
             self._reset(state)
         ahead = jnp.minimum(sizes.queries // 2, self.num_tiles)
         jax.lax.fori_loop(0, ahead, lambda tile, _: self._start_queries(tile), None)

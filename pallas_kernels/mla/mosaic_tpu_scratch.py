@@ -77,6 +77,11 @@ class Sizes:
         return self.blocks + self.lag
 
     @property
+    def spare(self) -> int:
+        """States and outputs that are nobody's: what a step's run writes to where no tile ended."""
+        return int(self.lag > 0 or self.finishes > 0)
+
+    @property
     def queries(self) -> int:
         """Tiles' queries in VMEM: as many tiles as a step may begin, and as many on their way."""
         return 2 * (self.blocks + self.lead)
@@ -119,11 +124,11 @@ class Scratch(NamedTuple):
     logits: Any  # float32 [lead, rows, block_kv]: unscaled, of the blocks that are ahead
     weights: Any  # [lag, rows, block_kv]: of the blocks whose values come late
     kept: Any  # float32 [lag, rows, LANES]: what they leave of those before them
-    m: Any  # float32 [states + 1, rows, LANES]: the same in every lane; the last is nobody's
+    m: Any  # float32 [states + spare, rows, LANES]: the same in every lane
     l: Any
-    acc: Any  # float32 [states + 1, rows, rank]
-    out: Any  # [OUTPUTS + 1, block_q, num_heads, rank]: the last is nobody's
-    lse: Any  # float32 [OUTPUTS + 1, block_q, 1, num_heads]
+    acc: Any  # float32 [states + spare, rows, rank]
+    out: Any  # [OUTPUTS + spare, block_q, num_heads, rank]
+    lse: Any  # float32 [OUTPUTS + spare, block_q, 1, num_heads]
     tile_of: Any  # SMEM [ring]: which tile, and which of its blocks, a buffer has
     block_of: Any
     q_arrived: Any
@@ -143,11 +148,11 @@ def scratch_shapes(sizes: Sizes) -> Scratch:
         logits=pltpu.VMEM((s.lead, s.rows, s.block_kv), jnp.float32),
         weights=pltpu.VMEM((max(s.lag, 1), s.rows, s.block_kv), s.q_dtype),
         kept=pltpu.VMEM((max(s.lag, 1), s.rows, LANES), jnp.float32),
-        m=pltpu.VMEM((s.states + 1, s.rows, LANES), jnp.float32),
-        l=pltpu.VMEM((s.states + 1, s.rows, LANES), jnp.float32),
-        acc=pltpu.VMEM((s.states + 1, s.rows, s.rank), jnp.float32),
-        out=pltpu.VMEM((OUTPUTS + 1, s.block_q, s.num_heads, s.rank), s.q_dtype),
-        lse=pltpu.VMEM((OUTPUTS + 1, s.block_q, 1, s.num_heads), jnp.float32),
+        m=pltpu.VMEM((s.states + s.spare, s.rows, LANES), jnp.float32),
+        l=pltpu.VMEM((s.states + s.spare, s.rows, LANES), jnp.float32),
+        acc=pltpu.VMEM((s.states + s.spare, s.rows, s.rank), jnp.float32),
+        out=pltpu.VMEM((OUTPUTS + s.spare, s.block_q, s.num_heads, s.rank), s.q_dtype),
+        lse=pltpu.VMEM((OUTPUTS + s.spare, s.block_q, 1, s.num_heads), jnp.float32),
         tile_of=pltpu.SMEM((s.ring,), jnp.int32),
         block_of=pltpu.SMEM((s.ring,), jnp.int32),
         q_arrived=pltpu.SemaphoreType.DMA((s.queries,)),

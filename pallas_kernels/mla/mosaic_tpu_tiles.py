@@ -31,7 +31,7 @@ class Tiles(NamedTuple):
 
 TILES = {
     ("v4", "bfloat16", "decode"): Tiles(rows=128, block_kv=256, blocks=4, lead=1),
-    ("v4", "bfloat16", "prefill"): Tiles(rows=512, block_kv=256, blocks=2, lead=1),
+    ("v4", "bfloat16", "prefill"): Tiles(512, 256, blocks=2, lead=1, lag=0, finishes=0),
     ("v5e", "bfloat16", "decode"): Tiles(rows=128, block_kv=256, blocks=8, lead=1),
     ("v5e", "bfloat16", "prefill"): Tiles(rows=512, block_kv=256, blocks=2, lead=1),
     ("v5p", "bfloat16", "decode"): Tiles(rows=128, block_kv=256, blocks=8, lead=1),
@@ -50,8 +50,8 @@ OTHERS = {
 
 # The same where VMEM is 16 MiB (v4).
 SMALL = {
-    "decode": Tiles(rows=128, block_kv=256, blocks=1, lead=1),
-    "prefill": Tiles(rows=256, block_kv=256, blocks=1, lead=1),
+    "decode": Tiles(rows=128, block_kv=256, blocks=1, lead=1, lag=0, finishes=0),
+    "prefill": Tiles(rows=256, block_kv=256, blocks=1, lead=1, lag=0, finishes=0),
 }
 
 
