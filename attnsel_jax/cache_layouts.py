@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 TPU_LANES = 128  # numbers of 32 bits in a row of a TPU's register
-TILED_ROPE_DIM = 64  # of a "tiled" latent cache
+HALF_LANES = 64  # the rotary key of a latent cache that is laid out for TPUs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,20 +80,47 @@ class LatentLayout:
     from_rows: Callable[[jax.Array, int], jax.Array]
 
 
-def _pair(rows: jax.Array, rope_dim: int) -> jax.Array:
-    num_pages, page_size, width = rows.shape
-    two = rows.reshape(num_pages, page_size // 2, 2, width)
-    rank = width - rope_dim
-    parts = [two[:, :, i, at] for at in (slice(rank), slice(rank, None)) for i in (0, 1)]
-    return jnp.concatenate(parts, axis=-1)
+def _striped_shape(
+    num_pages: int, page_size: int, row: int, itemsize: int
+) -> tuple[int, int, int, int]:
+    """The shape of a striped cache."""
+    rank, pair = row - HALF_LANES, 2 * 32 // itemsize
+    if rank % TPU_LANES or page_size % pair:
+        raise ValueError(
+            f"row is {row} and page_size {page_size}, must be a multiple of {TPU_LANES} and "
+            f"{HALF_LANES} more, and a multiple of {pair}, in layout 'striped' with numbers of "
+            f"{itemsize} bytes: use layout 'rows'"
+        )
+    return num_pages, 2 * rank // TPU_LANES + 1, page_size // 2, TPU_LANES
 
 
-def _unpair(pages: jax.Array, rope_dim: int) -> jax.Array:
-    num_pages, half, width = pages.shape
-    rank = width // 2 - rope_dim
-    latents = pages[..., : 2 * rank].reshape(num_pages, 2 * half, rank)
-    ropes = pages[..., 2 * rank :].reshape(num_pages, 2 * half, rope_dim)
+def _stripe(rows: jax.Array, rope_dim: int) -> jax.Array:
+    _check_rope_dim(rope_dim, "striped")
+    num_pages, page_size, row = rows.shape
+    shape = _striped_shape(*rows.shape, rows.dtype.itemsize)
+    tile, rank = 32 // rows.dtype.itemsize, row - rope_dim
+    latents = rows[..., :rank].reshape(num_pages, 2, page_size // 2, -1, TPU_LANES)
+    latents = jnp.swapaxes(latents, 2, 3).reshape(num_pages, -1, *shape[2:])
+    ropes = rows[..., rank:].reshape(num_pages, -1, 2, tile, rope_dim)
+    ropes = jnp.swapaxes(ropes, 2, 3).reshape(num_pages, 1, *shape[2:])
+    return jnp.concatenate([latents, ropes], axis=1)
+
+
+def _unstripe(pages: jax.Array, rope_dim: int) -> jax.Array:
+    num_pages, parts, half, lanes = pages.shape
+    tile = 32 // pages.dtype.itemsize
+    latents = pages[:, :-1].reshape(num_pages, 2, parts // 2, half, lanes)
+    latents = jnp.swapaxes(latents, 2, 3).reshape(num_pages, 2 * half, -1)
+    ropes = pages[:, -1].reshape(num_pages, -1, tile, 2, rope_dim)
+    ropes = jnp.swapaxes(ropes, 2, 3).reshape(num_pages, 2 * half, rope_dim)
     return jnp.concatenate([latents, ropes], axis=-1)
+
+
+def _check_rope_dim(rope_dim: int, layout: str) -> None:
+    if rope_dim != HALF_LANES:
+        raise ValueError(
+            f"rope_dim is {rope_dim}, must be {HALF_LANES} in layout {layout!r}: use layout 'rows'"
+        )
 
 
 def _parts(rank: int, itemsize: int) -> tuple[int, int]:
@@ -108,8 +135,7 @@ def _parts(rank: int, itemsize: int) -> tuple[int, int]:
 
 
 def _tile(rows: jax.Array, rope_dim: int) -> jax.Array:
-    if rope_dim != TILED_ROPE_DIM:
-        raise ValueError(f"rope_dim is {rope_dim}, must be {TILED_ROPE_DIM} in layout 'tiled'")
+    _check_rope_dim(rope_dim, "tiled")
     parts, packed = _parts(rows.shape[2] - rope_dim, rows.dtype.itemsize)
     whole = jnp.pad(rows, ((0, 0), (0, 0), (0, packed * TPU_LANES - rope_dim)))
     return whole.reshape(*rows.shape[:2], parts, packed, TPU_LANES)
@@ -129,13 +155,16 @@ LATENT_LAYOUTS: dict[str, LatentLayout] = {
         to_rows=lambda pages, rope_dim: pages,
         from_rows=lambda rows, rope_dim: rows,
     ),
-    # [num_pages, page_size / 2, 2 * row]: both latents of two tokens, then both rotary keys. With
-    # 512 + 64, nine registers of a TPU and no padding, each part at the beginning of one.
-    "paired": LatentLayout(
-        shape=lambda num_pages, page_size, row, itemsize: (num_pages, page_size // 2, 2 * row),
-        dims=lambda shape: (shape[0], 2 * shape[1], shape[2] // 2),
-        to_rows=_unpair,
-        from_rows=_pair,
+    # [num_pages, parts, page_size / 2, 128]: a page lies as a TPU's registers have it, so that it
+    # is copied as it lies, without a stride. With 512 + 64 it has nine parts: four stripes of 128
+    # numbers of the latents of the page's first half, four of its second half, and one of rotary
+    # keys. A register's tile is t = 32 / itemsize lines of 128 numbers; line i of rotary tile n
+    # has the keys, of 64 numbers, of token 2 * t * n + i and of the token t after it.
+    "striped": LatentLayout(
+        shape=_striped_shape,
+        dims=lambda shape: (shape[0], 2 * shape[2], HALF_LANES * shape[1]),
+        to_rows=_unstripe,
+        from_rows=_stripe,
     ),
     # [num_pages, page_size, parts, packed, 128], packed = 4 / itemsize: a token has tiles of its
     # own, of one sublane in which a TPU packs `packed` lines of 128 numbers. The latent, of a
@@ -146,10 +175,10 @@ LATENT_LAYOUTS: dict[str, LatentLayout] = {
         shape=lambda num_pages, page_size, row, itemsize: (
             num_pages,
             page_size,
-            *_parts(row - TILED_ROPE_DIM, itemsize),
+            *_parts(row - HALF_LANES, itemsize),
             TPU_LANES,
         ),
-        dims=lambda shape: (*shape[:2], (shape[2] - 1) * shape[3] * shape[4] + TILED_ROPE_DIM),
+        dims=lambda shape: (*shape[:2], (shape[2] - 1) * shape[3] * shape[4] + HALF_LANES),
         to_rows=_untile,
         from_rows=_tile,
     ),

@@ -323,7 +323,7 @@ def test_compile_asks_for_the_logical_cache_and_compiles_the_backends_own(op, mo
     if op == "paged":
         assert arguments["kv_pages"].shape == (16, 2, 2, 64, 128)  # side by side
     else:
-        assert arguments["latent_pages"].shape == (16, 32, 1152)  # paired
+        assert arguments["latent_pages"].shape == (16, 9, 32, 128)  # striped
 
 
 def test_compile_takes_a_mesh_beside_a_problem():

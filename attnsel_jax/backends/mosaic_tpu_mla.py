@@ -26,5 +26,5 @@ class MosaicTpuMlaBackend(AttentionBackend):
     capabilities = {"mla": TPU_LATENT}
     kernels = {"mla": "pallas_kernels.mla.mosaic_tpu:mla_attention"}
     impl = "attnsel_jax.impls.mla:MLAImpl"
-    latent_layout = "paired"
+    latent_layout = "striped"
     preferred_block_size = 64

@@ -1,9 +1,10 @@
 """MLA on TPU: one kernel writes this step's rows, then attends with decodes and prefills alike.
 
 The contract (maths, arguments, edge cases) is `pallas_kernels/mla/__init__.py`. The cache is
-"paired", [num_pages, page_size / 2, 2 * (kv_lora_rank + rope_dim)]: two tokens a row, first both
-latents, then both rotary keys, so that 576 + 576 lanes are nine whole registers, a page is one
-copy, and every operand of the matrix unit begins at a register.
+"striped", [num_pages, 2 * kv_lora_rank / 128 + 1, page_size / 2, 128]: stripes of 128 numbers of
+the latents of a page's first half, then of its second half, then rotary keys, two tokens a line
+(`attnsel_jax.cache_layouts` has it to the number). So a page lies in HBM as in registers: its copy
+has no stride, and every operand of the matrix unit begins at a register.
 
 Phases, in one `pallas_call`: this step's rows into their pages (`mosaic_tpu_writes`); tiles of one
 query, for sequences with one new token; tiles of many queries, for the others; zeros for padding
@@ -19,10 +20,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_chip
-from pallas_kernels.mla.mosaic_tpu_arguments import check_paired, quantised
+from pallas_kernels.mla.mosaic_tpu_arguments import check_striped, quantised
 from pallas_kernels.mla.mosaic_tpu_attend import attend_tiles
 from pallas_kernels.mla.mosaic_tpu_batch import Batch, blank_padding, list_tiles
 from pallas_kernels.mla.mosaic_tpu_scratch import Arrays, Sizes, Tiles
+from pallas_kernels.mla.mosaic_tpu_tiles import Tiles as TileSizes
 from pallas_kernels.mla.mosaic_tpu_tiles import tiles_for
 from pallas_kernels.mla.mosaic_tpu_writes import Writes, stored_rows, write_rows
 from pallas_kernels.shape_checks import check_positive
@@ -33,6 +35,7 @@ class _Passes(NamedTuple):
 
     one: Sizes
     many: Sizes | None
+    most_keys: int  # positions that a row of the page table can name
 
 
 def mla_attention(
@@ -52,18 +55,21 @@ def mla_attention(
     kv_scale: jax.Array | None = None,
     kv_cache_dtype: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Absorbed MLA of a ragged batch over a paired latent cache, as the contract of `mla` has it.
+    """Absorbed MLA of a ragged batch over a striped latent cache, as the contract of `mla` has it.
 
     Numerics: logits, softmax and sums are float32. bfloat16 queries are multiplied in bfloat16 (a
     float32 cache is rounded to it), weights are rounded to bfloat16; float32 queries are multiplied
     at the highest precision.
+
+    Page ids in use are trusted: this is compiled without bounds checks, which every copy would pay
+    for. Slots outside the cache write nowhere.
 
     Raises:
         ValueError: a shape or dtype is not the contract's, or not this lowering's: float16, a page
             size other than 64, 128 and 256, a kv_lora_rank that is no multiple of 128, a rope_dim
             other than 64, fp8_ds_mla.
     """
-    check_paired(
+    check_striped(
         locals(),
         kv_cache_dtype,
     )
@@ -91,8 +97,10 @@ def _call(
     num_tokens, num_heads, _ = ql_nope.shape
     max_num_seqs = kv_lens.shape[0]
     writes = rows is not None
-    passes = _passes(ql_nope, q_pe, pages, max_num_seqs, scale, soft_cap)
-    scalars = [page_table, kv_lens, cu_q_lens, num_seqs, kv_scale]
+    passes = _passes(ql_nope, q_pe, pages, page_table.shape, scale, soft_cap)
+    missing = passes.one.columns - page_table.shape[1]
+    flat_table = jnp.pad(page_table, ((0, 0), (0, missing))).reshape(-1)
+    scalars = [flat_table, kv_lens, cu_q_lens, num_seqs, kv_scale]
     scalars += [slot_mapping] if writes else []
     arrays = [ql_nope, q_pe, *([rows] if writes else []), pages]
     in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
@@ -131,8 +139,7 @@ def _kernel(*refs, passes: _Passes, writes: bool):
     arrays = Arrays(ql_nope, q_pe, pages, out, lse, page_table, kv_scale)
 
     if writes:
-        sizes = {"rank": passes.one.rank, "rope_dim": passes.one.rope_dim}
-        write_rows(Writes(slot_mapping, rows, pages), **sizes)
+        write_rows(Writes(slot_mapping, rows, pages))
     for sizes, belongs in (
         (passes.one, lambda q_len: (q_len == 1) | (passes.many is None)),
         (passes.many, lambda q_len: q_len > 1),
@@ -140,32 +147,41 @@ def _kernel(*refs, passes: _Passes, writes: bool):
         if sizes is not None:
             listed = list_tiles(
                 tiles, batch, belongs, block_q=sizes.block_q, block_kv=sizes.block_kv,
-                most_keys=page_table.shape[1] * sizes.page_size,
+                most_keys=passes.most_keys,
             )  # fmt: skip
             attend_tiles(sizes, arrays, tiles, *listed)
     blank_padding(arrays, batch)
 
 
-def _passes(ql_nope, q_pe, pages, max_num_seqs: int, scale: float, soft_cap) -> _Passes:
+def _passes(ql_nope, q_pe, pages, table: tuple[int, int], scale: float, soft_cap) -> _Passes:
     """The tile sizes of both passes."""
     num_tokens, num_heads, rank = ql_nope.shape
-    page_size = 2 * pages.shape[1]
+    page_size = 2 * pages.shape[2]
+    max_num_seqs, columns = table
+    dtype = "float32" if ql_nope.dtype == jnp.float32 else pages.dtype.name
+    decode, prefill = (
+        tiles_for(tpu_chip.current().generation, dtype, is_decode=is_decode)
+        for is_decode in (True, False)
+    )
+    longest = max(decode.block_kv, prefill.block_kv, page_size) // page_size
 
-    def sizes(is_decode: bool) -> Sizes:
-        dtype = "float32" if ql_nope.dtype == jnp.float32 else pages.dtype.name
-        chosen = tiles_for(tpu_chip.current().generation, dtype, is_decode=is_decode)
+    def sizes(chosen: TileSizes, is_decode: bool) -> Sizes:
         return Sizes(
             block_q=1 if is_decode else max(2, chosen.rows // num_heads),
             block_kv=max(chosen.block_kv, page_size),
             blocks=chosen.blocks,
             lead=min(chosen.lead, chosen.blocks),
+            lag=min(chosen.lag, chosen.blocks),
+            finishes=chosen.finishes,
             starts_within=chosen.starts_within,
             num_heads=num_heads, rank=rank, rope_dim=q_pe.shape[2], page_size=page_size,
+            columns=pl.cdiv(columns, longest) * longest,
             q_dtype=ql_nope.dtype, cache_dtype=pages.dtype, scale=scale, soft_cap=soft_cap,
             rolls_ropes=tpu_chip.current().mxu == 256,
         )  # fmt: skip
 
-    return _Passes(sizes(True), None if num_tokens <= max_num_seqs else sizes(False))
+    many = None if num_tokens <= max_num_seqs else sizes(prefill, False)
+    return _Passes(sizes(decode, True), many, columns * page_size)
 
 
 def _heads_padded(x: jax.Array) -> jax.Array:

@@ -15,10 +15,10 @@ ROPE_DIM = 64  # two of them fill a register
 LARGEST_RANK = 896  # a row and its rotary keys fill a register of 8 x 128
 
 
-def check_paired(
+def check_striped(
     arrays: Mapping[str, jax.Array | None], kv_cache_dtype: str | None
 ) -> dict[str, int]:
-    """Refuses what the contract, or a kernel over a paired cache, does not take.
+    """Refuses what the contract, or a kernel over a striped cache, does not take.
 
     Args:
         arrays: the op's array arguments by name.
@@ -42,7 +42,7 @@ def check_paired(
             "q_pe": ("num_tokens num_q_heads rope_dim", QUERY_DTYPES),
         },
         dtypes=QUERY_DTYPES,
-        cache=("num_pages half_page two_rows", CACHE_DTYPES),
+        cache=("num_pages parts half_page lanes", CACHE_DTYPES),
     )
     _check_sizes(dims)
     return dims
@@ -58,10 +58,11 @@ def _check_sizes(dims: Mapping[str, int]) -> None:
             f"kv_lora_rank is {rank}, must be a multiple of {LANES}, at most {LARGEST_RANK}: use "
             f"XLA_MLA for others"
         )
-    if dims["two_rows"] != 2 * (rank + rope):
+    parts = 2 * rank // LANES + 1
+    if (dims["parts"], dims["lanes"]) != (parts, LANES):
         raise ValueError(
-            f"latent_pages has rows of {dims['two_rows']}, must be {2 * (rank + rope)}, two tokens "
-            f"of {rank} + {rope}: convert the cache to layout 'paired'"
+            f"latent_pages has {dims['parts']} parts of {dims['lanes']} lanes a page, must be "
+            f"{parts} of {LANES} for {rank} + {rope}: convert the cache to layout 'striped'"
         )
     if page_size not in PAGE_SIZES:
         raise ValueError(

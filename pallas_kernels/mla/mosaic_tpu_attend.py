@@ -6,17 +6,19 @@ sequence of blocks of keys, and borders between tiles are no borders to the pipe
 block's tile is looked up, and its queries, running softmax and accumulators are found by it in
 rings. Within that run the compiler has the products of some blocks to fill the matrix unit with
 while the vector unit is at the softmax of others. So that it has them at the run's ends too, the
-products with the keys are `lead` blocks ahead of the rest, across steps::
+products with the keys are `lead` blocks ahead of the softmax, those with the values `lag` behind,
+across steps, and a tile that ended is divided in the next run::
 
     step       k                                k + 1
-    DMA      | blocks of step k + 1           | ...     pages into a ring of blocks
-    q @ K.T  | 2  3  4  5  |                  | 6 ...   (here: 4 blocks a step, lead 2)
+    DMA      | blocks of step k + 2           | ...     pages into a ring of blocks
+    q @ K.T  | 2  3  4  5  |                  | 6 ...   (here: 4 blocks a step, lead 2, lag 1)
     softmax  | 0  1  2  3  |                  | 4 ...
-    p @ V    |  0  1  2  3 |                  |  4 ...
-    between  |             | tiles that ended: divide, send; that begin: their queries; ...
+    p @ V    | -1 0  1  2  |                  | 3 ...
+    divide   | what ended  |                  | ...
+    between  |             | its output leaves; a tile's last page, the next one's queries; ...
 
-A block lies in its buffer as the cache has it, two tokens a row ("paired"): even tokens' latents,
-odd tokens' latents, both rotary keys. Logits are therefore [rows, even keys then odd keys].
+A block lies in its buffer as the cache has it, page by page ("striped"); registers come from there
+in the order of the keys.
 """
 
 import functools
@@ -37,7 +39,7 @@ from pallas_kernels.mla.mosaic_tpu_scratch import (
     Tiles,
     scratch_shapes,
 )
-from pallas_kernels.tpu_chip import LANES
+from pallas_kernels.tpu_chip import LANES, SUBLANES
 
 MASKED = -1e30  # a logit that no query sees: finite, so that no difference of two is NaN
 LOG2_E, LN_2 = math.log2(math.e), math.log(2)
@@ -73,8 +75,8 @@ class _Pass:
     def run(self) -> None:
         """Fills the pipeline, and turns it until every block is through."""
         sizes, scratch, zero = self.sizes, self.scratch, jnp.int32(0)
-        for slot in range(sizes.blocks):
-            self._reset(slot)
+        for state in range(sizes.states + sizes.spare):
+            self._reset(state)
         ahead = jnp.minimum(sizes.queries // 2, self.num_tiles)
         jax.lax.fori_loop(0, ahead, lambda tile, _: self._start_queries(tile), None)
         coming = Cursor(zero, zero)
@@ -85,43 +87,69 @@ class _Pass:
         num_steps = pl.cdiv(self.num_blocks, sizes.blocks)
         for k in range(AHEAD):
             coming = self._start_step(coming, jnp.int32(k), num_steps)
-        received, cleaned = self._receive(zero, zero, zero + sizes.lead)
+        self._receive_queries(zero)
+        crossed = self._while_ends(zero, zero + sizes.lead, self._cross)
         for i in range(sizes.lead):
             scratch.logits[i] = self._logits(jnp.int32(i))
 
         def step(k, state, *, starts):
-            coming, received, cleaned, finished = state
+            coming, crossed, finished = state
             first = k * sizes.blocks
             self._wait_latents(sizes.blocks, k % (AHEAD + 1))
-            received, cleaned = self._receive(received, cleaned, first + sizes.blocks + sizes.lead)
+            crossed = self._while_ends(crossed, first + sizes.blocks + sizes.lead, self._cross)
             if not sizes.starts_within:
                 coming = self._start_step(coming, k + AHEAD, num_steps)
             later = (k + AHEAD) % (AHEAD + 1) if starts else None
-            coming = self._straight(coming, first, later)
-            finished = self._while_ends(finished, first + sizes.blocks, self._finish)
-            return coming, received, cleaned, finished
+            coming = self._straight(coming, finished, first, later)
+            done = first - sizes.lag
+            for _ in range(sizes.finishes):
+                ended = self._has_ended(finished, done)
+                pl.when(ended)(functools.partial(self._send, finished))
+                finished += ended.astype(jnp.int32)
+            finished = self._while_ends(
+                finished, done + sizes.blocks, self._finish, but=sizes.finishes
+            )
+            return coming, crossed, finished
 
         # The last steps start no copies: nothing would wait for them but the kernel's end.
         border = jnp.maximum(num_steps - AHEAD, 0) if sizes.starts_within else 0
-        state = (coming, received, cleaned, zero)
+        state = (coming, crossed, zero)
         if sizes.starts_within:
             state = jax.lax.fori_loop(0, border, functools.partial(step, starts=True), state)
-        jax.lax.fori_loop(border, num_steps, functools.partial(step, starts=False), state)
-        for last in range(OUTPUTS, 0, -1):
+        step = functools.partial(step, starts=False)
+        *_, finished = jax.lax.fori_loop(border, num_steps, step, state)
+        for i in range(sizes.lag):
+            self._add_values(*self._late(i), num_steps * sizes.blocks - sizes.lag + i)
+        self._while_ends(finished, self.num_blocks, self._finish)
+        for last in range(OUTPUTS - 1, 0, -1):
             tile = self.num_tiles - last
             pl.when(tile >= 0)(functools.partial(self._wait_output, tile))
 
-    def _straight(self, coming: Cursor, first: jax.Array, sem: jax.Array | None) -> Cursor:
-        """The run without branches: `blocks` blocks from `first` on; with a semaphore, copies."""
-        sizes, logits = self.sizes, self.scratch.logits
-        products = [logits[i] for i in range(sizes.lead)]
+    def _straight(
+        self, coming: Cursor, finished: jax.Array, first: jax.Array, sem: jax.Array | None
+    ) -> Cursor:
+        """The run without branches: `blocks` blocks from `first` on; with a semaphore, copies.
+
+        It divides what earlier runs left of tiles, too, from tile `finished` on.
+        """
+        sizes, scratch = self.sizes, self.scratch
+        for i in range(sizes.finishes):
+            tile = finished + i
+            ended = self._has_ended(tile, first - sizes.lag)
+            state = jnp.where(ended, jax.lax.rem(tile, sizes.states), sizes.states)
+            self._divide(tile, state, jnp.where(ended, tile % OUTPUTS, OUTPUTS))
+        products = [scratch.logits[i] for i in range(sizes.lead)]
+        weights = [self._late(i) for i in range(sizes.lag)]
         for i in range(sizes.blocks):
             products.append(self._logits(first + sizes.lead + i))
             later = first + AHEAD * sizes.blocks + sizes.lead + i
             coming = coming if sem is None else self._start_block(coming, later, sem)
-            self._softmax_and_values(products[i], first + i)
+            weights.append(self._softmax(products[i], first + i))
+            self._add_values(*weights[i], first - sizes.lag + i)
         for i in range(sizes.lead):
-            logits[i] = products[sizes.blocks + i]
+            scratch.logits[i] = products[sizes.blocks + i]
+        for i in range(sizes.lag):
+            scratch.weights[i], scratch.kept[i] = weights[sizes.blocks + i]
         return coming
 
     # Where a block is.
@@ -138,24 +166,25 @@ class _Pass:
         return jnp.minimum(tile, self.num_tiles - 1)
 
     def _buffer(self, i: jax.Array) -> jax.Array:
-        """Where in the ring block i is."""
-        return jax.lax.rem(i, self.sizes.ring)
+        """Where in the ring block i is; i is at least -lag."""
+        return jax.lax.rem(i + self.sizes.ring, self.sizes.ring)
 
     def _keys_of_tile(self, tile: jax.Array) -> jax.Array:
         """Keys that some query of the tile sees."""
         return jnp.maximum(self.tiles.q_pos[tile] + self.tiles.count[tile], 0)
 
-    def _while_ends(self, tile: jax.Array, stop: jax.Array, act) -> jax.Array:
-        """Acts on the tiles from `tile` on whose last block is before `stop`; returns the next."""
+    def _has_ended(self, tile: jax.Array, stop: jax.Array) -> jax.Array:
+        """Whether there is such a tile, and its last block is before `stop`."""
+        return (tile < self.num_tiles) & (self.tiles.end[self._listed(tile)] <= stop)
 
-        def ends(tile):
-            return (tile < self.num_tiles) & (self.tiles.end[self._listed(tile)] <= stop)
+    def _while_ends(self, tile: jax.Array, stop: jax.Array, act, *, but: int = 0) -> jax.Array:
+        """Acts on the tiles from `tile` on that end by `stop`, but the last; returns the next."""
 
         def one(tile):
             act(tile)
             return tile + 1
 
-        return jax.lax.while_loop(ends, one, tile)
+        return jax.lax.while_loop(lambda tile: self._has_ended(tile + but, stop), one, tile)
 
     # Copies.
 
@@ -166,7 +195,7 @@ class _Pass:
         """Starts or awaits the copies of a tile's queries."""
         slot = jax.lax.rem(tile, self.sizes.queries)
 
-        def one(i, _):
+        def one(i):
             token = self.tiles.token[tile] + i
             for source, target in (
                 (self.arrays.ql_nope, self.scratch.ql_nope),
@@ -174,27 +203,33 @@ class _Pass:
             ):
                 sem = self.scratch.q_arrived.at[slot]
                 act(pltpu.make_async_copy(source.at[token], target.at[slot, i], sem))
-            return _
 
-        jax.lax.fori_loop(0, self.tiles.count[tile], one, 0)
+        self._each_token(tile, one)
+
+    def _each_token(self, tile, act) -> None:
+        """Acts on 0, 1, ... of a tile's tokens."""
+        if self.sizes.block_q == 1:
+            act(0)
+        else:
+            jax.lax.fori_loop(0, self.tiles.count[tile], lambda i, _: act(i), None)
 
     def _start_block(self, at: Cursor, i: jax.Array, sem: jax.Array | int) -> Cursor:
         """Notes where block i is, and starts the copies of its pages; returns the next.
 
-        All its pages are copied without a branch: in place of those past the tile's last key that
-        one again (page 0 if it has none), in place of blocks past the last tile ones of that tile.
+        All its pages are copied without a branch: in place of those past the tile's last key the
+        sequence's first (page 0 if it has no key), in place of blocks past the last tile ones of
+        that tile.
         """
         sizes, buffer = self.sizes, self._buffer(i)
         self.scratch.tile_of[buffer] = at.tile
         self.scratch.block_of[buffer] = at.block
-        tile = self._listed(at.tile)
-        seq, last = self.tiles.seq[tile], self._keys_of_tile(tile) - 1
-        has_keys, last = last >= 0, jnp.maximum(last, 0) // sizes.page_size
+        tile, table = self._listed(at.tile), self.arrays.page_table
+        row, column = self.tiles.seq[tile] * sizes.columns, at.block * sizes.pages_of_block
+        last = (self._keys_of_tile(tile) - 1) >> (sizes.page_size.bit_length() - 1)
+        first = jnp.where(last >= 0, table[row], 0)
         for j in range(sizes.pages_of_block):
-            column = jnp.minimum(at.block * sizes.pages_of_block + j, last)
-            page = jnp.where(has_keys, self.arrays.page_table[seq, column], 0)
-            half = sizes.page_size // 2
-            target = self.scratch.latents.at[buffer, pl.ds(j * half, half)]
+            page = jnp.where(column + j <= last, table[row + column + j], first)
+            target = self.scratch.latents.at[buffer, j]
             arrived = self.scratch.latents_arrived.at[sem]
             pltpu.make_async_copy(self.arrays.pages.at[page], target, arrived).start()
         return self._after(at)
@@ -217,7 +252,7 @@ class _Pass:
         """Starts or awaits the copies of a tile's output and lse."""
         slot = tile % OUTPUTS
 
-        def one(i, _):
+        def one(i):
             token = self.tiles.token[tile] + i
             for source, target in (
                 (self.scratch.out, self.arrays.out),
@@ -225,36 +260,18 @@ class _Pass:
             ):
                 sem = self.scratch.out_left.at[slot]
                 act(pltpu.make_async_copy(source.at[slot, i], target.at[token], sem))
-            return _
 
-        jax.lax.fori_loop(0, self.tiles.count[tile], one, 0)
+        self._each_token(tile, one)
 
     def _wait_output(self, tile) -> None:
         self._each_output(tile, lambda copy: copy.wait())
 
     # Between the runs.
 
-    def _receive(self, received, cleaned, stop) -> tuple[jax.Array, jax.Array]:
-        """Makes the tiles' queries and last blocks ready for products with blocks before `stop`.
-
-        Args:
-            received: tiles whose queries are there.
-            cleaned: tiles whose last blocks are clean.
-            stop: the first block that is not multiplied yet.
-        """
-
-        def begins(tile):
-            listed = self._listed(tile)
-            return (tile < self.num_tiles) & (
-                self.tiles.end[listed] - self.tiles.blocks[listed] < stop
-            )
-
-        def one(tile):
-            self._receive_queries(tile)
-            return tile + 1
-
-        received = jax.lax.while_loop(begins, one, received)
-        return received, self._while_ends(cleaned, stop, self._clean)
+    def _cross(self, tile: jax.Array) -> None:
+        """Readies a tile's last block, and the queries of the one after it, for products."""
+        self._clean(tile)
+        pl.when(tile + 1 < self.num_tiles)(lambda: self._receive_queries(tile + 1))
 
     def _receive_queries(self, tile: jax.Array) -> None:
         """Waits for a tile's queries, and calls for a later tile's."""
@@ -262,46 +279,75 @@ class _Pass:
         later = tile + self.sizes.queries // 2
         pl.when(later < self.num_tiles)(lambda: self._start_queries(later))
 
-    def _clean(self, tile: jax.Array) -> None:
-        """Zeroes what follows the keys in a tile's last block: NaN would outlive a weight of 0."""
-        sizes, packed = self.sizes, 4 // self.sizes.cache_dtype.itemsize
-        block = sizes.block_kv // 2
-        buffer = self._buffer(self.tiles.end[tile] - 1)
-        num_keys = self._keys_of_tile(tile) - (self.tiles.blocks[tile] - 1) * sizes.block_kv
+    def _finish(self, tile: jax.Array) -> None:
+        """Divides what a tile has gathered, and sends it off."""
+        self._divide(tile, jax.lax.rem(tile, self.sizes.states), tile % OUTPUTS)
+        self._send(tile)
 
-        def kept(is_odd):
-            """Bits of the words of a register's lanes; `packed` rows share a word."""
-            row = jax.lax.broadcasted_iota(jnp.int32, (block // packed, LANES), 0)
-            words = jnp.zeros_like(row)
+    def _send(self, tile: jax.Array) -> None:
+        """Sends a tile's output and lse off; returns when there is room for the next one's."""
+        self._each_output(tile, lambda copy: copy.start())
+        next_in_slot = tile + 1 - OUTPUTS
+        pl.when(next_in_slot >= 0)(lambda: self._wait_output(next_in_slot))
+
+    def _clean(self, tile: jax.Array) -> None:
+        """Zeroes what follows the keys in a tile's last page: NaN would outlive a weight of 0.
+
+        Pages after that one are the sequence's first, without such a rest where it has two pages.
+        """
+        sizes, buffer = self.sizes, self._buffer(self.tiles.end[tile] - 1)
+        num_keys = self._keys_of_tile(tile)
+        of_block = num_keys - (self.tiles.blocks[tile] - 1) * sizes.block_kv
+        is_alone = num_keys <= sizes.page_size
+        first = jnp.where(is_alone, 0, (of_block - 1) // sizes.page_size)
+        stop = jnp.where(is_alone, sizes.pages_of_block, first + 1)
+
+        def one(j, _):
+            self._clean_page(self.scratch.latents.at[buffer, j], of_block - j * sizes.page_size)
+            return _
+
+        jax.lax.fori_loop(first, stop, one, 0)
+
+    def _clean_page(self, page, num_keys: jax.Array) -> None:
+        """Zeroes what a page has after its first num_keys tokens."""
+        sizes, packed = self.sizes, 4 // self.sizes.cache_dtype.itemsize
+        tile, half = SUBLANES * packed, sizes.page_size // 2
+        word = jax.lax.broadcasted_iota(jnp.int32, (half // packed, LANES), 0)
+        lane = jax.lax.broadcasted_iota(jnp.int32, (half // packed, LANES), 1)
+
+        def kept(key):
+            """Bits of words: `packed` tokens share one, the first of them is `key`."""
+            words = jnp.zeros_like(word)
             for i in range(packed):
-                key = 2 * (packed * row + i) + is_odd
-                words |= ((key - num_keys) >> 31) & field(i)
+                bits = ((1 << 32 // packed) - 1) << (i * 32 // packed)
+                words |= ((key + i - num_keys) >> 31) & jnp.int32(bits - (bits >> 31 << 32))
             return words
 
-        def field(i):
-            bits = ((1 << 32 // packed) - 1) << (i * 32 // packed)
-            return jnp.int32(bits - (bits >> 31 << 32))
-
-        @pl.when(num_keys < sizes.block_kv)
-        def _():
-            lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
-            even, odd = ([kept(i)] * (sizes.rank // LANES) for i in (0, 1))
-            ropes = kept(1 + ((lane - sizes.rope_dim) >> 31))
-            mask = jnp.concatenate([*even, *odd, ropes], axis=1)
-            words = pltpu.bitcast(self.scratch.latents[buffer], jnp.int32) & mask
-            self.scratch.latents[buffer] = pltpu.bitcast(words, sizes.cache_dtype)
+        line = packed * word
+        second = tile * (1 + ((lane - sizes.rope_dim) >> 31))
+        masks = [kept(line), kept(half + line), kept(line // tile * tile + line + second)]
+        for part in range(2 * sizes.stripes + 1):
+            words = pltpu.bitcast(page[part], jnp.int32) & masks[part // sizes.stripes]
+            page[part] = pltpu.bitcast(words, sizes.cache_dtype)
 
     # Phases of a block.
 
-    def _parts(self, i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Block i's latents [block_kv, rank], even tokens' first; rotary keys, two tokens a row."""
-        rank = self.sizes.rank
-        rows = self.scratch.latents.at[self._buffer(i)]
-        halves = [rows[:, pl.ds(at, rank)] for at in (0, rank)]
-        ropes = rows[:, pl.ds(2 * rank, 2 * self.sizes.rope_dim)]
+    def _parts(self, i: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        """Block i's latents [block_kv, rank]; and a list of its rotary tiles, two tokens a line."""
+        sizes, rows = self.sizes, self.scratch.latents.at[self._buffer(i)]
+        pages = range(sizes.pages_of_block)
+        halves = [
+            jnp.concatenate(
+                [rows[j, half * sizes.stripes + c] for c in range(sizes.stripes)], axis=1
+            )
+            for j in pages
+            for half in range(2)
+        ]
+        ropes = jnp.concatenate([rows[j, 2 * sizes.stripes] for j in pages], axis=0)
+        tile = 32 // sizes.cache_dtype.itemsize
         return (
-            jnp.concatenate(halves, axis=0).astype(self.sizes.q_dtype),
-            ropes.astype(self.sizes.q_dtype),
+            jnp.concatenate(halves, axis=0).astype(sizes.q_dtype),
+            [ropes[at : at + tile].astype(sizes.q_dtype) for at in range(0, len(ropes), tile)],
         )
 
     def _logits(self, i: jax.Array) -> jax.Array:
@@ -311,37 +357,49 @@ class _Pass:
         slot = jax.lax.rem(self.scratch.tile_of[self._buffer(i)], sizes.queries)
         q = self.scratch.ql_nope[slot].reshape(sizes.rows, sizes.rank)
         q_pe = self.scratch.q_pe[slot].reshape(sizes.rows, sizes.rope_dim)
-        # A row has two tokens' rotary keys. On 256-wide matrix units they are laid under one
+        # A line has two tokens' rotary keys. On 256-wide matrix units they are laid under one
         # another; on 128-wide ones that delays the products (v5e 310 us for 284): there each half
         # is masked, and the queries have theirs twice.
         if sizes.rolls_ropes:
-            of_both = [ropes[:, : sizes.rope_dim], ropes[:, sizes.rope_dim :]]
+            own = [of for x in ropes for of in (x[:, : sizes.rope_dim], x[:, sizes.rope_dim :])]
             q = jnp.concatenate([q, q_pe], axis=1)
         else:
             lane = jax.lax.broadcasted_iota(jnp.int32, (1, 2 * sizes.rope_dim), 1)
-            is_even = (lane - sizes.rope_dim) >> 31
-            words = pltpu.bitcast(ropes, jnp.int32)
-            of_both = [pltpu.bitcast(words & mask, sizes.q_dtype) for mask in (is_even, ~is_even)]
+            is_first = (lane - sizes.rope_dim) >> 31
+            words = [pltpu.bitcast(x, jnp.int32) for x in ropes]
+            masked = [x & mask for x in words for mask in (is_first, ~is_first)]
+            own = [pltpu.bitcast(x, sizes.q_dtype) for x in masked]
             q = jnp.concatenate([q, q_pe, q_pe], axis=1)
-        keys = jnp.concatenate([latents, jnp.concatenate(of_both, axis=0)], axis=1)
+        keys = jnp.concatenate([latents, jnp.concatenate(own, axis=0)], axis=1)
         return _dot(q, keys, contract=(1, 1), precision=sizes.precision)
 
-    def _softmax_and_values(self, products: jax.Array, i: jax.Array) -> None:
-        """Adds block i to its tile's running softmax."""
+    def _softmax(self, products: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Adds block i to its tile's running softmax: its weights, and what old ones keep."""
         scratch, sizes = self.scratch, self.sizes
         buffer = self._buffer(i)
         at = Cursor(scratch.tile_of[buffer], scratch.block_of[buffer])
-        slot = jax.lax.rem(at.tile, sizes.blocks)
+        state = jax.lax.rem(at.tile, sizes.states)
         logits = self._seen(self._scaled(products), at)
-        m_old = scratch.m[slot]
+        m_old = scratch.m[state]
         m_new = jnp.maximum(m_old, jnp.max(logits, axis=1, keepdims=True))
         kept = jnp.exp2(m_old - m_new)
         p = jnp.exp2(logits - _widened(m_new, sizes.block_kv))
-        scratch.m[slot] = m_new
-        scratch.l[slot] = kept * scratch.l[slot] + jnp.sum(p, axis=1, keepdims=True)
+        scratch.m[state] = m_new
+        scratch.l[state] = kept * scratch.l[state] + jnp.sum(p, axis=1, keepdims=True)
+        return p.astype(sizes.q_dtype), kept
+
+    def _late(self, i: int) -> tuple[jax.Array, jax.Array]:
+        """Weights of the last run's last blocks, whose values are not added yet."""
+        return self.scratch.weights[i], self.scratch.kept[i]
+
+    def _add_values(self, weights: jax.Array, kept: jax.Array, i: jax.Array) -> None:
+        """Adds the weighted values of block i to its tile's; to nobody's where i is negative."""
+        scratch, sizes = self.scratch, self.sizes
+        state = jax.lax.rem(scratch.tile_of[self._buffer(i)], sizes.states)
+        state = jnp.where(i < 0, sizes.states, state)
         values, _ = self._parts(i)
-        product = _dot(p.astype(values.dtype), values, contract=(1, 0), precision=sizes.precision)
-        scratch.acc[slot] = scratch.acc[slot] * _widened(kept, sizes.rank) + product
+        product = _dot(weights, values, contract=(1, 0), precision=sizes.precision)
+        scratch.acc[state] = scratch.acc[state] * _widened(kept, sizes.rank) + product
 
     def _scaled(self, products: jax.Array) -> jax.Array:
         """Logits in base 2."""
@@ -354,9 +412,7 @@ class _Pass:
 
     def _seen(self, logits: jax.Array, at: Cursor) -> jax.Array:
         """Logits with those of keys after the query's own position masked."""
-        half = self.sizes.block_kv // 2
-        column = jax.lax.broadcasted_iota(jnp.int32, (1, self.sizes.block_kv), 1)
-        key = jnp.where(column < half, 2 * column, 2 * (column - half) + 1)
+        key = jax.lax.broadcasted_iota(jnp.int32, (1, self.sizes.block_kv), 1)
         kv_pos = key + at.block * self.sizes.block_kv
         q_pos = self.tiles.q_pos[self._listed(at.tile)]
         if self.sizes.block_q == 1:
@@ -364,22 +420,20 @@ class _Pass:
         row = jax.lax.broadcasted_iota(jnp.int32, (self.sizes.rows, 1), 0)
         return jnp.where(kv_pos <= q_pos + row // self.sizes.num_heads, logits, MASKED)
 
-    def _finish(self, tile: jax.Array) -> None:
-        """Divides, sends a tile's output and lse off, and makes room for a later tile."""
+    def _divide(self, tile: jax.Array, state: jax.Array, slot: jax.Array) -> None:
+        """Divides a state, a tile's, into an output's slot, and clears it for a later tile's."""
         scratch, sizes = self.scratch, self.sizes
-        slot, state = tile % OUTPUTS, jax.lax.rem(tile, sizes.blocks)
-        pl.when(tile >= OUTPUTS)(lambda: self._wait_output(tile - OUTPUTS))
         m, l = scratch.m[state], scratch.l[state]
-        seen = m > 0.5 * MASKED
-        factor = jnp.where(seen, self.arrays.kv_scale[0] / l, 0.0)
-        out = scratch.acc[state] * _widened(factor, sizes.rank)
+        row = jax.lax.broadcasted_iota(jnp.int32, m.shape, 0)
+        last_seen = row // sizes.num_heads + self.tiles.q_pos[self._listed(tile)]
+        out = scratch.acc[state] * _widened(self.arrays.kv_scale[0] / l, sizes.rank)
+        out = jnp.where(_widened(last_seen, sizes.rank) >= 0, out, 0.0)  # and 0 even if it is NaN
         shape = (sizes.block_q, sizes.num_heads, sizes.rank)
         scratch.out[slot] = out.astype(sizes.q_dtype).reshape(shape)
-        lse = jnp.where(seen, (m + jnp.log2(l)) * LN_2, -jnp.inf)
+        lse = jnp.where(last_seen >= 0, (m + jnp.log2(l)) * LN_2, -jnp.inf)
         for i in range(sizes.block_q):
             of_query = lse[i * sizes.num_heads : (i + 1) * sizes.num_heads]
             scratch.lse[slot, i] = _as_row(of_query)
-        self._each_output(tile, lambda copy: copy.start())
         self._reset(state)
 
     def _reset(self, state: jax.Array) -> None:

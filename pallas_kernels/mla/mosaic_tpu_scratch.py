@@ -22,8 +22,11 @@ class Sizes:
         block_kv: keys of a block; whole pages.
         blocks: blocks of a step.
         lead: blocks that products with the keys are ahead of the softmax; at most `blocks`.
+        lag: blocks that products with the values are behind it; at most `blocks`.
+        finishes: tiles that a step divides among its products; others wait till between the steps.
         starts_within: whether copies are started among a step's products, or before them.
         num_heads, rank, rope_dim, page_size: of the arrays.
+        columns: of a row of the page table, with those that make it whole blocks.
         q_dtype: of queries and output.
         cache_dtype: of the latents as they are stored.
         scale, soft_cap: of the logits.
@@ -34,11 +37,14 @@ class Sizes:
     block_kv: int
     blocks: int
     lead: int
+    lag: int
+    finishes: int
     starts_within: bool
     num_heads: int
     rank: int
     rope_dim: int
     page_size: int
+    columns: int
     q_dtype: jnp.dtype
     cache_dtype: jnp.dtype
     scale: float
@@ -56,9 +62,24 @@ class Sizes:
         return self.block_kv // self.page_size
 
     @property
+    def stripes(self) -> int:
+        """Stripes of LANES numbers that a latent has."""
+        return self.rank // LANES
+
+    @property
     def ring(self) -> int:
-        """Blocks of latents in VMEM: a step's, the lead, and those of AHEAD steps on their way."""
-        return (AHEAD + 1) * self.blocks + self.lead
+        """Blocks of latents in VMEM: a step's, lead and lag, and those of AHEAD steps to come."""
+        return (AHEAD + 1) * self.blocks + self.lead + self.lag
+
+    @property
+    def states(self) -> int:
+        """Tiles that may be under way: as many as a step has blocks, with those that lag."""
+        return self.blocks + self.lag
+
+    @property
+    def spare(self) -> int:
+        """States and outputs that are nobody's: what a step's run writes to where no tile ended."""
+        return int(self.lag > 0 or self.finishes > 0)
 
     @property
     def queries(self) -> int:
@@ -79,7 +100,7 @@ class Arrays(NamedTuple):
     pages: Any
     out: Any
     lse: Any
-    page_table: Any
+    page_table: Any  # row after row, `Sizes.columns` each
     kv_scale: Any
 
 
@@ -99,13 +120,15 @@ class Scratch(NamedTuple):
 
     ql_nope: Any  # [queries, block_q, num_heads, rank]
     q_pe: Any  # [queries, block_q, num_heads, rope_dim]
-    latents: Any  # [ring, block_kv / 2, 2 * (rank + rope_dim)]
+    latents: Any  # [ring, pages_of_block, parts, page_size / 2, LANES]: as the cache has them
     logits: Any  # float32 [lead, rows, block_kv]: unscaled, of the blocks that are ahead
-    m: Any  # float32 [blocks, rows, LANES]: the same in every lane
+    weights: Any  # [lag, rows, block_kv]: of the blocks whose values come late
+    kept: Any  # float32 [lag, rows, LANES]: what they leave of those before them
+    m: Any  # float32 [states + spare, rows, LANES]: the same in every lane
     l: Any
-    acc: Any  # float32 [blocks, rows, rank]
-    out: Any  # [OUTPUTS, block_q, num_heads, rank]
-    lse: Any  # float32 [OUTPUTS, block_q, 1, num_heads]
+    acc: Any  # float32 [states + spare, rows, rank]
+    out: Any  # [OUTPUTS + spare, block_q, num_heads, rank]
+    lse: Any  # float32 [OUTPUTS + spare, block_q, 1, num_heads]
     tile_of: Any  # SMEM [ring]: which tile, and which of its blocks, a buffer has
     block_of: Any
     q_arrived: Any
@@ -116,17 +139,20 @@ class Scratch(NamedTuple):
 def scratch_shapes(sizes: Sizes) -> Scratch:
     """The shapes of a pass's scratch."""
     s = sizes
-    both = 2 * (s.rank + s.rope_dim)
     return Scratch(
         ql_nope=pltpu.VMEM((s.queries, s.block_q, s.num_heads, s.rank), s.q_dtype),
         q_pe=pltpu.VMEM((s.queries, s.block_q, s.num_heads, s.rope_dim), s.q_dtype),
-        latents=pltpu.VMEM((s.ring, s.block_kv // 2, both), s.cache_dtype),
+        latents=pltpu.VMEM(
+            (s.ring, s.pages_of_block, 2 * s.stripes + 1, s.page_size // 2, LANES), s.cache_dtype
+        ),
         logits=pltpu.VMEM((s.lead, s.rows, s.block_kv), jnp.float32),
-        m=pltpu.VMEM((s.blocks, s.rows, LANES), jnp.float32),
-        l=pltpu.VMEM((s.blocks, s.rows, LANES), jnp.float32),
-        acc=pltpu.VMEM((s.blocks, s.rows, s.rank), jnp.float32),
-        out=pltpu.VMEM((OUTPUTS, s.block_q, s.num_heads, s.rank), s.q_dtype),
-        lse=pltpu.VMEM((OUTPUTS, s.block_q, 1, s.num_heads), jnp.float32),
+        weights=pltpu.VMEM((max(s.lag, 1), s.rows, s.block_kv), s.q_dtype),
+        kept=pltpu.VMEM((max(s.lag, 1), s.rows, LANES), jnp.float32),
+        m=pltpu.VMEM((s.states + s.spare, s.rows, LANES), jnp.float32),
+        l=pltpu.VMEM((s.states + s.spare, s.rows, LANES), jnp.float32),
+        acc=pltpu.VMEM((s.states + s.spare, s.rows, s.rank), jnp.float32),
+        out=pltpu.VMEM((OUTPUTS + s.spare, s.block_q, s.num_heads, s.rank), s.q_dtype),
+        lse=pltpu.VMEM((OUTPUTS + s.spare, s.block_q, 1, s.num_heads), jnp.float32),
         tile_of=pltpu.SMEM((s.ring,), jnp.int32),
         block_of=pltpu.SMEM((s.ring,), jnp.int32),
         q_arrived=pltpu.SemaphoreType.DMA((s.queries,)),

@@ -14,6 +14,8 @@ class Tiles(NamedTuple):
         block_kv: keys of a block, where pages are no larger.
         blocks: blocks of a step, which the compiler schedules as one.
         lead: blocks that the products with the keys are ahead of the softmax.
+        lag: blocks that the products with the values are behind it.
+        finishes: tiles that a step divides among its products; what more ended waits till after.
         starts_within: whether copies are started among a step's products, or before them: v6e's
             compiler lets no load of latents pass one (a decode's 3241 bundles with, 2164 without).
     """
@@ -22,17 +24,19 @@ class Tiles(NamedTuple):
     block_kv: int
     blocks: int
     lead: int
+    lag: int = 1
+    finishes: int = 1
     starts_within: bool = True
 
 
 TILES = {
     ("v4", "bfloat16", "decode"): Tiles(rows=128, block_kv=256, blocks=4, lead=1),
-    ("v4", "bfloat16", "prefill"): Tiles(rows=512, block_kv=256, blocks=2, lead=1),
+    ("v4", "bfloat16", "prefill"): Tiles(512, 256, blocks=2, lead=1, lag=0, finishes=0),
     ("v5e", "bfloat16", "decode"): Tiles(rows=128, block_kv=256, blocks=8, lead=1),
     ("v5e", "bfloat16", "prefill"): Tiles(rows=512, block_kv=256, blocks=2, lead=1),
     ("v5p", "bfloat16", "decode"): Tiles(rows=128, block_kv=256, blocks=8, lead=1),
     ("v5p", "bfloat16", "prefill"): Tiles(rows=512, block_kv=256, blocks=2, lead=1),
-    ("v6e", "bfloat16", "decode"): Tiles(128, 256, blocks=8, lead=4, starts_within=False),
+    ("v6e", "bfloat16", "decode"): Tiles(128, 256, 8, 4, starts_within=False),
     ("v6e", "bfloat16", "prefill"): Tiles(rows=512, block_kv=256, blocks=2, lead=1),
     ("7x", "bfloat16", "decode"): Tiles(rows=128, block_kv=256, blocks=8, lead=4),
     ("7x", "bfloat16", "prefill"): Tiles(rows=512, block_kv=256, blocks=2, lead=1),
@@ -46,8 +50,8 @@ OTHERS = {
 
 # The same where VMEM is 16 MiB (v4).
 SMALL = {
-    "decode": Tiles(rows=128, block_kv=256, blocks=1, lead=1),
-    "prefill": Tiles(rows=256, block_kv=256, blocks=1, lead=1),
+    "decode": Tiles(rows=128, block_kv=256, blocks=1, lead=1, lag=0, finishes=0),
+    "prefill": Tiles(rows=256, block_kv=256, blocks=1, lead=1, lag=0, finishes=0),
 }
 
 

@@ -1,9 +1,9 @@
-"""How this step's rows get into a "paired" latent cache on TPU, by the attending kernel itself.
+"""How this step's rows get into a "striped" latent cache on TPU, by the attending kernel itself.
 
-A register packs rows of narrow dtypes into words, so what can be copied alone is a *bundle* of rows
-(16 of bfloat16), each of two tokens. A run of tokens that go to one bundle is one read, merge and
-write of it. Runs are taken in groups: all bundles of a group are on their way at once, and no
-bundle is twice in a group.
+A register packs rows of narrow dtypes into words, so what can be copied alone is a *tile* of rows,
+16 of bfloat16; and a tile of rotary keys belongs to two tiles of latents, together a *unit*. A run
+of tokens that go to one unit is one read, merge and write of the tiles that it touches. Runs are
+taken in groups: all tiles of a group are on their way at once, and no unit is twice in a group.
 """
 
 from typing import Any, NamedTuple
@@ -15,23 +15,38 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu_chip import LANES, SUBLANES
 
-GROUP = 16  # bundles under way at once
+RUNS = 64  # of a group, at most
+MOST_TOKENS = 256  # that a group's runs are looked for in
+SET_WORDS = 64  # words of 32 bits: units of a group, by the last bits of their numbers
 
 
 class Writes(NamedTuple):
     """What is written, and where: slot_mapping in SMEM, the others in HBM."""
 
     slot_mapping: Any  # int32 [num_tokens]
-    rows: Any  # float32 [num_tokens, SUBLANES, LANES]: see `stored_rows`
-    pages: Any  # [num_pages, page_size / 2, 2 * (rank + rope_dim)]
+    rows: Any  # float32 [padded num_tokens, SUBLANES, LANES]: see `stored_rows`
+    pages: Any  # [num_pages, parts, page_size / 2, LANES]
+
+    @property
+    def tile(self) -> int:
+        """Rows of a tile."""
+        return 32 // self.pages.dtype.itemsize
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a group's runs are looked for in."""
+        return min(MOST_TOKENS, self.rows.shape[0])
 
 
 class _Scratch(NamedTuple):
-    bundle: Any  # [GROUP, packed, 2 * (rank + rope_dim)]
-    rows: Any  # float32 [GROUP, 2 * packed, SUBLANES, LANES]
-    at: Any  # SMEM [GROUP]: the bundle, counted through all pages
-    first: Any  # SMEM [GROUP]: its first token
-    count: Any  # SMEM [GROUP]: its tokens, consecutive ones
+    latents: Any  # [RUNS, 2, parts / 2, tile, LANES]
+    ropes: Any  # [RUNS, tile, LANES]
+    rows: Any  # float32 [tokens, SUBLANES, LANES]
+    unit: Any  # SMEM [RUNS]: the unit, counted through all pages
+    first: Any  # SMEM [RUNS]: its first token
+    count: Any  # SMEM [RUNS]: its tokens, consecutive ones
+    tiles: Any  # SMEM [RUNS]: bits of its tiles of latents that are touched
+    seen: Any  # SMEM [SET_WORDS]
     arrived: Any
     left: Any
 
@@ -41,133 +56,163 @@ def stored_rows(latents: jax.Array, ropes: jax.Array) -> jax.Array:
 
     Args:
         latents, ropes: [num_tokens, rank], [num_tokens, rope_dim], as the cache stores them.
+
+    Returns:
+        float32 [num_tokens up to whole groups', SUBLANES, LANES].
     """
+    group = min(MOST_TOKENS, latents.shape[0])
     rows = jnp.concatenate([latents, ropes, ropes], axis=-1).astype(jnp.float32)
     missing = SUBLANES * LANES - rows.shape[1]
-    return jnp.pad(rows, ((0, 0), (0, missing))).reshape(-1, SUBLANES, LANES)
+    rows = jnp.pad(rows, ((0, -rows.shape[0] % group), (0, missing)))
+    return rows.reshape(-1, SUBLANES, LANES)
 
 
-def write_rows(writes: Writes, *, rank: int, rope_dim: int) -> None:
+def write_rows(writes: Writes) -> None:
     """Puts every token's row at its slot; returns when all of them are there."""
-    packed = 32 // writes.pages.dtype.itemsize
+    parts, tile = writes.pages.shape[1], writes.tile
 
     def scoped(*scratch):
-        _write_groups(writes, _Scratch(*scratch), packed, rank, rope_dim)
+        _write_groups(writes, _Scratch(*scratch))
 
     pl.run_scoped(
         scoped,
-        pltpu.VMEM((GROUP, packed, 2 * (rank + rope_dim)), writes.pages.dtype),
-        pltpu.VMEM((GROUP, 2 * packed, SUBLANES, LANES), jnp.float32),
-        *[pltpu.SMEM((GROUP,), jnp.int32)] * 3,
+        pltpu.VMEM((RUNS, 2, parts // 2, tile, LANES), writes.pages.dtype),
+        pltpu.VMEM((RUNS, tile, LANES), writes.pages.dtype),
+        pltpu.VMEM((writes.tokens, SUBLANES, LANES), jnp.float32),
+        *[pltpu.SMEM((RUNS,), jnp.int32)] * 4,
+        pltpu.SMEM((SET_WORDS,), jnp.int32),
         *[pltpu.SemaphoreType.DMA(())] * 2,
     )
 
 
-def _write_groups(writes, scratch, packed, rank, rope_dim) -> None:
+def _write_groups(writes, scratch) -> None:
     """Group after group until no token is left."""
-    num_tokens = writes.rows.shape[0]
+    num_tokens = writes.slot_mapping.shape[0]
 
     def one_group(token):
-        token, runs = _gather_runs(writes, scratch, token, 2 * packed)
-        _each_copy(writes, scratch, runs, packed, lambda copy: copy.start(), into=True)
-        _each_copy(writes, scratch, runs, packed, lambda copy: copy.wait(), into=True)
+        base = token // writes.tokens * writes.tokens
+        in_hbm = writes.rows.at[pl.ds(base, writes.tokens)]
+        rows = pltpu.make_async_copy(in_hbm, scratch.rows, scratch.arrived)
+        rows.start()
+        stop = jnp.minimum(base + writes.tokens, num_tokens)
+        token, runs = _gather_runs(writes, scratch, token, stop)
+        _each_copy(writes, scratch, runs, lambda copy: copy.start(), into=True)
+        rows.wait()
+        _each_copy(writes, scratch, runs, lambda copy: copy.wait(), into=True)
 
         def one_run(j, _):
-            _merge(writes, scratch, j, packed, rank, rope_dim)
+            _merge(writes, scratch, j, base)
             return _
 
         jax.lax.fori_loop(0, runs, one_run, 0)
-        _each_copy(writes, scratch, runs, packed, lambda copy: copy.start(), into=False)
-        _each_copy(writes, scratch, runs, packed, lambda copy: copy.wait(), into=False)
+        _each_copy(writes, scratch, runs, lambda copy: copy.start(), into=False)
+        _each_copy(writes, scratch, runs, lambda copy: copy.wait(), into=False)
         return token
 
     jax.lax.while_loop(lambda token: token < num_tokens, one_group, jnp.int32(0))
 
 
-def _gather_runs(writes, scratch, token, size) -> tuple[jax.Array, jax.Array]:
-    """Lists the runs of the next group from a token on; returns the token after them, and runs."""
-    num_tokens = writes.rows.shape[0]
-    num_slots = 2 * writes.pages.shape[0] * writes.pages.shape[1]
+def _gather_runs(writes, scratch, token, stop) -> tuple[jax.Array, jax.Array]:
+    """Lists the runs of the next group, tokens before `stop`; returns the token after, and runs."""
+    num_pages, _, half, _ = writes.pages.shape
+    size, num_slots = 2 * writes.tile, 2 * half * num_pages
+    for i in range(SET_WORDS):
+        scratch.seen[i] = 0
 
     def is_open(state):
-        token, _, ended, _ = state
-        return (token < num_tokens) & ~ended
+        token, _, ended = state
+        return (token < stop) & ~ended
 
     def one_token(state):
-        token, runs, _, seen = state
+        token, runs, _ = state
         slot = writes.slot_mapping[token]
         exists = (slot >= 0) & (slot < num_slots)
-        bundle = slot // size
+        unit = slot // size
         last = jnp.maximum(runs - 1, 0)
-        joins = (runs > 0) & (scratch.at[last] == bundle)
+        joins = (runs > 0) & (scratch.unit[last] == unit)
         joins &= scratch.first[last] + scratch.count[last] == token
-        joins &= scratch.count[last] < size
-        # A set of the group's bundles, by their last five bits: most are found to be new at once.
-        bit = jnp.left_shift(1, bundle & 31)
+        # Most units are found to be new at once, by a set of the last bits of their numbers.
+        word, bit = (unit >> 5) & (SET_WORDS - 1), jnp.left_shift(1, unit & 31)
+        seen = scratch.seen[word]
         searched = jnp.where(joins | (seen & bit == 0), 0, runs)
         taken = jax.lax.fori_loop(
-            0, searched, lambda j, found: found | (scratch.at[j] == bundle), jnp.bool_(False)
+            0, searched, lambda j, found: found | (scratch.unit[j] == unit), jnp.bool_(False)
         )
-        ends = exists & ~joins & (taken | (runs == GROUP))
+        ends = exists & ~joins & (taken | (runs == RUNS))
         begins = exists & ~joins & ~ends
+        tile = jnp.left_shift(1, slot % size // writes.tile)
 
         @pl.when(exists & joins)
         def _():
             scratch.count[last] += 1
+            scratch.tiles[last] |= tile
 
         @pl.when(begins)
         def _():
-            scratch.at[runs] = bundle
+            scratch.unit[runs] = unit
             scratch.first[runs] = token
             scratch.count[runs] = 1
+            scratch.tiles[runs] = tile
+            scratch.seen[word] = seen | bit
 
-        seen |= jnp.where(begins, bit, 0)
-        return token + (~ends).astype(jnp.int32), runs + begins.astype(jnp.int32), ends, seen
+        return token + (~ends).astype(jnp.int32), runs + begins.astype(jnp.int32), ends
 
-    none = jnp.int32(0)
-    start = token, none, jnp.bool_(False), none
-    token, runs, _, _ = jax.lax.while_loop(is_open, one_token, start)
+    token, runs, _ = jax.lax.while_loop(is_open, one_token, (token, jnp.int32(0), jnp.bool_(False)))
     return token, runs
 
 
-def _each_copy(writes, scratch, runs, packed, act, *, into: bool) -> None:
-    """Starts or awaits the copies of a group: bundles and rows into VMEM, or bundles back."""
-    bundles_of_page = writes.pages.shape[1] // packed
+def _each_copy(writes, scratch, runs, act, *, into: bool) -> None:
+    """Starts or awaits the copies of a group's tiles, into VMEM or back."""
+    num_stripes, half = writes.pages.shape[1] // 2, writes.pages.shape[2]
+    units_of_page = half // writes.tile
+
+    def copy(in_hbm, in_vmem):
+        if into:
+            act(pltpu.make_async_copy(in_hbm, in_vmem, scratch.arrived))
+        else:
+            act(pltpu.make_async_copy(in_vmem, in_hbm, scratch.left))
 
     def one_run(j, _):
-        bundle = scratch.at[j]
-        at = pl.ds(pl.multiple_of(bundle % bundles_of_page * packed, packed), packed)
-        in_hbm = writes.pages.at[bundle // bundles_of_page, at]
-        if not into:
-            act(pltpu.make_async_copy(scratch.bundle.at[j], in_hbm, scratch.left))
-            return _
-        act(pltpu.make_async_copy(in_hbm, scratch.bundle.at[j], scratch.arrived))
+        page, unit = scratch.unit[j] // units_of_page, scratch.unit[j] % units_of_page
 
-        def one_row(i, _):
-            row = writes.rows.at[scratch.first[j] + i]
-            act(pltpu.make_async_copy(row, scratch.rows.at[j, i], scratch.arrived))
-            return _
+        def one_tile(i):
+            at = (2 * unit + i) * writes.tile
+            stripes = pl.ds(at // half * num_stripes, num_stripes)
+            in_hbm = writes.pages.at[page, stripes, _aligned(at % half, writes.tile)]
+            copy(in_hbm, scratch.latents.at[j, i])
 
-        jax.lax.fori_loop(0, scratch.count[j], one_row, 0)
+        tiles = scratch.tiles[j]
+        one_tile(jnp.where(tiles == 2, 1, 0))
+        pl.when(tiles == 3)(lambda: one_tile(1))
+        at = _aligned(unit * writes.tile, writes.tile)
+        copy(writes.pages.at[page, 2 * num_stripes, at], scratch.ropes.at[j])
         return _
 
     jax.lax.fori_loop(0, runs, one_run, 0)
 
 
-def _merge(writes, scratch, j, packed, rank, rope_dim) -> None:
-    """Puts a run's rows into its bundle."""
-    old = scratch.bundle[j].astype(jnp.float32)
+def _aligned(at: jax.Array, size: int) -> pl.Slice:
+    return pl.ds(pl.multiple_of(at, size), size)
+
+
+def _merge(writes, scratch, j, base) -> None:
+    """Puts a run's rows into its tiles; `base` is the token of the first row in VMEM."""
+    tile, num_stripes = writes.tile, scratch.latents.shape[2]
     # No boolean vector is widened here: the Mosaic of libtpu 0.0.50 gives those no layout.
-    lane = jax.lax.broadcasted_iota(jnp.int32, old.shape, 1)
-    evens, odds, ropes = (1 + ((lane - at) >> 31) for at in (rank, 2 * rank, 2 * rank + rope_dim))
-    token_at = 2 * jax.lax.broadcasted_iota(jnp.int32, old.shape, 0) + evens - odds + ropes
+    line = jax.lax.broadcasted_iota(jnp.int32, (tile, LANES), 0)
+    lane = jax.lax.broadcasted_iota(jnp.int32, (tile, LANES), 1)
+    token_of_rope = line + tile * (1 + ((lane - LANES // 2) >> 31))
 
-    def one_row(i, values):
-        latents = [scratch.rows[j, i, pl.ds(c, 1)] for c in range(rank // LANES)]
-        ropes = scratch.rows[j, i, pl.ds(rank // LANES, 1)]
-        row = jnp.concatenate([*latents, *latents, ropes], axis=1)
-        offset = writes.slot_mapping[scratch.first[j] + i] % (2 * packed)
-        return jnp.where(token_at == offset, row, values)
+    def put(ref, is_own, row):
+        ref[...] = jnp.where(is_own, row, ref[...].astype(jnp.float32)).astype(ref.dtype)
 
-    new = jax.lax.fori_loop(0, scratch.count[j], one_row, old)
-    scratch.bundle[j] = new.astype(scratch.bundle.dtype)
+    def one_row(i, _):
+        token = scratch.first[j] + i
+        at = writes.slot_mapping[token] % (2 * tile)
+        row = [scratch.rows[token - base, pl.ds(c, 1)] for c in range(num_stripes + 1)]
+        for stripe in range(num_stripes):
+            put(scratch.latents.at[j, at // tile, stripe], line == at % tile, row[stripe])
+        put(scratch.ropes.at[j], token_of_rope == at, row[num_stripes])
+        return _
+
+    jax.lax.fori_loop(0, scratch.count[j], one_row, 0)

@@ -20,7 +20,7 @@ KERNELS = {
     "sparse_mla": "pallas_kernels.sparse_mla.mosaic_tpu:sparse_mla_attention",
     "indexer_scores": "pallas_kernels.sparse_mla.mosaic_tpu_indexer:indexer_scores",
 }
-SHAPES = {"mla": (PAGES, 32, 1152), "sparse_mla": (PAGES, PAGE_SIZE, 3, 2, 128)}
+SHAPES = {"mla": (PAGES, 9, 32, 128), "sparse_mla": (PAGES, PAGE_SIZE, 3, 2, 128)}
 ROWS = (PAGES, PAGE_SIZE, 576)
 
 

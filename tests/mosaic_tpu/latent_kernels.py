@@ -30,7 +30,7 @@ def on_rows(kernel, layout):
     return wrapped
 
 
-def row_of(kernel, layout="paired", *, generation="v5e", seed=0, **options):
+def row_of(kernel, layout="striped", *, generation="v5e", seed=0, **options):
     """The comparison's row of one problem; options are those of `mla_inputs`."""
     op = "sparse_mla" if "topk" in options else "mla"
     problem = Problem("interpreted", op, "", mla_inputs, SHAPE | options)

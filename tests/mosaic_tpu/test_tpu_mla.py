@@ -1,9 +1,12 @@
 """MLA on TPU, interpreted with race detection and NaN in uninitialised memory, and compiled."""
 
+import re
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from latent_kernels import SHAPE, row_of
+from tpu_interpreter import tpu_interpreter
 
 from attnsel_jax import LatentCache
 from attnsel_jax.aot import compile_for, target_for
@@ -64,7 +67,8 @@ def test_it_agrees_with_the_oracle(options):
 
 
 def test_it_agrees_where_copies_are_started_between_the_products(monkeypatch):
-    monkeypatch.setattr(mosaic_tpu, "tiles_for", lambda *_, **__: Tiles(64, 128, 2, 2, False))
+    tiles = Tiles(64, 128, 2, 2, lag=2, finishes=0, starts_within=False)
+    monkeypatch.setattr(mosaic_tpu, "tiles_for", lambda *_, **__: tiles)
     row = row_of(mla_attention, generation="v6e", **CASES["e4m3"])
     assert row.verdict == PASS, str(row)
 
@@ -120,7 +124,7 @@ def arguments_of(**options):
     made = mla_inputs(np.random.default_rng(0), **SHAPE | options)
     scale = made.pop("scale")
     arrays = {n: None if x is None else jnp.asarray(x) for n, x in made.items()}
-    cache = LatentCache(arrays["latent_pages"]).converted("paired")
+    cache = LatentCache(arrays["latent_pages"]).converted("striped")
     return arrays | {"latent_pages": cache.pages, "scale": scale}
 
 
@@ -129,9 +133,15 @@ REFUSED = {
     "soft cap": ({"soft_cap": -1.0}, "soft_cap is -1.0, must be above 0"),
     "half a step": ({"k_pe": None}, "k_pe is None, must be given with kv_c and slot_mapping: "),
     "plain rows": (
-        {"latent_pages": jnp.zeros((9, 64, 192))}, "latent_pages has rows of 192, must be 384",
+        {"latent_pages": jnp.zeros((9, 64, 192))}, "latent_pages has 3 dimensions (9, 64, 192)",
     ),
-    "pages of 16": ({"latent_pages": jnp.zeros((9, 8, 384))}, "page_size is 16, must be one of 64"),
+    "another rank's pages": (
+        {"latent_pages": jnp.zeros((9, 9, 32, 128))},
+        "latent_pages has 9 parts of 128 lanes a page, must be 3 of 128",
+    ),
+    "pages of 16": (
+        {"latent_pages": jnp.zeros((9, 3, 8, 128))}, "page_size is 16, must be one of 64",
+    ),
     "float16": (
         {"ql_nope": jnp.zeros((16, 3, 128), jnp.float16)}, "ql_nope has dtype float16, must be one",
     ),
@@ -144,21 +154,90 @@ REFUSED = {
 
 @pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_it_does_not_take_is_refused_with_both_values(change, message):
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=re.escape(message)):
         mla_attention(**arguments_of() | change)
 
 
-def test_a_converted_cache_holds_the_same_rows():
-    rows = jnp.asarray(np.random.default_rng(0).standard_normal((3, 64, 192)), jnp.float32)
-    cache = LatentCache(rows).converted("paired")
-    assert cache.pages.shape == (3, 32, 384)
-    assert (cache.num_pages, cache.page_size) == (3, 64)
+@pytest.mark.parametrize("page_size", [64, 256])
+@pytest.mark.parametrize(
+    ("dtype", "tile"), [("float32", 8), ("bfloat16", 16), ("float8_e4m3fn", 32)]
+)
+def test_a_converted_cache_holds_the_same_rows_where_the_layout_says(dtype, tile, page_size):
+    rows = np.random.default_rng(0).standard_normal((3, page_size, 576)).astype(dtype)
+    cache = LatentCache(jnp.asarray(rows)).converted("striped")
+    assert cache.pages.shape == (3, 9, page_size // 2, 128)
+    assert (cache.num_pages, cache.page_size) == (3, page_size)
     np.testing.assert_array_equal(cache.converted("rows").pages, rows)
+    pages = np.asarray(cache.pages)
+    for token in (0, tile - 1, tile, 2 * tile - 1, page_size // 2, page_size - 1):
+        half, line = divmod(token, page_size // 2)
+        for c in range(4):
+            stripe = rows[1, token, 128 * c : 128 * (c + 1)]
+            np.testing.assert_array_equal(pages[1, 4 * half + c, line], stripe)
+        unit, rest = divmod(token, 2 * tile)
+        second, line = divmod(rest, tile)
+        rope = pages[1, 8, tile * unit + line, 64 * second : 64 * (second + 1)]
+        np.testing.assert_array_equal(rope, rows[1, token, 512:])
+
+
+NOT_STRIPED = {
+    "rank of 100": ((3, 64, 164), 64, "row is 164 and page_size 64, must be a multiple of 128 and"),
+    "page of 24": ((3, 24, 192), 64, "row is 192 and page_size 24, must be .* multiple of 16, in"),
+    "rotary part": ((3, 64, 160), 32, "rope_dim is 32, must be 64 in layout 'striped'"),
+}
+
+
+@pytest.mark.parametrize(("shape", "rope_dim", "message"), NOT_STRIPED.values(), ids=NOT_STRIPED)
+def test_a_cache_that_cannot_be_striped_says_why(shape, rope_dim, message):
+    with pytest.raises(ValueError, match=message):
+        LatentCache(jnp.zeros(shape, jnp.float32)).converted("striped", rope_dim)
+
+
+def test_a_query_that_sees_nothing_gives_nothing_even_if_it_is_nan():
+    arguments = arguments_of(q_lens=(1, 3, 1), kv_lens=(70, 9, 4), pad_tokens=0)
+    arguments |= {"kv_lens": jnp.asarray([0, 2, 4, 0], jnp.int32)}  # blind: 0, 1
+    nan = jnp.asarray([0, 1, 4])
+    arguments |= {"ql_nope": arguments["ql_nope"].at[nan].set(jnp.nan)}
+    with tpu_interpreter():
+        out, lse, _ = mla_attention(**arguments)
+    blind = np.asarray([0, 1])
+    np.testing.assert_array_equal(out[blind], 0)
+    np.testing.assert_array_equal(lse[blind], -np.inf)
+    assert np.isnan(out[4]).all()  # it sees keys
+    assert np.isfinite(out[2:4]).all()
+    assert np.isfinite(lse[2:4]).all()
+
+
+@pytest.mark.parametrize(
+    "cache_dtype", ["bfloat16", pytest.param("float8_e4m3fn", marks=pytest.mark.sweep)]
+)
+def test_rows_go_to_their_slots_in_any_order_and_nothing_else_is_touched(cache_dtype):
+    rng = np.random.default_rng(0)
+    arguments = arguments_of(
+        q_lens=(1,) * 40, kv_lens=(5,) * 40, num_heads=1, cache_dtype=cache_dtype, pad_tokens=0
+    )
+    others = np.delete(np.arange(128), np.arange(40, 52))
+    slots = np.concatenate([np.arange(40, 52), rng.permutation(others)[:28]])
+    slots[[3, 17]] = -1, 9 * 64 * 1000  # nowhere
+    stored = LatentCache(arguments["latent_pages"], layout="striped").converted("rows").pages
+    before = np.array(stored).reshape(-1, 192)
+    before[:] = rng.standard_normal(before.shape).astype(before.dtype)
+    rows = jnp.asarray(before).reshape(-1, 64, 192)
+    pages = LatentCache(rows).converted("striped").pages
+    arguments |= {"latent_pages": pages, "slot_mapping": jnp.asarray(slots, jnp.int32)}
+    with tpu_interpreter():
+        *_, pages = mla_attention(**arguments)
+    new = np.concatenate([arguments["kv_c"], arguments["k_pe"]], axis=1).astype(before.dtype)
+    named = (slots >= 0) & (slots < len(before))
+    before[slots[named]] = new[named]
+    after = LatentCache(pages, layout="striped").converted("rows").pages
+    after = np.array(after).reshape(-1, 192)
+    np.testing.assert_array_equal(after.astype(np.float32), before.astype(np.float32))
 
 
 def test_the_backend_s_cache_is_in_the_layout_that_its_kernel_takes():
-    assert MosaicTpuMlaBackend.get_kv_cache_shape(7, 64, 1, 576) == (7, 32, 1152)
-    assert MosaicTpuMlaBackend.get_required_kv_cache_layout() == "paired"
+    assert MosaicTpuMlaBackend.get_kv_cache_shape(7, 64, 1, 576) == (7, 9, 32, 128)
+    assert MosaicTpuMlaBackend.get_required_kv_cache_layout() == "striped"
 
 
 def compiles(chip, **options):

@@ -295,7 +295,7 @@ def test_a_converted_cache_holds_the_same_rows(dtype, row):
     cache = LatentCache(rows).converted("tiled")
     assert cache.pages.shape == (3, 8, *row)
     assert (cache.num_pages, cache.page_size) == (3, 8)
-    back = cache.converted("paired").converted("rows").pages
+    back = cache.converted("striped").converted("rows").pages
     np.testing.assert_array_equal(back.astype(np.float32), rows.astype(np.float32))
 
 
