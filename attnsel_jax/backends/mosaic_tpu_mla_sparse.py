@@ -10,7 +10,7 @@ TPU_TILED = dataclasses.replace(TPU_LATENT, block_size=OneOf(16, 32, 64, 128, 25
 
 
 class MosaicTpuMlaSparseBackend(AttentionBackend):
-    """One kernel gathers rows or masks whole contexts, in decode and prefill, and writes the cache."""
+    """One kernel gathers rows or masks whole contexts; it writes the cache too."""
 
     name = "MOSAIC_TPU_MLA_SPARSE"
     family = "sparse_mla"
