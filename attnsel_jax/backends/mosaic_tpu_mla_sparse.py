@@ -10,7 +10,7 @@ TPU_TILED = dataclasses.replace(TPU_LATENT, block_size=OneOf(16, 32, 64, 128, 25
 
 
 class MosaicTpuMlaSparseBackend(AttentionBackend):
-    """One kernel gathers each token's rows, for decode and prefill; it writes the cache too."""
+    """One kernel gathers rows or masks whole contexts; it writes the cache too."""
 
     name = "MOSAIC_TPU_MLA_SPARSE"
     family = "sparse_mla"
