@@ -16,7 +16,7 @@ from benchmarks.tpu_static.schedule import KernelFigures, figures
 from benchmarks.tpu_static.stand_ins import number_of
 from benchmarks.work import Work
 
-TIMEOUT_S = 300.0
+TIMEOUT_S = 900.0
 STOPPED = "stopped after"  # how the reason of what took too long begins
 MEASURED, REFUSED, NOT_REPLAYED = "measured", "refused by the compiler", "not replayed"
 

@@ -69,7 +69,7 @@ def current(generation: str, folder: pathlib.Path = FOLDER) -> dict[tuple[str, s
         for row in rows
         if row.get("sources") == sources(row["contender"])
         and row["versions"] == versions()
-        and not row.get("reason", "").startswith(STOPPED)
+        and not _stopped(row)
     }
 
 
@@ -78,7 +78,7 @@ def written(
 ) -> pathlib.Path:
     """Puts rows into a generation's file; what was there of the same work and contender goes.
 
-    So do rows of works that are no longer known.
+    So do rows of works that are no longer known. What a clock stopped replaces no measured row.
 
     Args:
         generation: the chip.
@@ -93,7 +93,10 @@ def written(
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
     names = list(WORKS)
     by_key = {(r["work"], r["contender"]): r for r in kept if r["work"] in names}
-    by_key |= {(r["work"], r["contender"]): r for r in rows}
+    for r in rows:
+        key = r["work"], r["contender"]
+        if not (_stopped(r) and by_key.get(key, r).get("verdict") == MEASURED):
+            by_key[key] = r
     order = sorted(by_key, key=lambda key: names.index(key[0]))
     chip = CHIPS[generation]
     data = {
@@ -113,6 +116,11 @@ def written(
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=1) + "\n")
     return path
+
+
+def _stopped(row: dict[str, Any]) -> bool:
+    """Whether a clock, and not the compiler, refused it."""
+    return row.get("reason", "").startswith(STOPPED)
 
 
 def versions() -> dict[str, str]:

@@ -316,6 +316,14 @@ def test_results_are_kept_by_work_and_contender(tmp_path):
     assert data["command"] == "second"
 
 
+def test_what_a_clock_stopped_replaces_no_measured_row(tmp_path):
+    measured = {"work": "mla_decode", "contender": "a", "verdict": "measured"}
+    late = measured | {"verdict": "refused by the compiler", "reason": "stopped after 300 s"}
+    results.written("v5e", [measured], "first", tmp_path)
+    path = results.written("v5e", [late], "second", tmp_path)
+    assert json.loads(path.read_text())["rows"] == [measured]
+
+
 def test_a_run_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     made_of = {"versions": results.versions(), "sources": results.sources("jax flash")}
     row = {"work": "dense_causal", "contender": "jax flash", "reason": "no"} | made_of
