@@ -200,7 +200,7 @@ def _shared(q: Any, k_and_results: Any, v: Any) -> Shared:
 def swizzle_of(geometry: Geometry) -> int:
     """Bytes: four warps share a copy of 16 rows by columns only where their strips are even."""
     strips = geometry.head_dim * geometry.dtype.itemsize // SWIZZLE
-    return SWIZZLE if strips % 2 == 0 or geometry.page_size > 16 else SWIZZLE // 2
+    return SWIZZLE if strips % 2 == 0 else SWIZZLE // 2
 
 
 def attend_span(
