@@ -137,6 +137,7 @@ def test_a_whole_tuning_by_a_clock_that_is_fake(monkeypatch):
     monkeypatch.setattr(cli, "check_tunable", lambda target, measure: None)
     monkeypatch.setattr(steps.racing, "seconds_of", seconds_of)
     monkeypatch.setattr(cli.watching, "taken", in_this_process)
+    monkeypatch.setenv("COLUMNS", "160")
     done = CliRunner().invoke(cli.app, ["tune", "--op", "mla", "--measure"])
     assert done.exit_code == 0, done.output
     assert len(used) == 15

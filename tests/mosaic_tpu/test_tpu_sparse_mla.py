@@ -290,11 +290,11 @@ def test_what_it_does_not_take_is_refused_with_both_values(change, message):
     [("float32", (5, 1, 128)), ("bfloat16", (3, 2, 128)), ("float8_e4m3fn", (2, 4, 128))],
 )
 def test_a_converted_cache_holds_the_same_rows(dtype, row):
-    rows = np.random.default_rng(0).standard_normal((3, 8, 576)).astype(np.float32)
+    rows = np.random.default_rng(0).standard_normal((3, 64, 576)).astype(np.float32)
     rows = jnp.asarray(rows).astype(dtype)
     cache = LatentCache(rows).converted("tiled")
-    assert cache.pages.shape == (3, 8, *row)
-    assert (cache.num_pages, cache.page_size) == (3, 8)
+    assert cache.pages.shape == (3, 64, *row)
+    assert (cache.num_pages, cache.page_size) == (3, 64)
     back = cache.converted("striped").converted("rows").pages
     np.testing.assert_array_equal(back.astype(np.float32), rows.astype(np.float32))
 
