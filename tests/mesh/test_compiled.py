@@ -73,7 +73,7 @@ def test_a_pallas_kernel_with_heads_cut_and_pages_spread():
     kernel = "pallas_kernels.mla.mosaic_tpu:mla_attention"
     arguments = mla_arguments(
         batch=8, q_len=1, kv_len=4096, num_heads=64, kv_lora_rank=512, rope_dim=64,
-        dtype="bfloat16", cache_dtype="bfloat16", cache_shape=(512, 32, 1152), page_size=64,
+        dtype="bfloat16", cache_dtype="bfloat16", cache_shape=(512, 9, 32, 128), page_size=64,
         scale=0.1,
     )  # fmt: skip
     backend = "attnsel_jax.backends.mosaic_tpu_mla:MosaicTpuMlaBackend"

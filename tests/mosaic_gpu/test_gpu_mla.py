@@ -8,7 +8,6 @@ from gpu_compiler import compiled_cleanly
 from gpu_interpreter import needs_gpu_interpreter
 from gpu_latents import SHAPE, row_of, with_cores, with_raw_rows_apart
 
-from attnsel_jax.aot.report import memory_of
 from attnsel_jax.backends.mosaic_gpu_mla import GPU_LATENT, HALVES, MosaicGpuMlaBackend
 from attnsel_jax.compare.comparison import PASS
 from attnsel_jax.config import AttentionSelectorConfig
@@ -231,8 +230,8 @@ def compiled(monkeypatch, num_pages=64, **options):
     pages = arguments["latent_pages"]
     pages = jax.ShapeDtypeStruct((num_pages, *pages.shape[1:]), pages.dtype)
     kernel = MosaicGpuMlaBackend.kernels["mla"]
-    program = compiled_cleanly("h200", kernel, arguments | {"latent_pages": pages})
-    return memory_of(program), pages.size * pages.dtype.itemsize
+    memory = compiled_cleanly("h200", kernel, arguments | {"latent_pages": pages})
+    return memory, pages.size * pages.dtype.itemsize
 
 
 @pytest.mark.parametrize("cache_dtype", [None, "float8_e4m3fn"])

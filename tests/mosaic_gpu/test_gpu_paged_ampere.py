@@ -10,7 +10,6 @@ from gpu_compiler import compiled_cleanly
 from gpu_interpreter import gpu_interpreter, needs_gpu_interpreter
 from test_gpu_paged import EVERYTHING, KERNEL, LONG, PAGED, batch
 
-from attnsel_jax.aot.report import memory_of
 from attnsel_jax.backends.mosaic_gpu import PAGED as DECLARED
 from attnsel_jax.backends.mosaic_gpu import MosaicGpuBackend
 from attnsel_jax.cache_layouts import LAYOUTS
@@ -250,7 +249,7 @@ def compiled(monkeypatch, cache_pages=None, **options):
     shape = LAYOUTS["by_head"].shape(cache_pages or num_pages, page_size, num_heads, head_dim)
     pages = jax.ShapeDtypeStruct(shape, arguments["kv_pages"].dtype)
     kernel = MosaicGpuBackend.kernels["paged"]
-    return memory_of(compiled_cleanly("a100", kernel, arguments | {"kv_pages": pages}))
+    return compiled_cleanly("a100", kernel, arguments | {"kv_pages": pages})
 
 
 def test_a_sample_compiles_and_writes_the_cache_where_it_lies(monkeypatch):

@@ -8,7 +8,6 @@ from gpu_compiler import compiled_cleanly
 from gpu_interpreter import needs_gpu_interpreter
 from gpu_latents import SHAPE, row_of, with_cores, with_raw_rows_apart
 
-from attnsel_jax.aot.report import memory_of
 from attnsel_jax.backends.mosaic_gpu_mla_sparse import SPARSE, MosaicGpuMlaSparseBackend
 from attnsel_jax.compare.comparison import PASS
 from attnsel_jax.config import AttentionSelectorConfig
@@ -153,8 +152,8 @@ def compiled(monkeypatch, num_pages=64, **options):
     pages = arguments["latent_pages"]
     pages = jax.ShapeDtypeStruct((num_pages, *pages.shape[1:]), pages.dtype)
     kernel = MosaicGpuMlaSparseBackend.kernels["sparse_mla"]
-    program = compiled_cleanly("h200", kernel, arguments | {"latent_pages": pages})
-    return memory_of(program), pages.size * pages.dtype.itemsize
+    memory = compiled_cleanly("h200", kernel, arguments | {"latent_pages": pages})
+    return memory, pages.size * pages.dtype.itemsize
 
 
 @pytest.mark.parametrize("cache_dtype", [None, "fp8_ds_mla"])

@@ -165,7 +165,7 @@ def test_mla_agrees_with_the_ragged_one():
         q_lens=(1, 9, 4), kv_lens=(100, 71, 4), dtype="float32",
     )  # fmt: skip
     with tpu_interpreter(detect_races=False):
-        ours = run(on_rows(mla_attention, "paired"), "mla", arguments, layout="rows")
+        ours = run(on_rows(mla_attention, "striped"), "mla", arguments, layout="rows")
     keys = np.nan_to_num(ours["latent_pages"])
     values = np.where(np.arange(rank + rope_dim) < rank, keys, 0)
     q = np.concatenate([arguments["ql_nope"], arguments["q_pe"]], axis=-1)
