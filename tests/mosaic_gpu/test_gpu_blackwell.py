@@ -171,7 +171,7 @@ def test_what_blackwell_does_not_have_is_refused():
     assert reasons() == []
     assert reasons(needs_grad=True) == [("needs_grad", "False with compute_capability 10.0")]
     x = jnp.zeros((1, 8, 1, 128), jnp.bfloat16)
-    text = "is 10.0, must be 9.0 where gradients"
+    text = "is 10.0, must be 8.0 or 9.0 where gradients"
     with gpu_chip.for_chip("b200"), pytest.raises(ValueError, match=re.escape(text)):
         jax.eval_shape(jax.grad(lambda q: mosaic_gpu.dense_attention(q, x, x)[0].sum()), x)
 
