@@ -8,6 +8,7 @@ from attnsel_jax.constraints import OneOf
 from attnsel_jax.platforms import Device, DeviceCapability
 
 AMPERE, HOPPER, BLACKWELL = (DeviceCapability(major, 0) for major in (8, 9, 10))
+HEAD_SIZES = OneOf(64, 80, 96, 128, 192, 256)
 HEAD_SIZES_V = {192: (128, 192)}  # others: as head_size
 FLOAT8_SIZES = OneOf(64, 80, 96, 128)
 AMPERE_SIZES = OneOf(64, 96, 128)  # interpreted and compiled; the kernels take others too
@@ -17,7 +18,7 @@ def of_dense(config: AttentionSelectorConfig) -> Iterator[Rejection]:
     """The sizes of v; what would spill beside a bias's gradient."""
     size, size_v = config.head_size, config.head_size_v
     sizes = OneOf(*HEAD_SIZES_V.get(size, (size,)))
-    if size_v is not None and size_v not in sizes:
+    if size_v is not None and size in HEAD_SIZES and size_v not in sizes:
         yield Rejection("head_size_v", size_v, f"{sizes} with head_size {size}")
     if config.needs_grad and size == 256 and (config.has_bias or config.has_alibi):
         for name in ("has_soft_cap", "has_segment_ids"):

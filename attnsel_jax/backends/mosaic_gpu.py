@@ -7,6 +7,7 @@ from attnsel_jax.constraints import EITHER, AtLeast, OneOf
 from attnsel_jax.mosaic_gpu_limits import (
     AMPERE,
     BLACKWELL,
+    HEAD_SIZES,
     HOPPER,
     of_cache,
     of_chip,
@@ -16,14 +17,14 @@ from attnsel_jax.mosaic_gpu_limits import (
 BOTH_OPS = {
     **{"platform": OneOf("cuda"), "jax_version": AtLeast((0, 11))},
     **{"dtype": OneOf("bfloat16", "float16"), "attn_type": OneOf(*AttentionType)},
-    "head_size": OneOf(64, 80, 96, 128, 192, 256),
+    "head_size": HEAD_SIZES,
     **dict.fromkeys(("causal", "has_sink", "has_sliding_window", "has_attention_chunk"), EITHER),
     **dict.fromkeys(("has_soft_cap", "has_alibi", "needs_lse"), EITHER),
 }
 DENSE = Capabilities(
     **BOTH_OPS,
     **{"compute_capability": OneOf(AMPERE, HOPPER, BLACKWELL), "needs_grad": EITHER},
-    head_size_v=OneOf(64, 80, 96, 128, 192, 256),
+    head_size_v=HEAD_SIZES,
     **dict.fromkeys(("has_bias", "has_segment_ids", "has_lens", "has_q_offset"), EITHER),
 )
 PAGED = Capabilities(
@@ -43,6 +44,6 @@ class MosaicGpuBackend(AttentionBackend):
 
     @classmethod
     def supports_combination(cls, config, device):
-        """Sizes of v, float8 up to 128; what single chips lack: of gradients, sizes, float8."""
+        """Sizes of v; float8 up to 128; at 256 gradients beside a bias; what single chips lack."""
         yield from of_dense(config) if config.op == "dense" else of_cache(config)
         yield from of_chip(config, device)
