@@ -237,7 +237,7 @@ def test_what_ampere_does_not_have_is_refused():
 def test_the_door_refuses(options, message):
     arguments = batch((3, 1), (9, 4), **options)
     arguments["kv_pages"] = LAYOUTS["by_head"].join(*jnp.asarray(arguments["kv_pages"]))
-    with gpu_interpreter("a100"), pytest.raises(ValueError, match=message):
+    with gpu_chip.for_chip("a100"), pytest.raises(ValueError, match=message):
         mosaic_gpu.paged_attention(**arguments)
 
 
