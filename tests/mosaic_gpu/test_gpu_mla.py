@@ -234,7 +234,9 @@ def compiled(monkeypatch, num_pages=64, **options):
     return memory, pages.size * pages.dtype.itemsize
 
 
-@pytest.mark.parametrize("cache_dtype", [None, "float8_e4m3fn"])
+@pytest.mark.parametrize(
+    "cache_dtype", [None, pytest.param("float8_e4m3fn", marks=pytest.mark.sweep)]
+)
 def test_a_sample_compiles_and_the_cache_is_not_copied(monkeypatch, cache_dtype):
     sizes = {"q_lens": (1,) * 4, "kv_lens": (1024,) * 4, "num_heads": 128}
     memory, cache = compiled(monkeypatch, num_pages=8192, cache_dtype=cache_dtype, **sizes)

@@ -15,7 +15,7 @@ from pallas_kernels.dense import mosaic_tpu, mosaic_tpu_backward, mosaic_tpu_for
 from pallas_kernels.dense import mosaic_tpu_logits as logits
 from pallas_kernels.dense import mosaic_tpu_schedule as schedule
 
-pytestmark = pytest.mark.planted
+pytestmark = pytest.mark.once
 
 SMALL = {"q_len": 140, "heads": (2, 1)}
 PROBLEMS = {

@@ -79,7 +79,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.planted
+@pytest.mark.once
 @pytest.mark.parametrize(("owner", "name", "fault"), FAULTS.values(), ids=FAULTS)
 def test_a_planted_fault_is_found(monkeypatch, owner, name, fault):
     monkeypatch.setattr(owner, name, fault)

@@ -113,7 +113,7 @@ def test_what_faults_are_planted_in_agrees_without_them(name):
     assert row.verdict == PASS, str(row)
 
 
-@pytest.mark.planted
+@pytest.mark.once
 @pytest.mark.parametrize(("fault", "options"), FAULTS.values(), ids=FAULTS)
 def test_a_planted_fault_is_seen(monkeypatch, fault, options):
     monkeypatch.setattr(*fault)

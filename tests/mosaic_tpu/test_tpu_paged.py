@@ -39,6 +39,10 @@ def check(arguments, generation="v5e"):
     return results
 
 
+def sweep(*values):
+    return pytest.param(*values, marks=pytest.mark.sweep)
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     monkeypatch.setattr(mosaic_tpu, "tiles_for", lambda *_: SMALL)
@@ -51,7 +55,17 @@ def batch(q_lens, kv_lens, *, seed=0, **options):
     return paged_inputs(rng, q_lens=q_lens, kv_lens=kv_lens, **shape | options)
 
 
-@pytest.mark.parametrize("problem", PAGED, ids=lambda problem: problem.name)
+# Of sizes of pages and kinds of cache, the extremes and one of each kind are enough on each push.
+OFTEN_ENOUGH = {"page-32": pytest.mark.sweep, "page-64": pytest.mark.sweep,
+                "page-128": pytest.mark.once, "e4m3-unscaled": pytest.mark.once,
+                "e5m2": pytest.mark.once}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [pytest.param(p, marks=OFTEN_ENOUGH.get(p.name.split(".")[-1], ())) for p in PAGED],
+    ids=[problem.name for problem in PAGED],
+)
 def test_quick_problems(problem):
     reasons = MosaicTpuBackend.validate_configuration(problem.config, Device.named("v5e"))
     if reasons:
@@ -68,8 +82,10 @@ LONG = ((1, 28, 0, 5, 11, 1), (70, 59, 9, 29, 24, 33))
     "options",
     [
         {"dtype": "float32", "sliding_window": 19, "sinks": True},
-        {"causal": False, "sliding_window": (30, 3)},
-        {"attention_chunk_size": 24, "soft_cap": 6.0, "alibi": True},
+        sweep({"causal": False, "sliding_window": (30, 3)}),
+        pytest.param(
+            {"attention_chunk_size": 24, "soft_cap": 6.0, "alibi": True}, marks=pytest.mark.once
+        ),
     ],
     ids=["window", "two-sided", "chunked"],
 )
@@ -77,13 +93,14 @@ def test_spans_tiles_and_blocks(options):
     check(batch(*LONG, **options))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("heads", "options"),
     [
         ((2, 2), {"sliding_window": 70, "sinks": True}),
-        ((3, 3), {"soft_cap": 6.0, "alibi": True, "dtype": "float32"}),
-        ((2, 1), {"head_size": 192, "cache_dtype": "int8", "scales": "head"}),
-        pytest.param((2, 1), {"head_size": 192, "dtype": "float32"}, marks=pytest.mark.sweep),
+        sweep((3, 3), {"soft_cap": 6.0, "alibi": True, "dtype": "float32"}),
+        sweep((2, 1), {"head_size": 192, "cache_dtype": "int8", "scales": "head"}),
+        sweep((2, 1), {"head_size": 192, "dtype": "float32"}),
     ],
     ids=["window", "odd", "192", "192 float32"],
 )
@@ -100,14 +117,14 @@ MANY = {
     "float32": ((8, 4), {"head_size": 128, "dtype": "float32"}),
     "int8": ((16, 8), {"cache_dtype": "int8", "scales": "head"}),
 }
-# Kv heads in twos where the matrix unit is 256 wide, short spans turned; q and out by words.
-IN_QUICK = (("v6e", "64"), ("v5e", "128"))
+QUICKLY = ("v6e", "64")  # kv heads in twos where the matrix unit is 256 wide, short spans turned
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("generation", "case"),
     [
-        pytest.param(*which, marks=[] if which in IN_QUICK else pytest.mark.sweep)
+        which if which == QUICKLY else sweep(*which)
         for which in itertools.product(("v5e", "v6e"), MANY)
     ],
 )
@@ -118,6 +135,7 @@ def test_many_heads(monkeypatch, generation, case):
     check(batch((1, 70, 3), (75, 90, 9), heads=heads, **options), generation)
 
 
+@pytest.mark.once
 def test_tiles_change_no_numbers(monkeypatch):
     """Every field of the table, from one block a page to all in one; the cache bit for bit."""
     arguments = batch((1, 70, 3), (75, 90, 9), scales="head", cache_dtype="float8_e4m3fn")
@@ -174,18 +192,12 @@ def test_one_kernel_writes_and_attends():
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize(
-    "heads",
-    [
-        (3, 1),
-        (10, 1),
-        *(pytest.param(heads, marks=pytest.mark.sweep) for heads in ((3, 3), (8, 1))),
-    ],
-)
+@pytest.mark.parametrize("heads", [(3, 1), *(sweep(heads) for heads in ((10, 1), (3, 3), (8, 1)))])
 def test_groups(heads):
     check(batch((1, 3), (30, 11), heads=heads, page_size=16))
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("small_tiles")
 def test_large_pages_come_in_parts(monkeypatch):
     """Four parts a page, the last page's only as far as there are keys."""
@@ -201,6 +213,7 @@ def test_more_queries_than_keys_see_nothing():
     assert np.isneginf(lse[[0, 1, 2, 5], 1]).all()
 
 
+@pytest.mark.once
 def test_no_sequences():
     arguments = batch((3, 1), (9, 4))
     arguments["slot_mapping"] = np.full_like(arguments["slot_mapping"], -1)
@@ -208,6 +221,7 @@ def test_no_sequences():
     check(arguments)
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("small_tiles")
 def test_expired_pages_may_be_gone():
     """Pages before every query's window: their table entries are junk."""
@@ -222,6 +236,7 @@ def test_expired_pages_may_be_gone():
         assert deviation(name, results[name], answer).passed
 
 
+@pytest.mark.once
 def test_any_slot_mapping_is_honoured():
     """Tokens of one page far apart, in any order, to pages that nobody reads, and nowhere."""
     arguments = batch((44, 1, 4), (44, 3, 4), page_size=16, dtype="float32")
@@ -286,7 +301,7 @@ def compiles(chip, q_lens=(1, 40, 3), kv_lens=(70, 75, 9), **options):
 EVERYTHING = {"sinks": True, "alibi": True, "soft_cap": 8.0, "sliding_window": 20}
 
 
-@pytest.mark.parametrize("chip", DECLARED.generation.values)
+@pytest.mark.parametrize("chip", ["v5e", "v6e", "7x", *map(sweep, ("v4", "v5p"))])
 def test_a_sample_compiles(chip):
     compiles(chip, heads=(8, 2), head_size=128, page_size=16, **EVERYTHING)
 

@@ -152,7 +152,7 @@ def found_faulty(**options) -> None:
     assert row.verdict == FAIL or "race" in str(row).lower() or "semaphore" in str(row).lower()
 
 
-@pytest.mark.planted
+@pytest.mark.once
 @pytest.mark.parametrize(("module", "name", "fault", "options"), FAULTS.values(), ids=FAULTS)
 def test_a_planted_fault_is_found(monkeypatch, module, name, fault, options):
     monkeypatch.setattr(module, name, fault)
@@ -202,7 +202,7 @@ PLANTED_MASKED = [
 ]
 
 
-@pytest.mark.planted
+@pytest.mark.once
 @pytest.mark.parametrize(("owner", "name", "fault"), PLANTED_MASKED)
 def test_a_fault_planted_among_masked_tiles_is_found(monkeypatch, owner, name, fault):
     monkeypatch.setattr(mosaic_tpu, "tiles", lambda *_, **__: MASKED)

@@ -81,7 +81,7 @@ PLANTED = [
 ]
 
 
-@pytest.mark.planted
+@pytest.mark.once
 @pytest.mark.parametrize(("name", "fault"), PLANTED)
 def test_a_planted_fault_is_found(monkeypatch, name, fault):
     monkeypatch.setattr(mosaic_tpu_topk, name, fault)
