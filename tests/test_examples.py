@@ -45,6 +45,7 @@ def test_every_example_is_expected_here():
     assert {script.name for script in SCRIPTS} == SAYS.keys()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
 def test_example_runs(script, tmp_path):
     arguments = [str(tmp_path / "picture.png")] if script.stem == "compare_numerically" else []

@@ -25,6 +25,8 @@ from pallas_kernels.sparse_mla import mosaic_tpu as sparse_kernel
 from pallas_kernels.sparse_mla import mosaic_tpu_indexer
 from pallas_kernels.sparse_mla.mosaic_tpu_tiles import Tiles as SparseTiles
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from gpu_interpreter import gpu_interpreter, needs_gpu_interpreter
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from test_gpu_dense import FEATURES, SINGLE, SIZES, as_declared, compiles, problem
+from test_gpu_dense import FEATURES, FORGOTTEN, SINGLE, SIZES, as_declared, compiles, problem
 
 from attnsel_jax.backends.mosaic_gpu import MosaicGpuBackend
 from attnsel_jax.compare import compare
@@ -172,7 +172,10 @@ FAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.sweep if n in FORGOTTEN else ()) for n in FAULTS],
+)
 def test_a_planted_fault_goes_red(name, monkeypatch):
     plant, case = FAULTS[name]
     where, what, faulty = plant()

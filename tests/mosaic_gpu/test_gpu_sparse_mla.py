@@ -156,7 +156,7 @@ def compiled(monkeypatch, num_pages=64, **options):
     return memory, pages.size * pages.dtype.itemsize
 
 
-@pytest.mark.parametrize("cache_dtype", [None, "fp8_ds_mla"])
+@pytest.mark.parametrize("cache_dtype", ["fp8_ds_mla", pytest.param(None, marks=pytest.mark.sweep)])
 def test_a_sample_compiles_and_the_cache_is_not_copied(monkeypatch, cache_dtype):
     sizes = {"q_lens": (1, 1), "kv_lens": (1024, 9), "num_heads": 128, "topk": 256}
     memory, cache = compiled(monkeypatch, num_pages=8192, cache_dtype=cache_dtype, **sizes)

@@ -107,6 +107,7 @@ FAULTS = {
 }  # fmt: skip
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["mask", "kv_scale", "soft cap"])
 def test_what_faults_are_planted_in_agrees_without_them(name):
     row = row_of(mla_attention, **SMALL | FAULTS[name][1])

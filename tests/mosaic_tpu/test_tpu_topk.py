@@ -48,6 +48,7 @@ def test_it_names_what_the_oracle_names_on_more_shapes(shape):
     )
 
 
+@pytest.mark.once
 def test_ties_zeros_infinities_and_nans_of_either_sign_are_ordered_as_xla_orders_them():
     """Over two registers and three chunks, of which the last is cut."""
     negative_nan = np.frombuffer(np.uint32(0xFFC00000).tobytes(), np.float32)[0]
@@ -103,6 +104,7 @@ def test_what_it_does_not_take_is_refused():
         topk_positions(jnp.zeros((1, 4), jnp.bfloat16), 2)
 
 
+@pytest.mark.once
 def test_the_op_takes_it_where_the_backend_is_a_tpu_s(monkeypatch):
     scores = scores_of(3, 40, 20)
     best = functools.partial(attnsel_jax.topk_positions, scores, 5)
