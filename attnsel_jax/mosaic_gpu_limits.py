@@ -20,10 +20,15 @@ def of_dense(config: AttentionSelectorConfig) -> Iterator[Rejection]:
     sizes = OneOf(*HEAD_SIZES_V.get(size, (size,)))
     if size_v is not None and size in HEAD_SIZES and size_v not in sizes:
         yield Rejection("head_size_v", size_v, f"{sizes} with head_size {size}")
-    if config.needs_grad and size == 256 and (config.has_bias or config.has_alibi):
+    if not (config.needs_grad and (config.has_bias or config.has_alibi)):
+        return
+    if size == 256:
         for name in ("has_soft_cap", "has_segment_ids"):
             if getattr(config, name):
                 yield Rejection(name, True, "False with needs_grad, bias, head_size 256")
+    if size == 192 and size_v != 128 and config.has_soft_cap and config.has_segment_ids:
+        beside = "needs_grad, bias, has_segment_ids, head_size 192, head_size_v 192"
+        yield Rejection("has_soft_cap", True, f"False with {beside}")
 
 
 def of_cache(config: AttentionSelectorConfig) -> Iterator[Rejection]:

@@ -44,6 +44,6 @@ class MosaicGpuBackend(AttentionBackend):
 
     @classmethod
     def supports_combination(cls, config, device):
-        """Sizes of v; float8 up to 128; at 256 gradients beside a bias; what single chips lack."""
+        """Sizes of v; float8 up to 128; some gradients beside a bias; what single chips lack."""
         yield from of_dense(config) if config.op == "dense" else of_cache(config)
         yield from of_chip(config, device)

@@ -134,8 +134,9 @@ class BackwardTiles:
 # dv of 64 keys do not fit one warpgroup's registers; at 128 not beside a soft cap's slopes. `tied`
 # is for what spilled without it (bytes stored + loaded, dk and dv): at 96 with everything 12 + 16,
 # or 44 + 40 with it beside a bias and slopes, at 128 beside those 124 + 124,
-# at 128 with a window 8 + 4, with chunks and lengths 36 + 44, at 192 with everything 12 + 20; dq
-# at 256 176 + 188. It costs dk and dv at 64 49 instructions of 566 a tile.
+# at 128 with a window 8 + 4, with chunks and lengths 36 + 44, at 192 with everything 12 + 20, at 96
+# with a bias, slopes, lengths and a chunk 12 + 16; dq there 16 + 16, at 192 48 + 60, at 256
+# 176 + 188. It costs dk and dv at 64 49 instructions of 566 a tile.
 BACKWARD_TILES = {
     80: {
         PLAIN: BackwardTiles(64, 2, 2, 2, split=False),
@@ -144,6 +145,7 @@ BACKWARD_TILES = {
     96: {
         PLAIN: BackwardTiles(64, 2, 2, 2, split=False),
         CAPPED: BackwardTiles(64, 2, 2, 2, split=False, tied=True),
+        ADDED: BackwardTiles(64, 2, 2, 2, split=False, tied=True),
         CROWDED: BackwardTiles(64, 2, 2, 2, split=True),
     },
     128: {
@@ -154,6 +156,7 @@ BACKWARD_TILES = {
     192: {
         PLAIN: BackwardTiles(64, 2, 2, 2, split=True, bias_stages=1),
         CAPPED: BackwardTiles(64, 2, 2, 2, split=True, tied=True, bias_stages=1),
+        ADDED: BackwardTiles(64, 2, 2, 2, split=True, tied=True, bias_stages=1),
     },
     256: {PLAIN: BackwardTiles(64, 2, 1, 2, split=True, tied=True, bias_stages=1)},
 }

@@ -189,15 +189,26 @@ def test_tiles_change_no_numbers_and_a_second_call_gives_the_same_bits(monkeypat
     jax.tree.map(np.testing.assert_array_equal, once, gradients()[0])
 
 
-def test_what_would_spill_is_refused():
+@pytest.mark.parametrize(
+    ("size", "segments", "beside", "message"),
+    [
+        (256, None, "head_size 256", "head_dim is 256, must be at most 192"),
+        (192, jnp.zeros((1, 8), jnp.int32),
+         "has_segment_ids, head_size 192, head_size_v 192", "head_dim_v is 192, must be at most"),
+    ],
+    ids=["256", "192"],
+)  # fmt: skip
+def test_what_would_spill_is_refused(size, segments, beside, message):
     config = AttentionSelectorConfig(
-        256, "bfloat16", op="dense", needs_grad=True, has_alibi=True, has_soft_cap=True
-    )
+        size, "bfloat16", op="dense", needs_grad=True, has_alibi=True, has_soft_cap=True,
+        has_segment_ids=segments is not None,
+    )  # fmt: skip
     (reason,) = MosaicGpuBackend.validate_configuration(config, Device.named("h200"))
-    assert str(reason) == "has_soft_cap is True, must be False with needs_grad, bias, head_size 256"
-    q = jnp.ones((1, 8, 1, 256), jnp.bfloat16)
-    added = {"alibi_slopes": jnp.zeros(1), "soft_cap": 3.0}
-    with gpu_interpreter("h200"), pytest.raises(ValueError, match="head_dim is 256, must be at"):
+    assert str(reason) == f"has_soft_cap is True, must be False with needs_grad, bias, {beside}"
+    q = jnp.ones((1, 8, 1, size), jnp.bfloat16)
+    added = {"alibi_slopes": jnp.zeros(1), "soft_cap": 3.0,
+             "q_segment_ids": segments, "kv_segment_ids": segments}  # fmt: skip
+    with gpu_interpreter("h200"), pytest.raises(ValueError, match=message):
         jax.grad(lambda q: mosaic_gpu.dense_attention(q, q, q, **added)[0].sum())(q)
 
 
@@ -269,13 +280,14 @@ FEATURES = {
     "bias, slopes, segments": ADDED | SEGMENTED,
     "bias, slopes, all": ADDED | WINDOWED | CAP | SEGMENTED | REST,
 }
-REFUSED = {(256, name) for name in FEATURES if name in list(FEATURES)[-3:]}
+REFUSED = {((256, 256), name) for name in list(FEATURES)[-3:]}
+REFUSED.add(((192, 192), "bias, slopes, all"))
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("features", FEATURES)
 def test_gradients_of_every_feature_compile(sizes, features):
-    if (sizes[0], features) in REFUSED:
+    if (sizes, features) in REFUSED:
         pytest.skip("refused: see test_what_would_spill_is_refused")
     compiles(sizes, **FEATURES[features])
