@@ -53,6 +53,3 @@ def of_chip(config: AttentionSelectorConfig, device: Device) -> Iterator[Rejecti
     if config.op == "paged" and cache.startswith("fp8"):
         halves = OneOf("bfloat16", "float16")
         yield Rejection("kv_cache_dtype", cache, halves, "compute_capability 8.0 has no float8")
-    for name in ("has_bias", "has_alibi"):
-        if config.op == "dense" and config.needs_grad and getattr(config, name):
-            yield Rejection(name, True, "False with needs_grad and compute_capability 8.0")

@@ -20,7 +20,7 @@ from attnsel_jax.aot.mesh_call import MeshCall, shared_out
 from attnsel_jax.aot.report import cost_of, memory_of
 from attnsel_jax.qualnames import resolve_obj_by_qualname
 
-DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
+DIFFERENTIABLE = ("q", "k", "v", "bias", "alibi_slopes", "sinks")
 CACHES = ("kv_pages", "latent_pages")  # donated, as a server does
 _COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
 

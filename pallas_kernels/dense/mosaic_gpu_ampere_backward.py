@@ -1,6 +1,7 @@
 """The backward of dense attention on Ampere: dq, then dk and dv; one warpgroup a block.
 
     dq        64 queries:  q k', dout v' | weights from lse | dlogits | dq += dlogits k
+                                                                        and sums over keys
     dk, dv    64 keys:     k q' | weights | dv += p dout | v dout' | dlogits | dk += dlogits q
 
 Logits of dk and dv lie keys first, so that weights and dlogits are left operands as they leave the
@@ -20,7 +21,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dense.mosaic_gpu_ampere import as_matrix, stored_width, swizzle_of
 from pallas_kernels.dense.mosaic_gpu_dkv import Steps, steps_of
-from pallas_kernels.dense.mosaic_gpu_dq import QueryGradients, seen_tiles
+from pallas_kernels.dense.mosaic_gpu_dq import (
+    QueryGradients,
+    seen_tiles,
+    sums_over_keys,
+    wanted_sums,
+)
 from pallas_kernels.dense.mosaic_gpu_geometry import Static, row_of
 from pallas_kernels.dense.mosaic_gpu_tiles import BackwardTiles
 from pallas_kernels.dense.mosaic_gpu_weights import (
@@ -32,6 +38,7 @@ from pallas_kernels.dense.mosaic_gpu_weights import (
     logit_gradients,
     weights,
 )
+from pallas_kernels.gpu_addresses import tied_to
 from pallas_kernels.gpu_mma import (
     Ring,
     bring,
@@ -54,53 +61,43 @@ class Shared(NamedTuple):
 
 
 def query_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> QueryGradients:
-    """dq, like q, and no sums: `mosaic_gpu_dq.query_gradients`, on Ampere."""
-    (dq,) = _launched(
-        static, x, _dq_block, (x.q,), (tiles.k_stages, tiles.block_kv), "attnsel_dense_dq_ampere"
-    )
-    return QueryGradients(dq, None, None)
+    """dq, and the same dlogits' sums: `mosaic_gpu_dq.query_gradients`, on Ampere."""
+    wanted, ring = wanted_sums(static), (tiles.k_stages, tiles.block_kv)
+    sums_like = [x.lse] * sum(wanted)
+    dq, *found = _launched(static, x, _dq_block, (x.q,), ring, "attnsel_dense_dq_ampere", sums_like)
+    return QueryGradients(dq, *(found.pop(0) if one else None for one in wanted))
 
 
 def key_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> tuple[jax.Array, jax.Array]:
     """Dk and dv, like k and v: `mosaic_gpu_dkv.key_gradients`, on Ampere."""
-    return _launched(
-        static,
-        x,
-        _dkv_block,
-        (x.k, x.v),
-        (tiles.q_stages, tiles.block_q),
-        "attnsel_dense_dkv_ampere",
-    )
+    ring = tiles.q_stages, tiles.block_q
+    return _launched(static, x, _dkv_block, (x.k, x.v), ring, "attnsel_dense_dkv_ampere")
 
 
-def _launched(static: Static, x: Arrays, block: Any, like: Any, ring: Any, name: str) -> Any:
-    """Gradients like some of the arrays, whose blocks of 64 rows the grid goes through."""
+def _launched(
+    static: Static, x: Arrays, block: Any, like: Any, ring: Any, name: str, sums_like: Any = ()
+) -> Any:
+    """Gradients like some of the arrays, whose blocks of 64 rows the grid goes through; sums."""
     batch, length, heads, _ = like[0].shape
     blocks = pl.cdiv(length, TILE)
-    matrices = {
-        field: as_matrix(array, rows, TILE)
-        for field, array, rows in (
-            ("q", x.q, static.q_len), ("dout", x.dout, static.q_len),
-            ("k", x.k, static.kv_len), ("v", x.v, static.kv_len),
-        )
-    }  # fmt: skip
-    x = x._replace(**matrices)
+    x = as_matrices(static, x)
     given = Arrays(*(field is not None for field in x))
 
     def body(*refs: Any) -> None:
         refs = list(refs)
         arrays = Arrays(*(refs.pop(0) if there else None for there in given))
-        results, scratch = refs[: len(like)], refs[len(like) :]
-        block(static, arrays, results, Shared(tuple(scratch[:2]), tuple(scratch[2:])))
+        results = [refs.pop(0) for _ in (*like, *sums_like)]
+        block(static, arrays, results, Shared(tuple(refs[:2]), tuple(refs[2:])))
 
     sizes = static.head_dim, static.head_dim_v
     tile = functools.partial(swizzled, dtype=x.q.dtype, swizzle=swizzle_of(static))
-    gradients = plgpu.kernel(
+    matrices = [
+        jax.ShapeDtypeStruct((batch * blocks * TILE, heads * stored_width(a.shape[3])), a.dtype)
+        for a in like
+    ]
+    results = plgpu.kernel(
         body,
-        out_type=tuple(
-            jax.ShapeDtypeStruct((batch * blocks * TILE, heads * stored_width(a.shape[3])), a.dtype)
-            for a in like
-        ),
+        out_type=(*matrices, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in sums_like)),
         scratch_types=[
             *(tile(TILE, stored_width(size)) for size in sizes),
             *(tile(*ring, size) for size in sizes),
@@ -110,9 +107,18 @@ def _launched(static: Static, x: Arrays, block: Any, like: Any, ring: Any, name:
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         kernel_name=name,
     )(*(field for field in x if field is not None))
-    return tuple(
+    gradients = (
         g.reshape(batch, blocks * TILE, heads, -1)[:, :length, :, : a.shape[3]]
-        for g, a in zip(gradients, like, strict=True)
+        for g, a in zip(results, like, strict=False)
+    )
+    return *gradients, *results[len(like) :]
+
+
+def as_matrices(static: Static, x: Arrays) -> Arrays:
+    """The arrays, those of queries and of keys in whole tiles of rows."""
+    lengths = {"q": static.q_len, "dout": static.q_len, "k": static.kv_len, "v": static.kv_len}
+    return x._replace(
+        **{name: as_matrix(getattr(x, name), length, TILE) for name, length in lengths.items()}
     )
 
 
@@ -121,34 +127,43 @@ def _dq_block(static: Static, x: Arrays, results: Any, shared: Shared) -> None:
     b, head, index = (lax.axis_index(name) for name in ("batch", "head", "block"))
     if static.causal:  # the longest first
         index = pl.cdiv(static.q_len, TILE) - 1 - index
-    at = Place(b, row_of(static, x.rows, b), index * TILE, jnp.int32(0))
+    at = Place(b, row_of(static, x.rows, b), index * TILE, jnp.int32(0), head)
     kv_head = lax.div(head, jnp.int32(static.group))
     rings, (q, dout) = shared.rings, _without_padding(static, shared.mine)
     keys = rings[0].shape[1]
     tiles = seen_tiles(static, at, TILE, keys)
-    _bring(static.q_len, b, at.query, head, (x.q, x.dout), (q, dout))
+    bring_rows(static.q_len, b, at.query, head, (x.q, x.dout), (q, dout))
 
     def bring_tile(n, slot):
         key = (tiles.first + n) * keys
-        _bring(static.kv_len, b, key, kv_head, (x.k, x.v), [ring.at[slot] for ring in rings])
+        bring_rows(static.kv_len, b, key, kv_head, (x.k, x.v), [ring.at[slot] for ring in rings])
 
     ring = Ring(rings[0].shape[0], tiles.count, 2, bring_tile)
     ring.begin()
     strips = functools.partial(left_strips, swizzle=swizzle_of(static))
     numbers = b, head, pl.ds(at.query, TILE)
-    lse, delta = (_load(rows.at[numbers], 0) for rows in (x.lse, x.delta))
+    lse, delta = (load_numbers(rows.at[numbers], 0) for rows in (x.lse, x.delta))
 
-    def step(n, acc):
+    def step(n, carry):
+        acc, sums_ = carry
         slot = ring.slot_of(n)
         k, v = (tile.at[slot] for tile in rings)
         here = at._replace(key=(tiles.first + n) * keys)
         s = products(strips(q, static.head_dim), k)
-        w = weights(static, x, here, s, lse, queries=0, sloped=True)
+        w = weights(static, x, here, s, lse, queries=0, sloped=not sums_)
         dp = products(strips(dout, static.head_dim_v), v)
-        return weighted_sum(acc, logit_gradients(w, dp, delta, queries=0), k, None)
+        ds = logit_gradients(w._replace(slope=None), dp, delta, queries=0)
+        # Distances are computed again: kept since the weights they would be half of a tile.
+        more = sums_over_keys(static, here._replace(query=tied_to(n, here.query)), ds)
+        ds = ds if w.slope is None else ds * w.slope
+        acc = weighted_sum(acc, ds, k, None)
+        return acc, [a + b for a, b in zip(sums_, more, strict=True)]
 
-    acc = sums(TILE, static.head_dim, x.q.dtype)
-    acc = lax.fori_loop(0, tiles.count, step, acc)
+    nothing = plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), LAYOUTS[0])
+    carry = sums(TILE, static.head_dim, x.q.dtype), [nothing] * (len(results) - 1)
+    acc, sums_ = lax.fori_loop(0, tiles.count, step, carry)
+    for result, found in zip(results[1:], sums_, strict=True):
+        result[numbers] = found
     _store(static, acc * static.scale, static.q_len, b, at.query, head, shared.mine[0], results[0])
 
 
@@ -158,11 +173,11 @@ def _dkv_block(static: Static, x: Arrays, results: Any, shared: Shared) -> None:
     at = Place(b, row_of(static, x.rows, b), jnp.int32(0), index * TILE)
     steps = steps_of(static, at, TILE, kv_head, shared.rings[0].shape[1])
     rings, owned = shared.rings, _without_padding(static, shared.mine)
-    _bring(static.kv_len, b, at.key, kv_head, (x.k, x.v), owned)
+    bring_rows(static.kv_len, b, at.key, kv_head, (x.k, x.v), owned)
 
     def bring_tile(n, slot):
         head, query = steps.where(n)
-        _bring(static.q_len, b, query, head, (x.q, x.dout), [ring.at[slot] for ring in rings])
+        bring_rows(static.q_len, b, query, head, (x.q, x.dout), [ring.at[slot] for ring in rings])
 
     ring = Ring(rings[0].shape[0], steps.count, 2, bring_tile)
     ring.begin()
@@ -183,10 +198,10 @@ def _dkv_step(
     head, query = steps.where(n)
     slot = ring.slot_of(n)
     q, dout = (tile.at[slot] for tile in shared.rings)
-    at = at._replace(query=query)
+    at = at._replace(query=query, head=head)
     strips = functools.partial(left_strips, swizzle=swizzle_of(static))
     numbers = at.b, head, pl.ds(query, steps.queries)
-    lse, delta = (_load(rows.at[numbers], 1) for rows in (x.lse, x.delta))
+    lse, delta = (load_numbers(rows.at[numbers], 1) for rows in (x.lse, x.delta))
     s = products(strips(k, static.head_dim), q)
     w = weights(static, x, at, s, lse, queries=1)
     dv = weighted_sum(dv, w.p, dout, None)
@@ -203,7 +218,7 @@ def _without_padding(static: Static, tiles: tuple[Any, Any]) -> tuple[Any, Any]:
     return first.at[:, pl.ds(0, static.head_dim)], second.at[:, pl.ds(0, static.head_dim_v)]
 
 
-def _load(numbers: Any, axis: int) -> jax.Array:
+def load_numbers(numbers: Any, axis: int) -> jax.Array:
     """Numbers of queries in GMEM, along that axis of a tile."""
     return plgpu.load(numbers, layout=LAYOUTS[axis], optimized=False)
 
@@ -213,7 +228,7 @@ def _rows(length: int, b: Any, first: Any, count: int) -> Any:
     return pl.ds(b * (pl.cdiv(length, TILE) * TILE) + first, count)
 
 
-def _bring(length: int, b: Any, first: Any, head: Any, sources: Any, targets: Any) -> None:
+def bring_rows(length: int, b: Any, first: Any, head: Any, sources: Any, targets: Any) -> None:
     """A head's rows of two matrices: a group each."""
     for source, target in zip(sources, targets, strict=True):
         count, size = target.shape

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dense import mosaic_gpu_ampere_backward
+from pallas_kernels.dense import mosaic_gpu_ampere_backward, mosaic_gpu_ampere_dbias
 from pallas_kernels.dense.mosaic_gpu_dbias import bias_gradient
 from pallas_kernels.dense.mosaic_gpu_dkv import key_gradients
 from pallas_kernels.dense.mosaic_gpu_dq import query_gradients
@@ -33,13 +33,14 @@ from pallas_kernels.dense.mosaic_gpu_geometry import (
 from pallas_kernels.dense.mosaic_gpu_tiles import backward_tiles
 from pallas_kernels.dense.mosaic_gpu_weights import BLOCK, Arrays
 
-# Compute capability -> who gives dq, and dk with dv.
+# Compute capability -> who gives dq, dk with dv, and a bias's.
 KERNELS = {
     (8, 0): (
         mosaic_gpu_ampere_backward.query_gradients,
         mosaic_gpu_ampere_backward.key_gradients,
+        mosaic_gpu_ampere_dbias.bias_gradient,
     ),
-    (9, 0): (query_gradients, key_gradients),
+    (9, 0): (query_gradients, key_gradients, bias_gradient),
 }
 
 
@@ -86,7 +87,7 @@ def backward(
         segmented=static.segments,
         added=static.alibi or static.bias is not None,
     )
-    of_queries, of_keys = KERNELS[static.capability]
+    of_queries, of_keys, of_bias = KERNELS[static.capability]
     bias = x.bias
     x = x._replace(bias=_in_whole_blocks(static, bias))
     mine = of_queries(static, x, tiles)
@@ -97,8 +98,10 @@ def backward(
     if dslopes is not None:
         dslopes = -jnp.sum(dslopes[:, :, : static.q_len], axis=(0, 2))
     if bias is not None:
-        whole = static.bias[3]
-        dbias = bias_gradient(static, x, bias.dtype, tiles) if whole else mine.over_keys[..., None]
+        if static.bias[3]:
+            dbias = of_bias(static, x, bias.dtype, tiles)
+        else:
+            dbias = mine.over_keys[:, :, : static.q_len, None]
         dbias = _like_the_bias(static, dbias, bias)
     return Gradients(mine.q[:, : static.q_len], dk, dv, dbias, dslopes, dsinks)
 
@@ -115,12 +118,6 @@ def check_backward(static: Static) -> None:
             "MOSAIC_GPU: use CUDNN or XLA".format(*static.capability)
         )
     added = static.alibi or static.bias is not None
-    if added and static.capability == (8, 0):
-        name = "bias" if static.bias is not None else "alibi_slopes"
-        raise ValueError(
-            f"{name} is given, must be None where gradients are taken with MOSAIC_GPU on "
-            f"compute_capability 8.0: use XLA"
-        )
     # At head size 256 sums of dq alone are half of all registers.
     if static.head_dim > 192 and added and (static.segments or static.soft_cap is not None):
         raise ValueError(

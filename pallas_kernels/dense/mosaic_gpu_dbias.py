@@ -72,9 +72,7 @@ def bias_gradient(static: Static, x: Arrays, dtype: Any, tiles: BackwardTiles) -
     """
     by_query, stages = static.bias[2], tiles.bias_stages
     given = Arrays(*(field is not None for field in x))
-    shared_by = static.bias[:2] if by_query else (True, True)
-    sizes = (static.batch, static.num_q_heads)
-    owned = [size if full else 1 for size, full in zip(sizes, shared_by, strict=True)]
+    owned, sharers = shares(static)
     key_blocks, query_blocks = pl.cdiv(static.kv_len, TILE), pl.cdiv(static.q_len, BLOCK)
     rows = query_blocks * BLOCK if by_query else CONSUMERS
     dtype = dtype if by_query else jnp.float32
@@ -86,8 +84,6 @@ def bias_gradient(static: Static, x: Arrays, dtype: Any, tiles: BackwardTiles) -
         result, *scratch = refs
         block(static, arrays, result, Shared(*scratch), sharers)
 
-    # In memory, not in the program: a short loop would be unrolled, and spill.
-    sharers = jnp.full((1,), static.batch * static.num_q_heads // math.prod(owned), jnp.int32)
     tile = functools.partial(swizzled, dtype=x.q.dtype)
     return plgpu.kernel(
         body,
@@ -112,6 +108,15 @@ def bias_gradient(static: Static, x: Arrays, dtype: Any, tiles: BackwardTiles) -
     )(sharers, *(field for field in x if field is not None))
 
 
+def shares(static: Static) -> tuple[list[int], jax.Array]:
+    """Rows of the batch and heads that have blocks of their own; what `steps_of` takes."""
+    sizes = (static.batch, static.num_q_heads)
+    full = static.bias[:2] if static.bias[2] else (True, True)
+    owned = [size if own else 1 for size, own in zip(sizes, full, strict=True)]
+    # In memory, not in the program: a short loop would be unrolled, and spill.
+    return owned, jnp.full((1,), math.prod(sizes) // math.prod(owned), jnp.int32)
+
+
 def _numbers(*stages: int) -> Any:
     return plgpu.SMEM((*stages, CONSUMERS, TILE), jnp.float32)
 
@@ -125,42 +130,48 @@ class Steps(NamedTuple):
     heads: int  # of each row
     blocks: jax.Array
     count: jax.Array
+    queries: int = BLOCK  # of a block
 
     def where(self, n: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(row of the batch, head, first query) of step n."""
         blocks = jnp.maximum(self.blocks, 1)
         i, block = lax.div(n, blocks), self.block + lax.rem(n, blocks)
         heads = jnp.int32(self.heads)
-        return self.b + lax.div(i, heads), self.head + lax.rem(i, heads), block * BLOCK
+        return self.b + lax.div(i, heads), self.head + lax.rem(i, heads), block * self.queries
 
 
-def _steps(static: Static, x: Arrays, sharers: Any, key: jax.Array) -> Steps:
+def steps_of(
+    static: Static, x: Arrays, sharers: Any, key: jax.Array, queries: int = BLOCK
+) -> Steps:
     """The steps of a block; none where it is known that no query of it sees a key.
 
-    sharers: int32 [1], how many rows times heads share a block's bias.
+    Args:
+        static: the call.
+        x: its arrays.
+        sharers: int32 [1], how many rows times heads share a block's bias.
+        key: the first of the block's 64 keys.
+        queries: of a block.
     """
     b, head, index = (lax.axis_index(name) for name in ("batch", "head", "query"))
     by_query = static.bias[2]
     heads = 1 if static.bias[1] or not by_query else static.num_q_heads
-    first, stop = jnp.int32(0), jnp.int32(pl.cdiv(static.q_len, BLOCK))
+    first, stop = jnp.int32(0), jnp.int32(pl.cdiv(static.q_len, queries))
     if x.rows is None or static.bias[0] or not by_query:
         at = Place(b, row_of(static, x.rows, b), jnp.int32(0), key)
-        tile, tiles = seeing_tiles(static, at, TILE)
-        size = jnp.int32(CONSUMERS)
-        first, stop = lax.div(tile, size), lax.div(tile + tiles + size - 1, size)
-        stop = jnp.where(tiles > 0, stop, first)
+        first, blocks = seeing_tiles(static, at, TILE, queries)
+        stop = first + blocks
     if by_query:
         blocks = jnp.where((index >= first) & (index < stop), 1, 0)
         first = index
     else:
         blocks = stop - first
-    return Steps(b, head, first, heads, blocks, blocks * sharers[0])
+    return Steps(b, head, first, heads, blocks, blocks * sharers[0], queries)
 
 
 def block(static: Static, x: Arrays, result: Any, shared: Shared, sharers: Any) -> None:
     """One block of the grid: a tile of the bias, and everything that shares it."""
     wg, key = lax.axis_index("wg"), lax.axis_index("key") * TILE
-    steps = _steps(static, x, sharers, key)
+    steps = steps_of(static, x, sharers, key)
 
     @pl.when(wg < CONSUMERS)
     def _():

@@ -62,9 +62,16 @@ class QueryGradients(NamedTuple):
     over_keys: jax.Array | None
 
 
-def _sums(static: Static) -> tuple[bool, bool]:
+def wanted_sums(static: Static) -> tuple[bool, bool]:
     """Whether `QueryGradients.by_distance` and `.over_keys` are of use."""
     return static.alibi, static.bias is not None and not static.bias[3]
+
+
+def sums_over_keys(static: Static, at: Place, ds: jax.Array) -> list[jax.Array]:
+    """What a tile adds to those that are: of dlogits without the soft cap's slope."""
+    by_distance, over_keys = wanted_sums(static)
+    sums = [(ds * distances(at, ds.shape, 0)).sum(axis=1)] if by_distance else []
+    return sums + ([ds.sum(axis=1)] if over_keys else [])
 
 
 def query_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> QueryGradients:
@@ -87,7 +94,7 @@ def query_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> QueryGra
         block(static, arrays, results, Shared(q, dout, *rest, sums), tied=tiles.tied)
 
     dtype = x.q.dtype
-    wanted = _sums(static)
+    wanted = wanted_sums(static)
     out_type = [
         jax.ShapeDtypeStruct(x.q.shape, dtype),
         *[jax.ShapeDtypeStruct(x.lse.shape, jnp.float32)] * sum(wanted),
@@ -224,17 +231,12 @@ def _consume(
             plgpu.wgmma(dp_acc, dout, v.transpose((1, 0)))
             logits = plgpu.wgmma_accumulator_load(logits_acc, wait_n=1)
             here = at._replace(key=(keys.first + n) * k.shape[0])
-            w = weights(static, x, here, logits, lse, queries=0, sloped=not any(_sums(static)))
+            w = weights(static, x, here, logits, lse, queries=0, sloped=not sums)
             dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
             plgpu.barrier_arrive(shared.v_empty.at[v_slot])
             ds = logit_gradients(w._replace(slope=None), dp, delta, queries=0)
-            more = []
-            if static.alibi:
-                # Computed again: kept since the weights they would be 32 registers.
-                afresh = here._replace(query=tied_to(n, here.query))
-                more.append((ds * distances(afresh, ds.shape, 0)).sum(axis=1))
-            if _sums(static)[1]:
-                more.append(ds.sum(axis=1))
+            # Distances are computed again: kept since the weights they would be 32 registers.
+            more = sums_over_keys(static, here._replace(query=tied_to(n, here.query)), ds)
             ds = ds if w.slope is None else ds * w.slope
             return ds.astype(x.q.dtype), [a + b for a, b in zip(sums, more, strict=True)]
 
@@ -246,7 +248,7 @@ def _consume(
         return sums
 
     nothing = plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), LAYOUTS[0])
-    sums = lax.fori_loop(0, keys.count, step, [nothing] * sum(_sums(static)))
+    sums = lax.fori_loop(0, keys.count, step, [nothing] * sum(wanted_sums(static)))
     staging, (dq, *wholes) = shared.q.at[wg], results
     staging[...] = (dq_acc[...] * static.scale).astype(x.q.dtype)
     places = [shared.sums.at[wg, pl.ds(i * TILE, TILE)] for i in range(len(sums))]

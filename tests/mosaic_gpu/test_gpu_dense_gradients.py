@@ -124,8 +124,8 @@ def without_distance(at, shape, queries):
 distances = mosaic_gpu_weights.distances
 
 
-def one_row_less(static, x, sharers, key, steps=mosaic_gpu_dbias._steps):
-    found = steps(static, x, sharers, key)
+def one_row_less(*args, steps=mosaic_gpu_dbias.steps_of):
+    found = steps(*args)
     return found._replace(count=jnp.maximum(found.count - 1, 0))
 
 
@@ -141,7 +141,7 @@ FAULTS = {
 }  # fmt: skip
 MORE_FAULTS = {
     "the cap's slope, of queries": (WINDOW, mosaic_gpu_dq, "weights", without_slope),
-    "a row that shares the bias": (BIAS, mosaic_gpu_dbias, "_steps", one_row_less),
+    "a row that shares the bias": (BIAS, mosaic_gpu_dbias, "steps_of", one_row_less),
     "the slopes' distance": (BIAS, mosaic_gpu_dq, "distances", without_distance),
     "the causal edge": (PLAIN, mosaic_gpu_backward, "backward", forgetting(causal=False)),
     "the window": (
@@ -149,7 +149,7 @@ MORE_FAULTS = {
     ),
     "the cap's slope, of keys": (SPLIT, mosaic_gpu_dkv, "weights", without_slope),
     "delta": (PLAIN, mosaic_gpu_dq, "logit_gradients", without_delta),
-    "queries that share a bias of keys": (OF_KEYS, mosaic_gpu_dbias, "_steps", one_row_less),
+    "queries that share a bias of keys": (OF_KEYS, mosaic_gpu_dbias, "steps_of", one_row_less),
 }  # fmt: skip
 
 
