@@ -22,16 +22,17 @@ from pallas_kernels.dense.mosaic_gpu_dbias import shares, steps_of
 from pallas_kernels.dense.mosaic_gpu_geometry import Static, row_of
 from pallas_kernels.dense.mosaic_gpu_tiles import BackwardTiles
 from pallas_kernels.dense.mosaic_gpu_weights import TILE, Arrays, Place, logit_gradients, weights
-from pallas_kernels.gpu_mma import Ring, left_strips, products, sums, swizzled
+from pallas_kernels.gpu_mma import SWIZZLE, Ring, left_strips, products, sums, swizzled
 
 
 class Shared(NamedTuple):
-    """Rings of tiles, [stages, TILE, head_dim or head_dim_v]."""
+    """Rings of tiles; at the end the sums, on their way to whole lines of memory."""
 
-    q: Any
+    q: Any  # [stages, TILE, head_dim]
     dout: Any
     k: Any
     v: Any
+    sums: Any  # [TILE, TILE] in the result's dtype, None without queries
 
 
 def bias_gradient(static: Static, x: Arrays, dtype: Any, tiles: BackwardTiles) -> jax.Array:
@@ -50,15 +51,16 @@ def bias_gradient(static: Static, x: Arrays, dtype: Any, tiles: BackwardTiles) -
     def body(sharers: Any, *refs: Any) -> None:
         refs = list(refs)
         arrays = Arrays(*(refs.pop(0) if there else None for there in given))
-        result, *scratch = refs
-        block(static, arrays, result, Shared(*scratch), sharers)
+        result, *rings = refs[:5]
+        sums = refs[5] if by_query else None
+        block(static, arrays, result, Shared(*rings, sums), sharers)
 
     tile = functools.partial(swizzled, dtype=x.q.dtype, swizzle=swizzle_of(static))
-    sizes = (static.head_dim, static.head_dim_v) * 2
+    tiles_of = [tile(stages, TILE, size) for size in (static.head_dim, static.head_dim_v) * 2]
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(shape, dtype if by_query else jnp.float32),
-        scratch_types=[tile(stages, TILE, size) for size in sizes],
+        scratch_types=tiles_of + [swizzled(TILE, TILE, dtype=dtype)] * by_query,
         grid=(*owned, query_blocks, key_blocks),
         grid_names=("batch", "head", "query", "key"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -74,17 +76,17 @@ def block(static: Static, x: Arrays, result: Any, shared: Shared, sharers: Any) 
     def bring_step(n, slot):
         b, head, query = steps.where(n)
         kv_head = lax.div(head, jnp.int32(static.group))
-        q, dout, k, v = (ring.at[slot] for ring in shared)
+        q, dout, k, v = (ring.at[slot] for ring in shared[:4])
         bring_rows(static.q_len, b, query, head, (x.q, x.dout), (q, dout))
         bring_rows(static.kv_len, b, key, kv_head, (x.k, x.v), (k, v))
 
-    ring = Ring(shared.q.shape[0], steps.count, len(shared), bring_step)
+    ring = Ring(shared.q.shape[0], steps.count, 4, bring_step)
     ring.begin()
     strips = functools.partial(left_strips, swizzle=swizzle_of(static))
 
     def step(n, total):
         slot = ring.slot_of(n)
-        q, dout, k, v = (ring.at[slot] for ring in shared)
+        q, dout, k, v = (ring.at[slot] for ring in shared[:4])
         b, head, query = steps.where(n)
         at = Place(b, row_of(static, x.rows, b), query, key, head)
         numbers = b, head, pl.ds(query, TILE)
@@ -96,7 +98,10 @@ def block(static: Static, x: Arrays, result: Any, shared: Shared, sharers: Any) 
     total = lax.fori_loop(0, steps.count, step, sums(TILE, TILE, x.q.dtype))
     b, head, index = (lax.axis_index(name) for name in ("batch", "head", "query"))
     keys = pl.ds(key, TILE)
-    if static.bias[2]:
-        result[b, head, pl.ds(index * TILE, TILE), keys] = total.astype(result.dtype)
+    if shared.sums is not None:
+        shared.sums[...] = total.astype(result.dtype)
+        layout = plgpu.Layout.SMEM_GMEM_COPY((TILE, TILE), result.dtype, SWIZZLE)
+        whole = plgpu.load(shared.sums, layout=layout)
+        result[b, head, pl.ds(index * TILE, TILE), keys] = whole
     else:
         result[b, head, 0, keys] = total.sum(axis=0)

@@ -166,9 +166,9 @@ BACKWARD_TILES = {
 # core's memory; at 128 tiles of 64 queries spill beside a soft cap and segments (16 + 12 bytes).
 AMPERE_BACKWARD_TILES = {
     64: {PLAIN: BackwardTiles(64, 2, 2, 2, split=False)},
-    80: {PLAIN: BackwardTiles(32, 2, 2, 2, split=False, block_q=32)},
-    96: {PLAIN: BackwardTiles(32, 2, 2, 2, split=False, block_q=32)},
-    128: {PLAIN: BackwardTiles(32, 2, 2, 2, split=False, block_q=32)},
+    80: {PLAIN: BackwardTiles(32, 2, 2, 2, split=False, bias_stages=1, block_q=32)},
+    96: {PLAIN: BackwardTiles(32, 2, 2, 2, split=False, bias_stages=1, block_q=32)},
+    128: {PLAIN: BackwardTiles(32, 2, 2, 2, split=False, bias_stages=1, block_q=32)},
 }
 
 
