@@ -9,7 +9,9 @@ import pytest
 
 from attnsel_jax.aot import NoCompilerError, compile_for, target_for
 from attnsel_jax.aot.arguments import described, read_back
+from attnsel_jax.aot.child import compiled
 from attnsel_jax.aot.targets import GPU_FIGURES, TPU_TOPOLOGIES
+from attnsel_jax.compare.expected import gradient_names
 from attnsel_jax.platforms import CHIPS
 from attnsel_jax.problems import named
 from pallas_kernels import tpu_chip
@@ -43,6 +45,14 @@ def test_a_cpu_is_compiled_for_everywhere():
     assert report.memory["temporaries"] > 0
     assert report.cost["flops"] > 0
     assert report.versions["jax"] == jax.__version__
+
+
+def test_gradients_are_of_everything_that_has_one():
+    arguments = arguments_of("quick.dense.alibi")
+    task = {"target": target_for("cpu").to_json(), "kernel": DENSE, "gradients": True,
+            "arguments": described(arguments), "mesh": None}  # fmt: skip
+    _, (gradients,) = compiled(task).out_info
+    assert set(gradients) == set(gradient_names(arguments))
 
 
 def test_the_cache_is_donated():

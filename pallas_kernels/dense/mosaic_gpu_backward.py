@@ -72,7 +72,11 @@ def backward(
     product = jnp.einsum("bthd,bthd->bth", out, x.dout, preferred_element_type=jnp.float32)
     delta = product - jnp.where(some, dlse.astype(jnp.float32), 0.0)
     # A row that sees nothing has weights of 0, whatever its logits.
-    log2_sum = jnp.where(some, lse * LOG2E, jnp.inf)
+    log2_sum, bias = jnp.where(some, lse * LOG2E, jnp.inf), x.bias
+    if bias is not None and not static.bias[3]:
+        # The same for all keys of a row: its weights are those of a smaller lse.
+        log2_sum = log2_sum - jnp.swapaxes(bias[..., 0], 1, 2).astype(jnp.float32) * LOG2E
+        x = x._replace(bias=None)
     x = x._replace(lse=_by_head(static, log2_sum), delta=_by_head(static, delta))
     dsinks = None
     if sinks is not None:
@@ -88,10 +92,9 @@ def backward(
         added=static.alibi or static.bias is not None,
     )
     of_queries, of_keys, of_bias = KERNELS[static.capability]
-    bias = x.bias
-    x = x._replace(bias=_in_whole_blocks(static, bias))
+    x = x._replace(bias=_in_whole_blocks(static, x.bias))
     mine = of_queries(static, x, tiles)
-    across = None if bias is None else jnp.swapaxes(x.bias, 2, 3)
+    across = None if x.bias is None else jnp.swapaxes(x.bias, 2, 3)
     dk, dv = of_keys(static, x._replace(bias=across), tiles)
     dk, dv = (gradient[:, : static.kv_len] for gradient in (dk, dv))
     dslopes, dbias = mine.by_distance, None

@@ -31,10 +31,10 @@ class Arrays(NamedTuple):
     """Arrays of both kernels, in GMEM; None = not given.
 
     q, k, v, dout: the contract's; 0 in rows that nothing sees or that see nothing (v may be NaN).
-    lse, delta: float32 [batch, num_q_heads, whole blocks]; lse in units of log2, +inf for a row
-    that sees nothing.
+    lse, delta: float32 [batch, num_q_heads, whole blocks]; lse in units of log2, less a bias that
+    has no keys; +inf for a row that sees nothing.
     rows: int32 [batch, 3] as `Row`; segment ids int32, padded to whole blocks.
-    bias: its full dimensions padded to whole blocks, its last two in the order of the kernel's
+    bias: one that has keys; its full dimensions padded to whole blocks, its last two in the order of the kernel's
         logits: queries first for dq, keys first for dk and dv; slopes float32 [num_q_heads].
     """
 
@@ -90,7 +90,7 @@ def weights(
         e = jnp.exp2(logits * (2 * LOG2E * static.scale / static.soft_cap))
         t = 1.0 - 2.0 / (e + 1.0)
         slope, y = 1.0 - t * t, t * (static.soft_cap * LOG2E)
-    if static.bias is not None:
+    if x.bias is not None:
         y = y + _bias(static, x.bias, at, y, queries) * LOG2E
     if static.alibi:
         y = y - distances(at, y.shape, queries) * (x.slopes[at.head] * LOG2E)
@@ -112,8 +112,6 @@ def _bias(static: Static, bias: Any, at: Place, like: jax.Array, queries: int) -
     firsts = (at.query, at.key) if queries == 0 else (at.key, at.query)
     index = [pl.ds(*part) if full else 0
              for full, *part in zip(axes, firsts, like.shape, strict=True)]  # fmt: skip
-    if not any(axes):
-        return bias[b, head, 0, 0].astype(jnp.float32)
     if all(axes):
         tile = plgpu.load(bias.at[b, head, *index], layout=WGMMA, optimized=False)
         return tile.astype(jnp.float32)

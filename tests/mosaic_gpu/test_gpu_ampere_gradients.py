@@ -9,38 +9,59 @@ import pytest
 from gpu_compiler import compiled_cleanly
 from gpu_interpreter import gpu_interpreter, needs_gpu_interpreter
 from test_gpu_dense_gradients import (
+    ADDED,
+    BIAS,
     CAP,
     CASES,
+    FEATURES,
     KERNEL,
     MORE,
+    OF_KEYS,
     REST,
     SEGMENTED,
+    SLOPES,
     WINDOWED,
+    biased,
+    one_row_less,
     one_tile_less,
     problem,
     without_delta,
+    without_distance,
     without_slope,
 )
 
 from attnsel_jax.compare import compare
 from attnsel_jax.compare.comparison import FAIL, PASS
+from attnsel_jax.compare.expected import gradient_names
 from pallas_kernels import gpu_mma
 from pallas_kernels.dense import (
     mosaic_gpu,
     mosaic_gpu_ampere_backward,
+    mosaic_gpu_ampere_dbias,
     mosaic_gpu_backward,
+    mosaic_gpu_dq,
     mosaic_gpu_tiles,
 )
 
 needs_gpu_interpreter()
 
 SIZES = tuple(mosaic_gpu_tiles.AMPERE_BACKWARD_TILES)
+EVERYTHING = {"soft_cap": 8.0, "alibi": True, "segments": 2, "sinks": True, "causal": True,
+              "q_len": 70, "kv_len": 100}  # fmt: skip
+ADDED_TO = [
+    problem(f"everything added, head size {size}", head_size=size, bias=bias, **EVERYTHING)
+    for size, bias in (
+        (64, (True, True, True, True)), (80, (False, False, True, True)),
+        (96, (False, True, False, True)), (128, (False, True, True, True)),
+    )
+]  # fmt: skip
+OF_QUERIES = problem("bias of queries", bias=(False, True, True, False), heads=(1, 1), q_len=70)
+OF_A_HEAD = problem("bias of a head", bias=(False, True, False, False), heads=(1, 1), q_len=70)
 DECLARED = [
-    case
-    for case in (*CASES, *MORE)
-    if case.options["head_size"] in SIZES and not {"bias", "alibi"} & set(case.options)
+    *(case for case in (*CASES, *MORE) if case.options["head_size"] in SIZES),
+    *(*ADDED_TO, OF_QUERIES, OF_A_HEAD),
 ]
-BY_DEFAULT = ("window, capped, sinks",)
+BY_DEFAULT = ("window, capped, sinks", BIAS.name)
 CAPPED = problem("capped", causal=True, soft_cap=8.0, q_len=70)
 LONG = problem("long", causal=True, q_len=200, heads=(1, 1))
 
@@ -60,7 +81,8 @@ def row_of(case):
 def test_gradients_agree_with_the_oracle(case):
     row = row_of(case)
     assert row.verdict == PASS, str(row)
-    assert {"grad q", "grad k", "grad v"} <= {d.quantity for d in row.deviations}
+    wanted = {f"grad {name}" for name in gradient_names(case.make())}
+    assert wanted == {d.quantity for d in row.deviations if d.quantity.startswith("grad")}
 
 
 def forgetting(**fields):
@@ -74,12 +96,17 @@ def one_key_tile_less(*args):
     return tiles._replace(count=jnp.maximum(tiles.count - 1, 0))
 
 
+def sums_of_nothing(*args):
+    return [0.0 * part for part in sums_over_keys(*args)]
+
+
 def waiting_for_too_little(groups):
     arrived(groups and groups + 1)
 
 
 seen_tiles, arrived = mosaic_gpu_ampere_backward.seen_tiles, gpu_mma.arrived
-HERE = mosaic_gpu_ampere_backward
+sums_over_keys = mosaic_gpu_dq.sums_over_keys
+HERE, OF_BIAS = mosaic_gpu_ampere_backward, mosaic_gpu_ampere_dbias
 FAULTS = {
     "the causal edge": (LONG, mosaic_gpu_backward, "backward", forgetting(causal=False)),
     "the cap's slope": (CAPPED, HERE, "weights", without_slope),
@@ -87,6 +114,11 @@ FAULTS = {
     "a tile of queries": (LONG, HERE, "steps_of", one_tile_less),
     "a tile of keys": (LONG, HERE, "seen_tiles", one_key_tile_less),
     "a copy is not waited for": (LONG, gpu_mma, "arrived", waiting_for_too_little),
+    "a row that shares the bias": (BIAS, OF_BIAS, "steps_of", one_row_less),
+    "queries that share a bias of keys": (OF_KEYS, OF_BIAS, "steps_of", one_row_less),
+    "the slopes' distance": (BIAS, mosaic_gpu_dq, "distances", without_distance),
+    "sums over keys": (OF_QUERIES, HERE, "sums_over_keys", sums_of_nothing),
+    "delta, of the bias": (BIAS, OF_BIAS, "logit_gradients", without_delta),
     "a slot is overwritten": (LONG, gpu_mma, "free_slot", lambda slot, stages: slot),
 }
 
@@ -135,12 +167,16 @@ def test_gradients_compile(size):
     compiles(size)
 
 
+ALL = WINDOWED | CAP | SEGMENTED | REST
+MORE_FEATURES = {
+    "bias of keys, slopes, all": biased((2, 4, 1, 1101), "bfloat16") | SLOPES | ALL,
+    "bias of queries, slopes, all": biased((1, 4, 1101, 1), "bfloat16") | SLOPES | ALL,
+    "bias, slopes, all, float16": ADDED | ALL | {"dtype": "float16"},
+}
+
+
 @pytest.mark.sweep
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(
-    "features",
-    [WINDOWED, CAP, SEGMENTED, REST, WINDOWED | CAP | SEGMENTED | REST, {"dtype": "float16"}],
-    ids=["window", "cap", "segments", "rest", "all", "float16"],
-)
+@pytest.mark.parametrize("features", FEATURES | MORE_FEATURES)
 def test_gradients_of_every_feature_compile(size, features):
-    compiles(size, **features)
+    compiles(size, **(FEATURES | MORE_FEATURES)[features])
