@@ -34,8 +34,9 @@ class Arrays(NamedTuple):
     lse, delta: float32 [batch, num_q_heads, whole blocks]; lse in units of log2, less a bias that
     has no keys; +inf for a row that sees nothing.
     rows: int32 [batch, 3] as `Row`; segment ids int32, padded to whole blocks.
-    bias: one that has keys; its full dimensions padded to whole blocks, its last two in the order of the kernel's
-        logits: queries first for dq, keys first for dk and dv; slopes float32 [num_q_heads].
+    bias: one that has keys; its full dimensions padded to whole blocks, its last two in the order
+        of the kernel's logits: queries first for dq, keys first for dk and dv; slopes float32
+        [num_q_heads].
     """
 
     q: Any
