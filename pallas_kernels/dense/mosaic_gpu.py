@@ -103,9 +103,9 @@ def dense_attention(
         tiles is copied once, padded; with gradients once more, its last two dimensions swapped.
 
     Gradients:
-        Of q, k, v, bias, alibi_slopes and sinks, through out and lse, on Hopper. A bias's is added
-        up in a kernel of its own where the bias has keys; under `jax.jit` it costs nothing where
-        it is not asked for.
+        Of q, k, v, bias, alibi_slopes and sinks, through out and lse, on Hopper and Ampere. A
+        bias's is added up in a kernel of its own where the bias has keys; under `jax.jit` it costs
+        nothing where it is not asked for.
 
     Reference:
         Shah et al., "FlashAttention-3", 2024.

@@ -200,16 +200,14 @@ def _dkv_step(
     q, dout = (tile.at[slot] for tile in shared.rings)
     at = at._replace(query=query, head=head)
     strips = functools.partial(left_strips, swizzle=swizzle_of(static))
-    lse = load_numbers(x.lse.at[at.b, head, pl.ds(query, steps.queries)], 1)
+    numbers = at.b, head, pl.ds(query, steps.queries)
+    lse, delta = (load_numbers(rows.at[numbers], 1) for rows in (x.lse, x.delta))
     s = products(strips(k, static.head_dim), q)
     w = weights(static, x, at, s, lse, queries=1)
     dv = weighted_sum(dv, w.p, dout, None)
     if w.slope is not None:  # one tile of registers less beside the next product
         w = Weights(w.p * w.slope, None)
     dp = products(strips(v, static.head_dim_v), dout)
-    # Loaded with lse they would be 8 registers more where those are scarcest.
-    numbers = at.b, head, pl.ds(tied_to(n, query), steps.queries)
-    delta = load_numbers(x.delta.at[numbers], 1)
     ds = logit_gradients(w, dp, delta, queries=1)
     return weighted_sum(dk, ds, q, None), dv
 

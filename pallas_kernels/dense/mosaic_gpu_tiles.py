@@ -163,12 +163,16 @@ BACKWARD_TILES = {
 
 
 # head_dim -> shape class -> tiles, capability 8.0. From 80 on tiles of 32 let two blocks share a
-# core's memory; at 128 tiles of 64 queries spill beside a soft cap and segments (16 + 12 bytes).
+# core's memory; at 128 tiles of 64 queries spill beside a soft cap and segments (16 + 12 bytes), of
+# 32 beside a bias and slopes too (up to 20 + 16).
 AMPERE_BACKWARD_TILES = {
     64: {PLAIN: BackwardTiles(64, 2, 2, 2, split=False)},
     80: {PLAIN: BackwardTiles(32, 2, 2, 2, split=False, bias_stages=1, block_q=32)},
     96: {PLAIN: BackwardTiles(32, 2, 2, 2, split=False, bias_stages=1, block_q=32)},
-    128: {PLAIN: BackwardTiles(32, 2, 2, 2, split=False, bias_stages=1, block_q=32)},
+    128: {
+        PLAIN: BackwardTiles(32, 2, 2, 2, split=False, bias_stages=1, block_q=32),
+        CROWDED: BackwardTiles(32, 2, 2, 2, split=False, bias_stages=1, block_q=16),
+    },
 }
 
 
