@@ -171,6 +171,7 @@ ALL = WINDOWED | CAP | SEGMENTED | REST
 MORE_FEATURES = {
     "bias of keys, slopes, all": biased((2, 4, 1, 1101), "bfloat16") | SLOPES | ALL,
     "bias of queries, slopes, all": biased((1, 4, 1101, 1), "bfloat16") | SLOPES | ALL,
+    "bias of float32, slopes, all": biased((2, 4, 1101, 1101)) | SLOPES | ALL,
     "bias, slopes, all, float16": ADDED | ALL | {"dtype": "float16"},
 }
 
