@@ -11,7 +11,8 @@ AMPERE, HOPPER, BLACKWELL = (DeviceCapability(major, 0) for major in (8, 9, 10))
 HEAD_SIZES = OneOf(64, 80, 96, 128, 192, 256)
 HEAD_SIZES_V = {192: (128, 192)}  # others: as head_size
 FLOAT8_SIZES = OneOf(64, 80, 96, 128)
-AMPERE_SIZES = OneOf(64, 96, 128)  # interpreted and compiled; the kernels take others too
+# Interpreted and compiled; the kernels take others too.
+AMPERE_SIZES = {"dense": OneOf(64, 80, 96, 128), "paged": OneOf(64, 96, 128)}
 
 
 def of_dense(config: AttentionSelectorConfig) -> Iterator[Rejection]:
@@ -47,8 +48,8 @@ def of_chip(config: AttentionSelectorConfig, device: Device) -> Iterator[Rejecti
         yield Rejection("needs_grad", True, "False with compute_capability 10.0")
     if device.compute_capability != AMPERE:
         return
-    if config.head_size not in AMPERE_SIZES:
-        yield Rejection("head_size", config.head_size, AMPERE_SIZES, "with compute_capability 8.0")
+    if config.head_size not in (sizes := AMPERE_SIZES[config.op]):
+        yield Rejection("head_size", config.head_size, sizes, "with compute_capability 8.0")
     cache = str(config.cache_dtype)
     if config.op == "paged" and cache.startswith("fp8"):
         halves = OneOf("bfloat16", "float16")

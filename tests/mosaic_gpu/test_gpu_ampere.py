@@ -38,15 +38,21 @@ def sweep(case):
     return pytest.param(case, marks=pytest.mark.sweep)
 
 
+EVERYTHING = {
+    "batch": 2, "sinks": True, "alibi": True, "soft_cap": 8.0, "q_len": 150, "q_lens": (150, 70),
+    "kv_len": 170, "kv_lens": (170, 130), "bias": (True, True, True, True), "segments": 2,
+    "sliding_window": 90, "attention_chunk_size": 100, "causal": True,
+}  # fmt: skip
 TILED = (
     problem("causal, odd lengths", causal=True, q_len=133, kv_len=259, heads=(2, 2),
             head_size=128),
     problem("head size 96, window", causal=True, sliding_window=70, q_len=200, head_size=96),
     problem("offsets, empty rows, float16", batch=2, q_len=70, kv_len=200, q_offset=(-40, 100),
             causal=True, dtype="float16"),
-    problem("everything", batch=2, sinks=True, alibi=True, soft_cap=8.0, q_len=150,
-            q_lens=(150, 70), kv_len=170, kv_lens=(170, 130), bias=(True, True, True, True),
-            segments=2, sliding_window=90, attention_chunk_size=100, causal=True),
+    problem("everything", **EVERYTHING),
+    *(sweep(problem(f"everything, head sizes {size} and {size_v}, float16", head_size=size,
+                    head_size_v=size_v, dtype="float16", **EVERYTHING))
+      for size, size_v in SIZES if size not in (64, 96, 128)),
     sweep(problem("head size 80", head_size=80, causal=True, q_len=133, kv_len=140)),
     sweep(problem("head sizes 192 and 128", head_size=192, head_size_v=128, q_len=70, kv_len=200,
                   causal=True, heads=(2, 2))),
@@ -237,7 +243,8 @@ def test_what_ampere_does_not_have_is_refused():
         return [reason.argument for reason in found]
 
     assert reasons() == reasons(needs_grad=True, has_alibi=True, has_bias=True) == []
-    assert reasons(head_size=256) == reasons(head_size=80) == ["head_size"]
+    assert reasons(head_size=80, needs_grad=True) == []
+    assert reasons(head_size=256) == reasons(head_size=192) == ["head_size"]
     wide = jnp.ones((1, 8, 1, 192), "bfloat16")
     message = "head_dim is 192, must be one of 64, 80, 96, 128 where gradients"
     with gpu_interpreter("a100"), pytest.raises(ValueError, match=message):
