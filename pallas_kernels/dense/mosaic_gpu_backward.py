@@ -121,6 +121,8 @@ def check_backward(static: Static) -> None:
             "MOSAIC_GPU: use CUDNN or XLA".format(*static.capability)
         )
     added = static.alibi or static.bias is not None
+    if static.capability != (9, 0):  # what others do not take, their tables of tiles say
+        return
     # At head size 256 sums of dq alone are half of all registers.
     if static.head_dim > 192 and added and (static.segments or static.soft_cap is not None):
         raise ValueError(
