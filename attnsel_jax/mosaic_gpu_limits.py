@@ -13,6 +13,8 @@ HEAD_SIZES_V = {192: (128, 192)}  # others: as head_size
 FLOAT8_SIZES = OneOf(64, 80, 96, 128)
 # Interpreted and compiled; the kernels take others too.
 AMPERE_SIZES = {"dense": OneOf(64, 80, 96, 128), "paged": OneOf(64, 96, 128)}
+BLACKWELL_PAGED_SIZES = OneOf(64, 80, 96, 128)  # at 192 the kernels spill
+BLACKWELL_FLOAT8_SIZES = OneOf(64, 80, 96)  # at 128 decode spills
 
 
 def of_dense(config: AttentionSelectorConfig) -> Iterator[Rejection]:
@@ -44,10 +46,22 @@ def of_cache(config: AttentionSelectorConfig) -> Iterator[Rejection]:
 
 def of_chip(config: AttentionSelectorConfig, device: Device) -> Iterator[Rejection]:
     """What this chip has no kernel for, of what another has."""
-    if device.compute_capability == BLACKWELL and config.needs_grad:
+    of_one = {AMPERE: _of_ampere, BLACKWELL: _of_blackwell}.get(device.compute_capability)
+    if of_one is not None:
+        yield from of_one(config)
+
+
+def _of_blackwell(config: AttentionSelectorConfig) -> Iterator[Rejection]:
+    if config.needs_grad:
         yield Rejection("needs_grad", True, "False with compute_capability 10.0")
-    if device.compute_capability != AMPERE:
-        return
+    cache, size, why = str(config.cache_dtype), config.head_size, "with compute_capability 10.0"
+    if config.op == "paged" and size not in BLACKWELL_PAGED_SIZES:
+        yield Rejection("head_size", size, BLACKWELL_PAGED_SIZES, why)
+    elif config.op == "paged" and cache.startswith("fp8") and size not in BLACKWELL_FLOAT8_SIZES:
+        yield Rejection("head_size", size, BLACKWELL_FLOAT8_SIZES, f"{why} and a cache of {cache}")
+
+
+def _of_ampere(config: AttentionSelectorConfig) -> Iterator[Rejection]:
     if config.head_size not in (sizes := AMPERE_SIZES[config.op]):
         yield Rejection("head_size", config.head_size, sizes, "with compute_capability 8.0")
     cache = str(config.cache_dtype)

@@ -1,7 +1,8 @@
 """Ampere's means: shared memory that `cp.async` fills, products by `mma.sync` from registers.
 
 One warpgroup: each of its four warps has 16 of 64 rows. Results of a product become the left
-operand of the next without leaving the registers, as in FlashAttention-2 (Dao, 2023).
+operand of the next without leaving the registers, as in FlashAttention-2 (Dao, 2023). Blackwell's
+paged kernels multiply so too; Mosaic GPU (0.12) has `cp.async` only before Hopper.
 """
 
 import functools

@@ -16,6 +16,7 @@ from attnsel_jax.mosaic_gpu_limits import (
 
 BOTH_OPS = {
     **{"platform": OneOf("cuda"), "jax_version": AtLeast((0, 11))},
+    "compute_capability": OneOf(AMPERE, HOPPER, BLACKWELL),
     **{"dtype": OneOf("bfloat16", "float16"), "attn_type": OneOf(*AttentionType)},
     "head_size": HEAD_SIZES,
     **dict.fromkeys(("causal", "has_sink", "has_sliding_window", "has_attention_chunk"), EITHER),
@@ -23,13 +24,12 @@ BOTH_OPS = {
 }
 DENSE = Capabilities(
     **BOTH_OPS,
-    **{"compute_capability": OneOf(AMPERE, HOPPER, BLACKWELL), "needs_grad": EITHER},
     head_size_v=HEAD_SIZES,
+    needs_grad=EITHER,
     **dict.fromkeys(("has_bias", "has_segment_ids", "has_lens", "has_q_offset"), EITHER),
 )
 PAGED = Capabilities(
     **BOTH_OPS | {"head_size": OneOf(64, 80, 96, 128, 192)},  # at 256 no prompt's kernel compiles
-    compute_capability=OneOf(AMPERE, HOPPER),
     kv_cache_dtype=OneOf("bfloat16", "float16", "fp8_e4m3", "fp8_e5m2"),
     block_size=OneOf(16, 32, 64, 128, 256),
 )

@@ -5,7 +5,7 @@ The contract (maths, arguments, edge cases) is `pallas_kernels/paged/__init__.py
 head's part of a page, lies together. A step is four programs: `mosaic_gpu_write` puts this step's
 keys and values into the cache, `mosaic_gpu_decode` attends for sequences with few new tokens and
 `mosaic_gpu_merge` merges its partial results, `mosaic_gpu_prefill` attends for all others; on
-Ampere `mosaic_gpu_ampere` has both that attend.
+Ampere `mosaic_gpu_ampere` has both that attend, on Blackwell `mosaic_gpu_blackwell`.
 """
 
 import math
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from pallas_kernels import gpu_chip
 from pallas_kernels.contract_checks import check_logit_numbers, check_paged
 from pallas_kernels.masks import Window
-from pallas_kernels.paged import mosaic_gpu_ampere
+from pallas_kernels.paged import mosaic_gpu_ampere, mosaic_gpu_blackwell
 from pallas_kernels.paged.mosaic_gpu_decode import decode
 from pallas_kernels.paged.mosaic_gpu_geometry import ROWS, Geometry, Masks, round_up
 from pallas_kernels.paged.mosaic_gpu_merge import merge
@@ -34,6 +34,7 @@ LOG2E = math.log2(math.e)
 KERNELS = {
     (8, 0): (mosaic_gpu_ampere.decode, mosaic_gpu_ampere.prefill),
     (9, 0): (decode, prefill),
+    (10, 0): (mosaic_gpu_blackwell.decode, mosaic_gpu_blackwell.prefill),
 }
 
 
@@ -71,9 +72,9 @@ def paged_attention(
 
     Numerics:
         Operands of both products have the cache's dtype, or float16 over a float8 cache, the one
-        dtype that Hopper converts to; probabilities are rounded to it. bfloat16 queries that become
-        float16 are first divided by a power of two, each row by its own. Logits, softmax and sums
-        are float32.
+        dtype that the hardware converts to; probabilities are rounded to it. bfloat16 queries that
+        become float16 are first divided by a power of two, each row by its own. Logits, softmax and
+        sums are float32.
 
     Raises:
         ValueError: a shape or dtype is not the contract's or not of those that these kernels take,

@@ -37,6 +37,7 @@ from pallas_kernels.paged.mosaic_gpu_attend import (
     initial_state,
     seen_of,
     softmax_step,
+    widen,
 )
 from pallas_kernels.paged.mosaic_gpu_geometry import ROWS, Geometry, round_up
 from pallas_kernels.paged.mosaic_gpu_pages import Span, pages_of
@@ -46,7 +47,6 @@ from pallas_kernels.paged.mosaic_gpu_tiles import Phase
 
 F32 = jnp.float32
 LINE = 128  # bytes of a line of the cache
-KEPT = 128  # the largest head size whose queries stay in registers
 
 
 class Shared(NamedTuple):
@@ -56,12 +56,21 @@ class Shared(NamedTuple):
         q: [64, head_dim].
         k, v: [stages, keys, head_dim].
         results: [64, whole lines]: where k is, when the keys are done with.
+        wide: [keys, head_dim], where a float8 tile is converted to; or None.
     """
 
     q: Any
     k: Any
     v: Any
     results: Any
+    wide: Any = None
+
+    def widened(self, tile: Any, geometry: Geometry) -> Any:
+        """A tile of the ring as it is multiplied."""
+        if not geometry.converts:
+            return tile
+        widen(tile, self.wide, None, None, geometry)
+        return self.wide
 
 
 class Cache(NamedTuple):
@@ -199,8 +208,8 @@ def _shared(q: Any, k_and_results: Any, v: Any) -> Shared:
 
 def swizzle_of(geometry: Geometry) -> int:
     """Bytes: four warps share a copy of 16 rows by columns only where their strips are even."""
-    strips = geometry.head_dim * geometry.dtype.itemsize // SWIZZLE
-    return SWIZZLE if strips % 2 == 0 else SWIZZLE // 2
+    is_even = geometry.head_dim * geometry.dtype.itemsize % (2 * SWIZZLE) == 0
+    return SWIZZLE if is_even else SWIZZLE // 2
 
 
 def attend_span(
@@ -212,21 +221,30 @@ def attend_span(
     groups = 2 * max(1, keys // geometry.page_size)
     bring_tile = functools.partial(_bring_tile, span, seen, cache, shared, keys, geometry)
     ring = Ring(sizes.stages, span.num_tiles, groups, bring_tile)
+    return attend_tiles(span, rows, seen, ring, shared, sizes, geometry)
+
+
+def attend_tiles(
+    span: Span, rows: Rows, seen: Seen, ring: Any, shared: Shared, sizes: Phase,
+    geometry: Geometry,
+) -> State:  # fmt: skip
+    """Attends to all tiles that a ring brings; what else it waits for are the queries."""
+    keys = sizes.keys
     ring.begin()
     queries = functools.partial(left_strips, shared.q, geometry.head_dim, swizzle_of(geometry))
-    kept = queries() if geometry.head_dim <= KEPT else None
+    kept = None if sizes.tied else queries()
 
     def over(begin, end, state, masked):
         def step(i, state):
             slot = ring.slot_of(i)
             first_key = (span.first_tile + i) * keys
-            logits = in_log2(
-                products(kept or queries(), shared.k.at[slot]), rows, first_key, geometry
-            )
+            k = shared.widened(shared.k.at[slot], geometry)
+            logits = in_log2(products(kept or queries(), k), rows, first_key, geometry)
             interval = seen.interval if masked else None
             p, state = softmax_step(state, logits, first_key, interval)
             valid = tuple(end - first_key for end in seen.valid) if masked else None
-            return state._replace(acc=weighted_sum(state.acc, p, shared.v.at[slot], valid))
+            v = shared.widened(shared.v.at[slot], geometry)
+            return state._replace(acc=weighted_sum(state.acc, p, v, valid))
 
         return lax.fori_loop(begin, end, step, state)
 

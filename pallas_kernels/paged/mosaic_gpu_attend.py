@@ -240,7 +240,7 @@ def _logits(slot: Any, rows: Rows, first_key: Any, tools: Tools, geometry: Geome
     keys = tools.ring.k.shape[1]
     k = tools.ring.k.at[slot]
     if geometry.converts:
-        _widen(k, tools.wide, None, first_key, geometry)
+        widen(k, tools.wide, None, first_key, geometry)
         k = tools.wide
 
     q = tools.q.at[tied_to(first_key, tools.warpgroup, tied=tools.tied)]
@@ -281,7 +281,7 @@ def _values(slot: Any, first_key: Any, valid: Any, tools: Tools, geometry: Geome
     """The tile's values, with 0 in slots that hold no key: 0 times NaN would be NaN."""
     v = tools.ring.v.at[slot]
     if geometry.converts:
-        _widen(v, tools.wide, valid, first_key, geometry)
+        widen(v, tools.wide, valid, first_key, geometry)
         return tools.wide
     if valid is not None:
         keys = tools.ring.v.shape[1]
@@ -322,7 +322,7 @@ def _exists(shape: tuple[int, int], first_key: Any, valid: tuple[Any, Any]) -> j
     return (keys >= valid[0] - first_key) & (keys < valid[1] - first_key)
 
 
-def _widen(narrow: Any, wide: Any, valid: Any, first_key: Any, geometry: Geometry) -> None:
+def widen(narrow: Any, wide: Any, valid: Any, first_key: Any, geometry: Geometry) -> None:
     """Converts a float8 tile to what is multiplied, few columns at a time."""
     keys, head_dim = narrow.shape
     width = swizzled_columns(geometry.cache_dtype, head_dim)

@@ -122,7 +122,7 @@ def decode(
                 described = rows_of(item, factor, more, geometry)
                 state, count = attend_span(item.span, described, count, tools, geometry)
                 if warpgroups == 1:
-                    _leave(state, item, out, lse, scratch, geometry)
+                    leave(state, item, out, lse, scratch, geometry)
                     return count
 
                 @pl.when(warpgroup == 1)
@@ -131,7 +131,7 @@ def decode(
 
                 @pl.when(warpgroup == 0)
                 def _():
-                    _leave(_with_the_other(state, scratch), item, out, lse, scratch, geometry)
+                    leave(_with_the_other(state, scratch), item, out, lse, scratch, geometry)
                     plgpu.barrier_arrive(scratch["taken"])
 
                 return count
@@ -246,7 +246,7 @@ def normalised(state: State) -> tuple[jax.Array, jax.Array]:
     return out, jnp.where(state.l > 0, state.m + jnp.log2(total), -jnp.inf)
 
 
-def _leave(
+def leave(
     state: State, item: Item, out: Any, lse: Any, scratch: dict[str, Any], geometry: Geometry
 ) -> None:
     """Stores a partial result, in chunks of rows."""

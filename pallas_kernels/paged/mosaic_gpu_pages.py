@@ -111,7 +111,16 @@ def produce(
 def pages_of(
     span: Span, tile: Any, keys: int, page_table: Any, geometry: Geometry, first: Any = 0
 ) -> list:
-    """(page, offset within it) of each part of a tile.
+    """(page, offset within it) of each part of a tile, as `page_of` has one."""
+    parts = max(1, keys // geometry.page_size)
+    return [page_of(span, tile, j, keys, page_table, geometry, first) for j in range(parts)]
+
+
+def page_of(
+    span: Span, tile: Any, part: Any, keys: int, page_table: Any, geometry: Geometry,
+    first: Any = 0,
+) -> tuple[Any, Any]:  # fmt: skip
+    """(page, offset within it) of a part of a tile.
 
     Past the sequence's last page nothing may be read off the table: the last page comes again. So
     does `first`, a column of the table, for those before it: what is copied without clipping may
@@ -124,7 +133,6 @@ def pages_of(
         position = tile * keys
         column = lax.min(lax.max(lax.div(position, jnp.int32(page_size)), first), last)
         offset = pl.multiple_of(lax.rem(position, jnp.int32(page_size)), keys)
-        return [(page_table[span.seq, column], offset)]
-    parts = keys // page_size
-    columns = [lax.min(lax.max(tile * parts + j, first), last) for j in range(parts)]
-    return [(page_table[span.seq, column], 0) for column in columns]
+        return page_table[span.seq, column], offset
+    column = lax.min(lax.max(tile * (keys // page_size) + part, first), last)
+    return page_table[span.seq, column], 0

@@ -137,7 +137,7 @@ def prefill(
                 fetch_queries(queries, tools.q.at[warpgroup], scratch["q_full"].at[warpgroup])
                 rows = rows_of(item, per_head, geometry)
                 state, count = attend_span(item.span, rows, count, tools, geometry)
-                _finish(state, item, per_head, out, lse, scratch, warpgroup, geometry)
+                finish(state, item, per_head, out, lse, scratch, warpgroup, geometry)
                 return count
 
             lax.fori_loop(0, num_items, attend, jnp.int32(0))
@@ -226,7 +226,7 @@ def normalised(
     return scaled.astype(geometry.out_dtype), lse
 
 
-def _finish(
+def finish(
     state: State, item: Item, heads: PerHead, out: Any, lse: Any, scratch: dict[str, Any],
     warpgroup: Any, geometry: Geometry,
 ) -> None:  # fmt: skip

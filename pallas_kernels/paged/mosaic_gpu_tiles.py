@@ -12,7 +12,8 @@ class Phase(NamedTuple):
         keys: of a tile.
         stages: tiles in shared memory; decoding with two warpgroups has an even number.
         warpgroups: that compute, 1 or 2.
-        tied: whether the queries' addresses are computed in the loop (`gpu_addresses`).
+        tied: whether the queries' addresses are computed in the loop (`gpu_addresses`); where
+            mma.sync multiplies, whether queries are read in the loop, not kept in registers.
     """
 
     keys: int
@@ -70,12 +71,31 @@ AMPERE = {
         64: Tiles(Phase(64, 3, 1), Phase(64, 2, 1), blocks=2, alignment=16),
         96: Tiles(Phase(64, 2, 1), Phase(64, 2, 1), blocks=2, alignment=16),
         128: Tiles(Phase(64, 2, 1), Phase(64, 2, 1), blocks=2, alignment=16),
-        192: Tiles(Phase(64, 2, 1), Phase(64, 2, 1), blocks=1, alignment=16),
-        256: Tiles(Phase(32, 2, 1), Phase(32, 2, 1), blocks=1, alignment=16),
+        192: Tiles(*[Phase(64, 2, 1, tied=True)] * 2, blocks=1, alignment=16),
+        256: Tiles(*[Phase(32, 2, 1, tied=True)] * 2, blocks=1, alignment=16),
     },
 }
-TILES = {"a100": AMPERE, "h100": HOPPER, "h200": HOPPER}
-ADDED_TILES = {"h100": ADDED, "h200": ADDED}
+# Products and blocks as on Ampere. 1 us x 8 TB/s / 148 cores want 53 KiB in flight of a core: two
+# blocks have 80 to 144 KiB on their way (2 x keys x head size x bytes x (stages - 1) each), in the
+# 113 KiB of shared memory that a block of two may have.
+BLACKWELL = {
+    2: {
+        64: Tiles(Phase(64, 5, 1), Phase(64, 3, 1), blocks=2),
+        80: Tiles(Phase(64, 4, 1), Phase(64, 3, 1), blocks=2),
+        96: Tiles(Phase(64, 4, 1), Phase(64, 3, 1), blocks=2),
+        128: Tiles(Phase(64, 3, 1), Phase(64, 2, 1), blocks=2),
+    },
+    1: {
+        64: Tiles(Phase(64, 7, 1), Phase(64, 3, 1), blocks=2),
+        80: Tiles(Phase(64, 5, 1), Phase(64, 3, 1), blocks=2),
+        96: Tiles(Phase(64, 5, 1), Phase(64, 3, 1), blocks=2),
+    },
+}
+# Pages of 16 spill with 64 keys a tile beside a soft cap and slopes.
+BLACKWELL_ADDED = {2: {128: Tiles(Phase(32, 6, 1), Phase(32, 4, 1), blocks=2)}}
+TILES = {"a100": AMPERE, "b200": BLACKWELL, "h100": HOPPER, "h200": HOPPER}
+EACH_SIZE = ("a100", "b200")  # whose tables have every head size that they take
+ADDED_TILES = {"b200": BLACKWELL_ADDED, "h100": ADDED, "h200": ADDED}
 
 
 def tiles_for_chip(head_dim: int, itemsize: int, *, added: bool = False) -> Tiles:
@@ -98,9 +118,10 @@ def tiles_for_chip(head_dim: int, itemsize: int, *, added: bool = False) -> Tile
             f"instruction that converts float8"
         )
     by_size = TILES[chip.name][itemsize]
-    if chip.name == "a100" and head_dim not in by_size:
+    if chip.name in EACH_SIZE and head_dim not in by_size:
         raise ValueError(
-            f"head_dim is {head_dim}, must be one of {', '.join(map(str, by_size))} on {chip.name}"
+            f"head_dim is {head_dim}, must be one of {', '.join(map(str, by_size))} on {chip.name} "
+            f"with a cache of {itemsize} byte a number"
         )
     if head_dim > max(by_size):
         raise ValueError(

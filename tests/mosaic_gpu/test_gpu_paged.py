@@ -1,105 +1,53 @@
 """Paged attention's GPU kernels in the Mosaic GPU interpreter, against the float64 oracle."""
 
-import dataclasses
 import re
 
-import jax
+import gpu_paged
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gpu_compiler import compiled_cleanly
-from gpu_interpreter import gpu_interpreter, needs_gpu_interpreter
+from gpu_interpreter import needs_gpu_interpreter
+from gpu_paged import EVERYTHING, LONG, SHARED_FAULTS, batch, sweep
 
 from attnsel_jax.backends.mosaic_gpu import PAGED as DECLARED
-from attnsel_jax.backends.mosaic_gpu import MosaicGpuBackend
 from attnsel_jax.cache_layouts import LAYOUTS
-from attnsel_jax.compare.deviations import deviation
-from attnsel_jax.compare.expected import expected
-from attnsel_jax.compare.kernel_runs import run
-from attnsel_jax.config import AttentionSelectorConfig
 from attnsel_jax.kv_cache import KVCache
-from attnsel_jax.platforms import Device
-from attnsel_jax.problems import QUICK
-from attnsel_jax.problems.paged_inputs import paged_inputs
-from pallas_kernels import gpu_chip
 from pallas_kernels.paged import (
     mosaic_gpu,
     mosaic_gpu_attend,
     mosaic_gpu_decode,
-    mosaic_gpu_merge,
     mosaic_gpu_pages,
     mosaic_gpu_tiles,
 )
 
 needs_gpu_interpreter()
 
-KERNEL = MosaicGpuBackend.get_kernel("paged")
-PAGED = [problem for problem in QUICK if problem.op == "paged"]
+PROBLEMS = {problem.name: problem for problem in gpu_paged.problems("h200")}
 
 
 @pytest.fixture(autouse=True)
 def few_cores(monkeypatch):
-    """Three cores: sequences are cut where they would be on a chip with many and long ones."""
-    chip = dataclasses.replace(gpu_chip.CHIPS["h200"], num_cores=3)
-    monkeypatch.setitem(gpu_chip.CHIPS, "h200", chip)
+    """Three: sequences are cut where they would be on a chip with many and long ones."""
+    gpu_paged.with_cores(monkeypatch, "h200", 3)
 
 
-def results_of(arguments):
-    with gpu_interpreter("h200"):
-        return run(KERNEL, "paged", arguments, layout="by_head")
-
-
-def check(arguments):
-    """Out, lse and the written cache, each within the oracle's budget."""
-    results = results_of(arguments)
-    for name, answer in expected("paged", arguments).items():
-        found = deviation(name, results[name], answer)
-        assert found.passed, str(found)
-    return results
-
-
-def batch(q_lens, kv_lens, *, seed=0, **options):
-    """Arguments of a ragged batch, NaN wherever nothing may be read."""
-    shape = {"heads": (4, 2), "head_size": 64, "page_size": 16, "pad_tokens": 3}
-    shape["dtype"] = "bfloat16"
-    rng = np.random.default_rng(seed)
-    return paged_inputs(rng, q_lens=q_lens, kv_lens=kv_lens, **shape | options)
+def check(arguments, **more):
+    return gpu_paged.check(arguments, "h200", **more)
 
 
 # What the mixed batches below do not reach; the others come with the sweep.
 SHARP = ("cross", "bfloat16")
 
 
-def quick_problem(problem):
-    """In bfloat16 where it asks for float32, and without what is not declared."""
-    options = dict(problem.options)
-    if options.get("dtype") == "float32":
-        options["dtype"] = "bfloat16"
-    problem = dataclasses.replace(problem, options=options)
-    reasons = MosaicGpuBackend.validate_configuration(problem.config, Device.named("h200"))
-    if reasons:
-        pytest.skip("; ".join(map(str, reasons)))
-    check(problem.make())
-
-
 @pytest.mark.parametrize("name", SHARP)
 def test_quick_problems(name):
-    quick_problem(next(p for p in PAGED if p.name == f"quick.paged.{name}"))
+    check(PROBLEMS[f"quick.paged.{name}"].make())
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("problem", PAGED, ids=lambda problem: problem.name)
-def test_every_quick_problem(problem):
-    quick_problem(problem)
-
-
-# A decode, a prompt over two tiles that begins off a multiple of 8, nothing, a speculative decode.
-LONG = ((1, 70, 0, 3), (150, 131, 7, 60))
-EVERYTHING = {"sinks": True, "alibi": True, "soft_cap": 8.0, "sliding_window": 37}
-
-
-def sweep(*values):
-    return pytest.param(*values, marks=pytest.mark.sweep)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_every_quick_problem(name):
+    check(PROBLEMS[name].make())
 
 
 @pytest.mark.parametrize(
@@ -133,31 +81,18 @@ def test_more_query_heads_than_rows():
 
 
 def test_more_queries_than_keys_see_nothing():
-    arguments = batch((5, 1, 70), (7, 3, 72), heads=(2, 1), writes=False)
-    sinks = np.array([0, -np.inf], np.float32)
-    arguments |= {"kv_lens": np.array([2, 0, 9, 10**6], np.int32), "sinks": sinks}
-    lse = check(arguments)["lse"]
+    lse = check(gpu_paged.see_nothing())["lse"]
     assert np.isneginf(lse[[0, 1, 2, 5], 1]).all()
 
 
 def test_no_sequences():
-    arguments = batch((3, 1), (9, 4), heads=(1, 1))
-    arguments["slot_mapping"] = np.full_like(arguments["slot_mapping"], -1)
-    arguments["num_seqs"] = np.array(0, np.int32)
-    check(arguments)
+    check(gpu_paged.no_sequences())
 
 
 def test_expired_pages_may_be_gone():
     """Pages before every query's window: their table entries are junk."""
-    arguments = batch((1, 70), (150, 171), heads=(2, 1), writes=False, sliding_window=6)
-    table = arguments["page_table"] = arguments["page_table"].copy()
-    table[0, : (150 - 6) // 16] = -7
-    table[1, : (171 - 75) // 16] = 2**30
-    results = results_of(arguments)
-    num_pages = arguments["kv_pages"].shape[1]
-    arguments["page_table"] = np.clip(table, 0, num_pages - 1)
-    for name, answer in expected("paged", arguments).items():
-        assert deviation(name, results[name], answer).passed
+    junk, clipped = gpu_paged.expired(6, (2, 1), -7, 2**30)
+    check(junk, answers_of=clipped)
 
 
 @pytest.mark.parametrize(
@@ -184,35 +119,20 @@ def test_tiles_change_speed_and_never_numbers(monkeypatch, decode, prefill):
 
 def test_a_result_comes_again_bit_for_bit():
     arguments = batch((1,), (150,), heads=(1, 1))  # cut over all cores, and merged
-    first, second = results_of(arguments), results_of(arguments)
+    first, second = (gpu_paged.results_of(arguments, "h200") for _ in range(2))
     np.testing.assert_array_equal(first["out"], second["out"])
     np.testing.assert_array_equal(first["lse"], second["lse"])
 
 
-FAULTS = {
+FAULTS = SHARED_FAULTS | {
     "values of slots that hold no key": (mosaic_gpu_attend, "_patch", lambda *given: None),
-    "a partial result": (
-        mosaic_gpu_merge, "_places",
-        lambda *given, places=mosaic_gpu_merge._places: (
-            places(*given)[0], places(*given)[1] - 1, places(*given)[2],
-        ),
-    ),
-    "the mask": (
-        mosaic_gpu_attend, "_mask",
-        lambda interval, first_key, shape, mask=mosaic_gpu_attend._mask: mask(
-            (interval[0], interval[1] + 1), first_key, shape
-        ),
-    ),
     "the second warpgroup": (
         mosaic_gpu_decode, "_with_the_other",
         lambda state, scratch, add=mosaic_gpu_decode._with_the_other: (
             add(state, scratch), state
         )[1],
     ),
-    "the page table": (
-        mosaic_gpu_pages, "pages_of",
-        lambda *given, pages=mosaic_gpu_pages.pages_of: pages(*given)[::-1],
-    ),
+    "the page table": gpu_paged.reversed_pages(mosaic_gpu_pages),
 }  # fmt: skip
 
 
@@ -266,35 +186,17 @@ def test_refuses_what_does_not_combine():
 
 
 def test_the_backend_refuses_with_reasons():
-    def reasons(chip="h200", **question):
-        asked = {"head_size": 128, "dtype": "bfloat16", "kv_cache_dtype": "auto", "op": "paged"}
-        config = AttentionSelectorConfig(**asked | question)
-        found = MosaicGpuBackend.validate_configuration(config, Device.named(chip))
-        return [reason.argument for reason in found]
+    def reasons(**question):
+        return gpu_paged.reasons("h200", **question)
 
     assert reasons() == []
-    assert reasons("b200") == ["compute_capability"]
     assert reasons(dtype="float32") == ["dtype", "kv_cache_dtype"]
     assert reasons(dtype="float16", kv_cache_dtype="bfloat16") == ["kv_cache_dtype"]
     assert reasons(head_size=192, kv_cache_dtype="fp8_e4m3") == ["head_size"]
 
 
-def compiled(monkeypatch, cache_pages=None, **options):
-    """Lets ptxas have the kernels, with a cache in the backend's layout; their memory."""
-    monkeypatch.undo()  # the chip and the kernel as they are, not as they are interpreted
-    arguments = batch((1, 40, 3), (70, 75, 9), pad_tokens=0, **options)
-    _, num_pages, page_size, num_heads, head_dim = arguments["kv_pages"].shape
-    shape = LAYOUTS["by_head"].shape(cache_pages or num_pages, page_size, num_heads, head_dim)
-    pages = jax.ShapeDtypeStruct(shape, arguments["kv_pages"].dtype)
-    kernel = MosaicGpuBackend.kernels["paged"]
-    return compiled_cleanly("h200", kernel, arguments | {"kv_pages": pages})
-
-
 def test_a_sample_compiles_and_writes_the_cache_where_it_lies(monkeypatch):
-    memory = compiled(monkeypatch, cache_pages=10_000, heads=(8, 2), head_size=128, **EVERYTHING)
-    cache_bytes = 2 * 10_000 * 2 * 16 * 128 * 2
-    assert memory["aliased"] >= cache_bytes
-    assert memory["temporaries"] < cache_bytes / 10
+    gpu_paged.compiled_in_place(monkeypatch, "h200", **EVERYTHING)
 
 
 @pytest.mark.sweep
@@ -302,7 +204,7 @@ def test_a_sample_compiles_and_writes_the_cache_where_it_lies(monkeypatch):
 @pytest.mark.parametrize("page_size", DECLARED.block_size.values)
 @pytest.mark.parametrize("dtype", DECLARED.dtype.values)
 def test_every_size_compiles(monkeypatch, head_size, page_size, dtype):
-    compiled(monkeypatch, head_size=head_size, page_size=page_size, dtype=dtype)
+    gpu_paged.compiled(monkeypatch, "h200", head_size=head_size, page_size=page_size, dtype=dtype)
 
 
 @pytest.mark.sweep
@@ -310,6 +212,7 @@ def test_every_size_compiles(monkeypatch, head_size, page_size, dtype):
 @pytest.mark.parametrize("page_size", DECLARED.block_size.values)
 @pytest.mark.parametrize("head_size", [64, 80, 96, 128])
 def test_every_cache_compiles(monkeypatch, cache_dtype, page_size, head_size):
-    compiled(
-        monkeypatch, head_size=head_size, page_size=page_size, cache_dtype=cache_dtype, **EVERYTHING
-    )
+    gpu_paged.compiled(
+        monkeypatch, "h200", head_size=head_size, page_size=page_size, cache_dtype=cache_dtype,
+        **EVERYTHING,
+    )  # fmt: skip

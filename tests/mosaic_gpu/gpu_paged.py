@@ -1,0 +1,154 @@
+"""What tests of the paged kernels share: batches, a chip interpreted, the oracle, the compiler."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from gpu_compiler import compiled_cleanly
+from gpu_interpreter import gpu_interpreter
+
+from attnsel_jax.backends.mosaic_gpu import MosaicGpuBackend
+from attnsel_jax.cache_layouts import LAYOUTS
+from attnsel_jax.compare.deviations import deviation
+from attnsel_jax.compare.expected import expected
+from attnsel_jax.compare.kernel_runs import run
+from attnsel_jax.config import AttentionSelectorConfig
+from attnsel_jax.platforms import Device
+from attnsel_jax.problems import QUICK
+from attnsel_jax.problems.paged_inputs import paged_inputs
+from pallas_kernels import gpu_chip
+from pallas_kernels.paged import mosaic_gpu_attend, mosaic_gpu_merge, mosaic_gpu_pages
+
+KERNEL = MosaicGpuBackend.get_kernel("paged")
+# A decode, a prompt over two tiles that begins off a multiple of 8, nothing, a speculative decode.
+LONG = ((1, 70, 0, 3), (150, 131, 7, 60))
+EVERYTHING = {"sinks": True, "alibi": True, "soft_cap": 8.0, "sliding_window": 37}
+
+
+def with_cores(monkeypatch, chip, cores):
+    """A chip of fewer cores: sequences are cut where they would be on one with many."""
+    fewer = dataclasses.replace(gpu_chip.CHIPS[chip], num_cores=cores)
+    monkeypatch.setitem(gpu_chip.CHIPS, chip, fewer)
+
+
+def results_of(arguments, chip):
+    with gpu_interpreter(chip):
+        return run(KERNEL, "paged", arguments, layout="by_head")
+
+
+def check(arguments, chip, *, answers_of=None):
+    """Out, lse and the written cache, each within the oracle's budget.
+
+    Args:
+        arguments: of the kernel.
+        chip: that is interpreted.
+        answers_of: what the oracle is asked, where it is not the same.
+    """
+    results = results_of(arguments, chip)
+    for name, answer in expected("paged", answers_of or arguments).items():
+        found = deviation(name, results[name], answer)
+        assert found.passed, str(found)
+    return results
+
+
+def batch(q_lens, kv_lens, *, seed=0, **options):
+    """Arguments of a ragged batch, NaN wherever nothing may be read."""
+    shape = {"heads": (4, 2), "head_size": 64, "page_size": 16, "pad_tokens": 3}
+    shape["dtype"] = "bfloat16"
+    rng = np.random.default_rng(seed)
+    return paged_inputs(rng, q_lens=q_lens, kv_lens=kv_lens, **shape | options)
+
+
+def sweep(*values):
+    return pytest.param(*values, marks=pytest.mark.sweep)
+
+
+def reasons(chip, **question):
+    """The arguments that the backend refuses a question for."""
+    asked = {"head_size": 128, "dtype": "bfloat16", "kv_cache_dtype": "auto", "op": "paged"}
+    config = AttentionSelectorConfig(**asked | question)
+    found = MosaicGpuBackend.validate_configuration(config, Device.named(chip))
+    return [reason.argument for reason in found]
+
+
+def problems(chip):
+    """Problems of the contract that a chip declares; in bfloat16 where they ask for float32."""
+    for problem in QUICK:
+        options = dict(problem.options)
+        if options.get("dtype") == "float32":
+            options["dtype"] = "bfloat16"
+        problem = dataclasses.replace(problem, options=options)
+        if problem.op == "paged" and not MosaicGpuBackend.validate_configuration(
+            problem.config, Device.named(chip)
+        ):
+            yield problem
+
+
+# Faults of what all chips share: what is planted -> (module, name, the fault).
+SHARED_FAULTS = {
+    "a partial result": (
+        mosaic_gpu_merge, "_places",
+        lambda *given, places=mosaic_gpu_merge._places: (
+            places(*given)[0], places(*given)[1] - 1, places(*given)[2],
+        ),
+    ),
+    "the mask": (
+        mosaic_gpu_attend, "_mask",
+        lambda interval, first_key, shape, mask=mosaic_gpu_attend._mask: mask(
+            (interval[0], interval[1] + 1), first_key, shape
+        ),
+    ),
+}  # fmt: skip
+
+
+def reversed_pages(module):
+    """The fault of a tile's pages in the wrong order."""
+
+    def reverse(span, tile, part, keys, table, geometry, *first, right=mosaic_gpu_pages.page_of):
+        part = keys // geometry.page_size - 1 - part
+        return right(span, tile, part, keys, table, geometry, *first)
+
+    return module, "page_of", reverse
+
+
+def expired(window, heads, low, high):
+    """Pages before every query's window: their table entries are junk, the oracle's are not."""
+    arguments = batch((1, 70), (150, 171), heads=heads, writes=False, sliding_window=window)
+    table = arguments["page_table"].copy()
+    table[0, : (150 - window) // 16] = low
+    table[1, : (171 - 69 - window) // 16] = high
+    clipped = np.clip(table, 0, arguments["kv_pages"].shape[1] - 1)
+    return arguments | {"page_table": table}, arguments | {"page_table": clipped}
+
+
+def see_nothing():
+    """More queries than keys, and a sequence that does not exist."""
+    arguments = batch((5, 1, 70), (7, 3, 72), heads=(2, 1), writes=False)
+    sinks = np.array([0, -np.inf], np.float32)
+    return arguments | {"kv_lens": np.array([2, 0, 9, 10**6], np.int32), "sinks": sinks}
+
+
+def no_sequences():
+    arguments = batch((3, 1), (9, 4), heads=(1, 1))
+    arguments["slot_mapping"] = np.full_like(arguments["slot_mapping"], -1)
+    return arguments | {"num_seqs": np.array(0, np.int32)}
+
+
+def compiled(monkeypatch, chip, cache_pages=None, **options):
+    """Lets ptxas have the kernels, with a cache in the backend's layout; their memory."""
+    monkeypatch.undo()  # the chip and the kernel as they are, not as they are interpreted
+    arguments = batch((1, 40, 3), (70, 75, 9), pad_tokens=0, **options)
+    _, num_pages, page_size, num_heads, head_dim = arguments["kv_pages"].shape
+    shape = LAYOUTS["by_head"].shape(cache_pages or num_pages, page_size, num_heads, head_dim)
+    pages = jax.ShapeDtypeStruct(shape, arguments["kv_pages"].dtype)
+    kernel = MosaicGpuBackend.kernels["paged"]
+    return compiled_cleanly(chip, kernel, arguments | {"kv_pages": pages})
+
+
+def compiled_in_place(monkeypatch, chip, **options):
+    """A large cache is written where it lies."""
+    memory = compiled(monkeypatch, chip, cache_pages=10_000, heads=(8, 2), head_size=128, **options)
+    cache_bytes = 2 * 10_000 * 2 * 16 * 128 * 2
+    assert memory["aliased"] >= cache_bytes
+    assert memory["temporaries"] < cache_bytes / 10
