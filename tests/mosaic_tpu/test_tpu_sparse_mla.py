@@ -29,6 +29,7 @@ SMALL = {"q_lens": (1, 2), "kv_lens": (70, 9), "topk": 40}
 CASES = {
     "bfloat16": {"dtype": "bfloat16", **SMALL},
     "e4m3": {"cache_dtype": "float8_e4m3fn", "scaled": True, "dtype": "bfloat16", **SMALL},
+    "fp8_ds_mla": {"cache_dtype": "fp8_ds_mla", "dtype": "bfloat16", **SMALL},
 }
 MORE = {
     "float32": {},
@@ -39,6 +40,8 @@ MORE = {
     "float32-cache": {"cache_dtype": "float32", "dtype": "bfloat16"},
     "page-128": {"page_size": 128, "pad_seqs": 3},
     "page-16": {"page_size": 16},
+    "fp8_ds_mla-float32": {"cache_dtype": "fp8_ds_mla", "soft_cap": 5.0, "writes": False},
+    "fp8_ds_mla-page-16": {"cache_dtype": "fp8_ds_mla", "dtype": "bfloat16", "page_size": 16},
     "one-position": {"topk": 1},
     "many-rows-written": {"q_lens": (40,), "kv_lens": (40,), "num_heads": 1},
     "no-padding": {"pad_tokens": 0, "pad_seqs": 0},
@@ -76,6 +79,8 @@ MASKED_CASES = {
     "float32": {},
     "e4m3-soft-cap": {"cache_dtype": "float8_e4m3fn", "scaled": True, "soft_cap": 5.0,
                       "q_lens": (8,), "kv_lens": (129,)},
+    "fp8_ds_mla": {"cache_dtype": "fp8_ds_mla", "dtype": "bfloat16", "q_lens": (1, 8),
+                   "kv_lens": (30, 129)},
 }  # fmt: skip
 MORE_MASKED = {
     "bfloat16": {"dtype": "bfloat16"},
