@@ -31,8 +31,8 @@ def check_tiled(
     """
     if kv_cache_dtype not in (None, FP8_DS_MLA):
         raise ValueError(
-            f"kv_cache_dtype is {kv_cache_dtype!r}, must be {FP8_DS_MLA!r} or None: any other cache "
-            f"says its dtype itself"
+            f"kv_cache_dtype is {kv_cache_dtype!r}, must be {FP8_DS_MLA!r} or None: any other "
+            f"cache says its dtype itself"
         )
     is_bytes = kv_cache_dtype == FP8_DS_MLA
     dims = check_latents(

@@ -84,7 +84,7 @@ def scaled_rows(latents: jax.Array, ropes: jax.Array) -> jax.Array:
 
 
 def _quotient(x: jax.Array, by: jax.Array) -> jax.Array:
-    """x / by, and not x times a reciprocal, which XLA takes where it sees that by is repeated."""
+    """The quotient, never x times a reciprocal, which XLA takes where by is seen to repeat."""
     return x / jax.lax.optimization_barrier(jnp.broadcast_to(by, x.shape))
 
 
@@ -171,6 +171,8 @@ def unpack(buffer: Any, keys: Any, row: Row, *, count: jax.Array | None = None) 
     words = buffer.bitcast(jnp.uint32).reshape(keys.shape[0] * row.parts, LANES)
     in_order = row.scaled or count is not None
     apart, stride = (1, row.packed) if in_order else (SUBLANES, 1)
+    last = row.parts - 1
+    dtype = jnp.float8_e4m3fn if row.scaled else buffer.dtype
 
     def of_tokens(first: int, part: int, tokens: int, stride: int) -> jax.Array:
         """Words of every `stride`-th token from `first` on."""
@@ -178,25 +180,32 @@ def unpack(buffer: Any, keys: Any, row: Row, *, count: jax.Array | None = None) 
         return found if count is None else _existing(found, first, stride, count)
 
     for group in range(keys.shape[0] // row.group):
-        at = pl.ds(group * row.group, row.group)
-        firsts = [group * row.group + i * apart for i in range(row.packed)]
-        last = row.parts - 1
+        start = group * row.group
+        at = pl.ds(start, row.group)
         if row.scaled:
-            numbers = of_tokens(group * row.group, last, row.group, 1)
-            scales = pltpu.bitcast(numbers, jnp.float32)
-            ropes = pltpu.bitcast(numbers & jnp.uint32(UPPER_HALF), jnp.float32)
-            keys[at, pl.ds(row.rank, LANES)] = ropes.astype(keys.dtype)
+            numbers = of_tokens(start, last, row.group, 1)
+            keys[at, pl.ds(row.rank, LANES)] = _ropes(numbers).astype(keys.dtype)
         for part in range(last if row.scaled else row.parts):
-            registers = [of_tokens(first, part, SUBLANES, stride) for first in firsts]
+            registers = [
+                of_tokens(start + i * apart, part, SUBLANES, stride) for i in range(row.packed)
+            ]
             for line in range(row.packed if part < last else 1):
+                values = _line(registers, line, row, dtype)
                 if row.scaled:
-                    scale = scales[:, row.rope_dim + line : row.rope_dim + line + 1]
-                    values = _line(registers, line, row, jnp.float8_e4m3fn).astype(jnp.float32)
-                    values *= scale
-                else:
-                    values = _line(registers, line, row, buffer.dtype)
+                    values = values.astype(jnp.float32) * _scale(numbers, line, row)
                 lane = (part * row.packed + line) * LANES
                 keys[at, pl.ds(lane, LANES)] = values.astype(keys.dtype)
+
+
+def _ropes(numbers: jax.Array) -> jax.Array:
+    """float32 [tokens, 128]: the rotary keys of scaled rows, and more, of their last parts."""
+    return pltpu.bitcast(numbers & jnp.uint32(UPPER_HALF), jnp.float32)
+
+
+def _scale(numbers: jax.Array, group: int, row: Row) -> jax.Array:
+    """float32 [tokens, 1]: a group's scales of scaled rows, of their last parts."""
+    lane = row.rope_dim + group
+    return pltpu.bitcast(numbers, jnp.float32)[:, lane : lane + 1]
 
 
 def _existing(words: jax.Array, first: int, stride: int, count: jax.Array) -> jax.Array:
