@@ -42,6 +42,7 @@ MORE = {
     "page-16": {"page_size": 16},
     "fp8_ds_mla-float32": {"cache_dtype": "fp8_ds_mla", "soft_cap": 5.0, "writes": False},
     "fp8_ds_mla-page-16": {"cache_dtype": "fp8_ds_mla", "dtype": "bfloat16", "page_size": 16},
+    "fp8_ds_mla-7x": {"cache_dtype": "fp8_ds_mla", "dtype": "bfloat16", "generation": "7x"},
     "one-position": {"topk": 1},
     "many-rows-written": {"q_lens": (40,), "kv_lens": (40,), "num_heads": 1},
     "no-padding": {"pad_tokens": 0, "pad_seqs": 0},
@@ -122,6 +123,14 @@ def test_more_buffers_change_nothing(monkeypatch, buffers):
     monkeypatch.setattr(mosaic_tpu, "tiles", lambda *_, **__: Tiles(32, buffers))
     row = interpreted(dtype="bfloat16", topk=200)
     assert row.verdict == PASS, str(row)
+
+
+def test_bytes_of_one_float8_become_those_of_the_other():
+    every = np.arange(256, dtype=np.uint8)
+    words = jnp.asarray(every.view("<u4"))
+    moved = np.asarray(mosaic_tpu_rows._in_b11(words)).view(jnp.float8_e4m3b11fnuz)
+    wanted = every.view(jnp.float8_e4m3fn).astype(np.float32)
+    np.testing.assert_array_equal(moved.astype(np.float32) * 16, wanted)
 
 
 def _unmasked(*args, **kwargs):
