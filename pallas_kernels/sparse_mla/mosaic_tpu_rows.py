@@ -216,8 +216,8 @@ def _in_b11(words: jax.Array) -> jax.Array:
     """Words of four float8_e4m3fn as of float8_e4m3b11fnuz: a sixteenth of the values.
 
     A chip without float8 unpacks that one in one instruction; of the other the compiler makes
-    seven. The two differ in their bias, and in that 0x80 is -0 in one and NaN in the other, whose 0x7f and
-    0xff are numbers. Ten instructions for four registers put both right.
+    seven. The two differ in their bias, and in that 0x80 is -0 in one and NaN in the other, whose
+    0x7f and 0xff are numbers. Ten instructions for four registers put both right.
     """
     magnitude = words & jnp.uint32(0x7F7F7F7F)
     without_minus_zero = words & ((magnitude + jnp.uint32(0x7F7F7F7F)) | jnp.uint32(0x7F7F7F7F))
