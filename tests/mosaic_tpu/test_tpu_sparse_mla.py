@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from latent_kernels import row_of
 
-from attnsel_jax import LatentCache
+import attnsel_jax
+from attnsel_jax import AttentionMetadata, LatentCache, allocate_latent_cache
 from attnsel_jax.aot import compile_for, target_for
 from attnsel_jax.backends.mosaic_tpu_mla_sparse import TPU_TILED, MosaicTpuMlaSparseBackend
 from attnsel_jax.compare.comparison import FAIL, PASS
@@ -26,10 +27,12 @@ from pallas_kernels.sparse_mla.mosaic_tpu_tiles import TILES, Tiles, tiles
 # Several groups of keys a token, one token with none, lists with -1, traps and empty ones.
 SHAPE = {"rank": 512, "q_lens": (1, 7, 0, 2), "kv_lens": (150, 70, 7, 2), "topk": 70}
 SMALL = {"q_lens": (1, 2), "kv_lens": (70, 9), "topk": 40}
+BYTES = {"cache_dtype": "fp8_ds_mla", "dtype": "bfloat16", "q_lens": (2,), "kv_lens": (50,),
+         "topk": 30, "pad_tokens": 0}  # fmt: skip
 CASES = {
     "bfloat16": {"dtype": "bfloat16", **SMALL},
     "e4m3": {"cache_dtype": "float8_e4m3fn", "scaled": True, "dtype": "bfloat16", **SMALL},
-    "fp8_ds_mla": {"cache_dtype": "fp8_ds_mla", "dtype": "bfloat16", **SMALL},
+    "fp8_ds_mla": BYTES,
 }
 MORE = {
     "float32": {},
@@ -161,7 +164,6 @@ FAULTS = {
 }
 
 
-BYTES = {"cache_dtype": "fp8_ds_mla", **SMALL}
 ROWS = mosaic_tpu_rows
 OF_BYTES = {
     "one scale for all groups": (ROWS, "_scale", lambda x, line, row: _SCALE(x, 0, row), BYTES),
@@ -181,7 +183,7 @@ PLANTED = [pytest.param(*planted, id=name) for name, planted in FAULTS.items()] 
 def found_faulty(**options) -> None:
     """Asserts that the interpreter or the oracle notices."""
     try:
-        row = interpreted(dtype="bfloat16", **options)
+        row = interpreted(**{"dtype": "bfloat16"} | options)
     except (AssertionError, RuntimeError):  # a race, or semaphores left full
         return
     assert row.verdict != PASS, str(row)
@@ -387,6 +389,27 @@ def test_the_backend_s_cache_is_in_the_layout_that_its_kernel_takes(stored, row)
     shape = MosaicTpuMlaSparseBackend.get_kv_cache_shape(7, 64, 1, 576, stored)
     assert shape == (7, 64, *row)
     assert MosaicTpuMlaSparseBackend.get_required_kv_cache_layout() == "tiled"
+
+
+def test_the_op_takes_a_cache_of_bytes_in_that_layout_and_says_so_of_another():
+    given = arguments_of(cache_dtype="fp8_ds_mla", dtype="bfloat16")
+    cache = allocate_latent_cache(
+        3, 64, 512, 64, "bfloat16", use_sparse=True, kv_cache_dtype="fp8_ds_mla", device="v5e"
+    )
+    assert (cache.layout, cache.pages.shape) == ("tiled", (3, 64, 2, 4, 128))
+    metadata = AttentionMetadata.from_lengths((1, 3), (70, 9), ((0, 1), (2,)), 64)
+
+    def call(cache):
+        names = ("ql_nope", "q_pe", "kv_c", "k_pe", "topk_indices")
+        return jax.eval_shape(
+            lambda: attnsel_jax.sparse_mla_attention(
+                *(given[name] for name in names), cache, metadata, scale=1.0, device="v5e"
+            )
+        )
+
+    assert call(cache)[1].pages.shape == cache.pages.shape
+    with pytest.raises(ValueError, match=r"cache.layout is 'rows', must be 'tiled' for backend"):
+        call(cache.converted("rows"))
 
 
 def test_short_lists_take_smaller_blocks_and_unlisted_dtypes_take_bfloat16_s():
