@@ -173,10 +173,9 @@ OF_BYTES = {
     "scales not in the list's order": (ROWS, "_key", lambda at, row: at ^ 1, BYTES),
 }
 _SCALE = mosaic_tpu_rows._scale
-# Of these only one at every push, the others on demand.
-PLANTED = [pytest.param(*planted, id=name) for name, planted in FAULTS.items()] + [
-    pytest.param(*planted, id=name, marks=() if name == "no scales" else pytest.mark.sweep)
-    for name, planted in OF_BYTES.items()
+PLANTED = [
+    pytest.param(*planted, id=name, marks=pytest.mark.sweep if name in OF_BYTES else ())
+    for name, planted in (FAULTS | OF_BYTES).items()
 ]
 
 
@@ -312,7 +311,7 @@ REFUSED = {
     ),
     "plain bytes": (
         BYTES_GIVEN | {"latent_pages": jnp.zeros((9, 64, 656), jnp.uint8)},
-        "latent_pages has 3 dimensions, must have 5",
+        "latent_pages has 3 dimensions (9, 64, 656), must have 5",
     ),
     "scales": (BYTES_GIVEN | {"kv_scale": jnp.float32(1)}, "kv_scale is given, must be None with"),
     "a latent of bytes": (
