@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 TPU_LANES = 128  # numbers of 32 bits in a row of a TPU's register
 HALF_LANES = 64  # the rotary key of a latent cache that is laid out for TPUs
+FP8_DS_MLA_ENDS = (512, 528)  # bytes of its values, and of its scales behind them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,8 @@ LAYOUTS: dict[str, Layout] = {
 class LatentLayout:
     """How a layout stores the rows of a latent cache, logically [num_pages, page_size, row].
 
+    Rows of fp8_ds_mla are uint8 [num_pages, page_size, 656]; a layout may have no room for them.
+
     Attributes:
         shape: (num_pages, page_size, row, bytes of a number) -> the shape of `pages`.
         dims: (num_pages, page_size, row) of an array of this layout.
@@ -95,6 +98,8 @@ def _striped_shape(
 
 
 def _stripe(rows: jax.Array, rope_dim: int) -> jax.Array:
+    if rows.dtype == jnp.uint8:
+        raise ValueError("layout is 'striped', must be 'rows' or 'tiled' with fp8_ds_mla")
     _check_rope_dim(rope_dim, "striped")
     num_pages, page_size, row = rows.shape
     shape = _striped_shape(*rows.shape, rows.dtype.itemsize)
@@ -136,15 +141,39 @@ def _parts(rank: int, itemsize: int) -> tuple[int, int]:
 
 def _tile(rows: jax.Array, rope_dim: int) -> jax.Array:
     _check_rope_dim(rope_dim, "tiled")
+    if rows.dtype == jnp.uint8:
+        return _tile_bytes(rows)
     parts, packed = _parts(rows.shape[2] - rope_dim, rows.dtype.itemsize)
     whole = jnp.pad(rows, ((0, 0), (0, 0), (0, packed * TPU_LANES - rope_dim)))
     return whole.reshape(*rows.shape[:2], parts, packed, TPU_LANES)
 
 
 def _untile(pages: jax.Array, rope_dim: int) -> jax.Array:
+    if pages.dtype == jnp.uint8:
+        return _untile_bytes(pages)
     *where, parts, packed, lanes = pages.shape
     rank = (parts - 1) * packed * lanes
     return pages.reshape(*where, -1)[..., : rank + rope_dim]
+
+
+def _tile_bytes(rows: jax.Array) -> jax.Array:
+    """Of fp8_ds_mla: the four bytes of a word are one below another in its lane."""
+    where = rows.shape[:2]
+    values, scales, ropes = jnp.split(rows, FP8_DS_MLA_ENDS, axis=-1)
+    upper = ((0, 0), (0, 0), (0, 0), (2, 0))
+    words = [jnp.pad(ropes.reshape(*where, -1, 2), upper), scales.reshape(*where, -1, 4)]
+    words = jnp.concatenate(words, axis=2)
+    words = jnp.pad(words, ((0, 0), (0, 0), (0, TPU_LANES - words.shape[2]), (0, 0)))
+    parts = [values.reshape(*where, -1, TPU_LANES), jnp.swapaxes(words, 2, 3)]
+    return jnp.stack(parts, axis=2)
+
+
+def _untile_bytes(pages: jax.Array) -> jax.Array:
+    where = pages.shape[:2]
+    words = jnp.swapaxes(pages[:, :, 1], 2, 3)
+    scales = words[:, :, HALF_LANES : HALF_LANES + pages.shape[3]]
+    parts = (pages[:, :, 0], scales, words[:, :, :HALF_LANES, 2:])
+    return jnp.concatenate([part.reshape(*where, -1) for part in parts], axis=-1)
 
 
 LATENT_LAYOUTS: dict[str, LatentLayout] = {
@@ -170,7 +199,8 @@ LATENT_LAYOUTS: dict[str, LatentLayout] = {
     # own, of one sublane in which a TPU packs `packed` lines of 128 numbers. The latent, of a
     # multiple of packed * 128 numbers, fills all parts but the last, where the rotary key of 64
     # begins. A token's row can be copied alone: 1536 bytes of bfloat16 for 512 + 64, of which 1152
-    # mean something.
+    # mean something. A row of fp8_ds_mla is [2, 4, 128] bytes: its values, 128 of a scale in a
+    # line; then words, one a lane: rotary values in the upper halves of 64, and four scales.
     "tiled": LatentLayout(
         shape=lambda num_pages, page_size, row, itemsize: (
             num_pages,
@@ -244,7 +274,7 @@ def in_layouts(
     if kv_pages is not None and layout != "stacked":
         join = layout_named(layout).join
         changed["kv_pages"] = _array_or_shape(lambda pages: join(pages[0], pages[1]), kv_pages)
-    if latents is not None and latent_layout != "rows" and latents.dtype != jnp.uint8:
+    if latents is not None and latent_layout != "rows":
         from_rows = latent_layout_named(latent_layout).from_rows
         rope_dim = arguments["q_pe"].shape[-1]
         changed["latent_pages"] = _array_or_shape(lambda rows: from_rows(rows, rope_dim), latents)

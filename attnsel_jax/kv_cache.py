@@ -20,6 +20,7 @@ from attnsel_jax.cache_layouts import (
 from attnsel_jax.config import STORED_AS, dtype_name, kv_cache_dtype_name
 
 FP8_DS_MLA_BYTES = 656  # 512 e4m3 values, 4 float32 scales, 64 bfloat16 rope values
+FP8_DS_MLA_ROPE = 64
 
 
 @jax.tree_util.register_dataclass
@@ -113,8 +114,6 @@ class LatentCache:
         target = latent_layout_named(layout)
         if layout == self.layout:
             return self
-        if self.kv_cache_dtype is not None:
-            raise ValueError(f"layout is {layout!r}, must be 'rows' with {self.kv_cache_dtype}")
         rows = LATENT_LAYOUTS[self.layout].to_rows(self.pages, rope_dim)
         return dataclasses.replace(self, pages=target.from_rows(rows, rope_dim), layout=layout)
 
@@ -153,4 +152,6 @@ def latent_shape(
         return latent_layout_named(layout).shape(num_pages, page_size, head_size, itemsize)
     if head_size != 576:
         raise ValueError(f"head_size is {head_size}, must be 576 (512 + 64) with fp8_ds_mla")
-    return num_pages, page_size, FP8_DS_MLA_BYTES
+    rows = jax.ShapeDtypeStruct((num_pages, page_size, FP8_DS_MLA_BYTES), jnp.uint8)
+    from_rows = latent_layout_named(layout).from_rows
+    return jax.eval_shape(lambda rows: from_rows(rows, FP8_DS_MLA_ROPE), rows).shape

@@ -6,7 +6,11 @@ from attnsel_jax.backend import AttentionBackend
 from attnsel_jax.backends.mosaic_tpu_mla import TPU_LATENT
 from attnsel_jax.constraints import OneOf
 
-TPU_TILED = dataclasses.replace(TPU_LATENT, block_size=OneOf(16, 32, 64, 128, 256))
+TPU_TILED = dataclasses.replace(
+    TPU_LATENT,
+    kv_cache_dtype=OneOf("float32", "bfloat16", "fp8_e4m3", "fp8_e5m2", "fp8_ds_mla"),
+    block_size=OneOf(16, 32, 64, 128, 256),
+)
 
 
 class MosaicTpuMlaSparseBackend(AttentionBackend):

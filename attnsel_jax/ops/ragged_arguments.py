@@ -104,7 +104,8 @@ def check_latent(
         "q_pe": (q_pe, "num_tokens num_heads rope_dim", FLOATS),
     }
     width = sum(check_arguments(queries)[name] for name in ("kv_lora_rank", "rope_dim"))
-    row = FP8_DS_MLA_BYTES if jnp.dtype(cache.pages.dtype) == jnp.uint8 else width
+    is_bytes = cache.layout == "rows" and jnp.dtype(cache.pages.dtype) == jnp.uint8
+    row = FP8_DS_MLA_BYTES if is_bytes else width
     dims = check_arguments(
         {
             **queries,

@@ -48,17 +48,18 @@ def choices(work: Work, generation: str) -> list[dict[str, Any]]:
 
 
 def program(
-    work: Work, *, tiles: dict[str, int] | None = None, cache_dtype: str = "bfloat16"
+    work: Work, *, tiles: dict[str, int] | None = None, cache_dtype: str | None = None
 ) -> Program:
     """The call of the kernel that the backend declares.
 
     Args:
         work: what is computed.
         tiles: in place of those in the kernel's table; None = as the table has it.
-        cache_dtype: of a paged cache. Floors are a bfloat16 cache's: compare times only.
+        cache_dtype: in place of the work's, whose floors stay: compare times only.
     """
     if tiles is not None:
-        tuning.table_of(work, tpu_chip.current().generation, cache_dtype).use(tiles)
-    if cache_dtype != work.cache_dtype:
+        of = cache_dtype or tuning.DTYPE  # the entry that kernels fall back to
+        tuning.table_of(work, tpu_chip.current().generation, of).use(tiles)
+    if cache_dtype is not None:
         work = dataclasses.replace(work, cache_dtype=cache_dtype)
     return kernel_program(work, backend_of(work))

@@ -66,6 +66,16 @@ def _topk(name: str, description: str, q_lens: Sequence[int], kv_lens: Sequence[
 
 _D128, _D64 = (32, 8, 128), (64, 8, 64)  # query heads, kv heads, head size
 _PAGES = (16, 64, 256)
+_SPARSE = (
+    _latent(
+        "sparse_mla_decode", "32 sequences of 4096 to 8192, 2048 positions each",
+        (1,) * 32, _spread(32, 4096, 8192), 2048,
+    ),
+    _latent(
+        "sparse_mla_prefill", "the last 256 tokens of 4096, 2048 positions each",
+        (256,), (4096,), 2048,
+    ),
+)  # fmt: skip
 _ALL = (
     *_dense("dense_causal", (8, 8, 128)),
     *_dense("dense_causal_d64", (16, 16, 64)),
@@ -76,13 +86,13 @@ _ALL = (
     *(_decode(page, _D64) for page in (16, 64)),
     _latent("mla_decode", "64 sequences of 1024 to 3072", (1,) * 64, _spread(64, 1024, 3072), None),
     _latent("mla_prefill", "2 sequences of 1024 new tokens", (1024,) * 2, (1024,) * 2, None),
-    _latent(
-        "sparse_mla_decode", "32 sequences of 4096 to 8192, 2048 positions each",
-        (1,) * 32, _spread(32, 4096, 8192), 2048,
-    ),
-    _latent(
-        "sparse_mla_prefill", "the last 256 tokens of 4096, 2048 positions each",
-        (256,), (4096,), 2048,
+    *_SPARSE,
+    *(
+        dataclasses.replace(
+            work, name=f"{work.name}_fp8_ds_mla", cache_dtype="fp8_ds_mla",
+            description=f"{work.description}, DeepSeek's 656-byte cache",
+        )
+        for work in _SPARSE
     ),
     _indexer("indexer_decode", "32 sequences of 8192, 64 index heads", (1,) * 32, (8192,) * 32),
     _indexer("indexer_prefill", "the last 256 tokens of 4096, 64 index heads", (256,), (4096,)),

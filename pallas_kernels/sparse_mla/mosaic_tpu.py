@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_chip
 from pallas_kernels.shape_checks import check_positive
-from pallas_kernels.sparse_mla.mosaic_tpu_arguments import check_tiled, quantised
+from pallas_kernels.sparse_mla.mosaic_tpu_arguments import FP8_DS_MLA, check_tiled, quantised
 from pallas_kernels.sparse_mla.mosaic_tpu_attend import Arrays, Sizes, attend_tokens
 from pallas_kernels.sparse_mla.mosaic_tpu_masked import (
     MaskedArrays,
@@ -33,7 +33,7 @@ from pallas_kernels.sparse_mla.mosaic_tpu_positions import (
     placed_tokens,
     shared_tokens,
 )
-from pallas_kernels.sparse_mla.mosaic_tpu_rows import Row, stored_rows, write_rows
+from pallas_kernels.sparse_mla.mosaic_tpu_rows import Row, scaled_rows, stored_rows, write_rows
 from pallas_kernels.sparse_mla.mosaic_tpu_softmax import factors_of
 from pallas_kernels.sparse_mla.mosaic_tpu_tiles import Tiles, tiles
 from pallas_kernels.tpu_chip import LANES
@@ -69,15 +69,17 @@ def sparse_mla_attention(
 
     Raises:
         ValueError: a shape or dtype is not the contract's, or not this lowering's: float16, a
-            kv_lora_rank that does not fill whole registers of the cache, a rope_dim other than 64,
-            fp8_ds_mla.
+            kv_lora_rank that does not fill whole registers of the cache, a rope_dim other than 64.
     """
     dims = check_tiled(
         locals(),
         kv_cache_dtype,
     )
     check_positive("soft_cap", soft_cap)
-    row = Row(dims["parts"], dims["packed"], dims["kv_lora_rank"], dims["rope_dim"])
+    row = Row(
+        dims["parts"], dims["packed"], dims["kv_lora_rank"], dims["rope_dim"],
+        scaled=kv_cache_dtype == FP8_DS_MLA,
+    )  # fmt: skip
     num_tokens, page_size = dims["num_tokens"], dims["page_size"]
     chosen = tiles(
         tpu_chip.current().generation, latent_pages.dtype.name, topk=dims["topk"],
@@ -103,7 +105,9 @@ def sparse_mla_attention(
         topk_indices, page_table, placed, page_size=page_size, parts=row.parts, group=sizes.group
     )
     rows = None
-    if kv_c is not None:
+    if kv_c is not None and row.scaled:
+        rows = scaled_rows(kv_c, k_pe)
+    elif kv_c is not None:
         rows = stored_rows(*(quantised(x, kv_scale, latent_pages.dtype) for x in (kv_c, k_pe)))
     lists = jnp.pad(topk_indices, ((0, 0), (0, -dims["topk"] % LANES)), constant_values=-1)
     scalars = {

@@ -11,6 +11,8 @@ from pallas_kernels.mla.mosaic_tpu_arguments import quantised as quantised
 from pallas_kernels.shape_checks import INT32
 from pallas_kernels.tpu_chip import LANES
 
+FP8_DS_MLA, FP8_DS_MLA_RANK = "fp8_ds_mla", 512
+
 
 def check_tiled(
     arrays: Mapping[str, jax.Array | None], kv_cache_dtype: str | None
@@ -19,7 +21,7 @@ def check_tiled(
 
     Args:
         arrays: the op's array arguments by name.
-        kv_cache_dtype: must be None: the rows of fp8_ds_mla are another layout.
+        kv_cache_dtype: None, or "fp8_ds_mla".
 
     Returns:
         Dimension name -> size.
@@ -27,11 +29,12 @@ def check_tiled(
     Raises:
         ValueError: something is not allowed; the message says what is.
     """
-    if kv_cache_dtype is not None:
+    if kv_cache_dtype not in (None, FP8_DS_MLA):
         raise ValueError(
-            f"kv_cache_dtype is {kv_cache_dtype!r}, must be None: this kernel takes a cache whose "
-            f"dtype says all; use XLA_MLA_SPARSE for fp8_ds_mla"
+            f"kv_cache_dtype is {kv_cache_dtype!r}, must be {FP8_DS_MLA!r} or None: any other "
+            f"cache says its dtype itself"
         )
+    is_bytes = kv_cache_dtype == FP8_DS_MLA
     dims = check_latents(
         arrays,
         {
@@ -40,8 +43,10 @@ def check_tiled(
             "topk_indices": ("num_tokens topk", INT32),
         },
         dtypes=QUERY_DTYPES,
-        cache=("num_pages page_size parts packed lanes", CACHE_DTYPES),
+        cache=("num_pages page_size parts packed lanes", ("uint8",) if is_bytes else CACHE_DTYPES),
     )
+    if is_bytes:
+        _check_bytes(dims, arrays["kv_scale"])
     _check_sizes(dims, arrays["latent_pages"])
     return dims
 
@@ -63,4 +68,18 @@ def _check_sizes(dims: Mapping[str, int], pages: jax.Array) -> None:
         raise ValueError(
             f"latent_pages has rows of {pages.shape[2:]}, must be {wanted}, a token of {rank} + "
             f"{rope}: convert the cache to layout 'tiled'"
+        )
+
+
+def _check_bytes(dims: Mapping[str, int], kv_scale: jax.Array | None) -> None:
+    """Refuses what rows of fp8_ds_mla have no room for."""
+    if dims["kv_lora_rank"] != FP8_DS_MLA_RANK:
+        raise ValueError(
+            f"kv_lora_rank is {dims['kv_lora_rank']}, must be {FP8_DS_MLA_RANK} with "
+            f"kv_cache_dtype {FP8_DS_MLA!r}: use a float8_e4m3fn cache and kv_scale for others"
+        )
+    if kv_scale is not None:
+        raise ValueError(
+            f"kv_scale is given, must be None with kv_cache_dtype {FP8_DS_MLA!r}: its rows carry "
+            f"their scales"
         )

@@ -5,6 +5,10 @@ registers' rows of 128 words, in which the hardware packs `packed` lines of 128 
 latent fills all parts but the last, whose first line begins with the rotary key. So any token's row
 is contiguous, a whole number of tiles, and one descriptor brings it; in plain rows a register packs
 neighbouring tokens into one word, and none can be copied alone.
+
+A row of fp8_ds_mla (uint8, "scaled") has its 512 values in part 0, a group of 128 a line. In part 1
+a word is a number: lane i < 64 has rotary value i in its upper half, which so is a float32, lane 64
++ g the scale of group g.
 """
 
 from typing import Any, NamedTuple
@@ -14,7 +18,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import tpu_chip
 from pallas_kernels.tpu_chip import LANES, SUBLANES
+
+LARGEST_E4M3 = 448.0
+UPPER_HALF = 0xFFFF0000  # of a word
+B11 = jnp.dtype(jnp.float8_e4m3b11fnuz)
 
 
 class Row(NamedTuple):
@@ -24,12 +33,14 @@ class Row(NamedTuple):
         parts: rows of 128 words.
         packed: numbers of a word.
         rank, rope_dim: numbers of the latent and of the rotary key.
+        scaled: whether it is a row of fp8_ds_mla.
     """
 
     parts: int
     packed: int
     rank: int
     rope_dim: int
+    scaled: bool
 
     @property
     def width(self) -> int:
@@ -52,6 +63,31 @@ def stored_rows(latents: jax.Array, ropes: jax.Array) -> jax.Array:
     part = packed * LANES
     ropes = jnp.pad(ropes, ((0, 0), (0, part - ropes.shape[1])))
     return jnp.concatenate([latents, ropes], axis=1).reshape(-1, packed, LANES)
+
+
+def scaled_rows(latents: jax.Array, ropes: jax.Array) -> jax.Array:
+    """Rows of fp8_ds_mla as the cache has them: uint8 [num_tokens * 2, 4, 128].
+
+    Args:
+        latents, ropes: [num_tokens, 512], [num_tokens, 64], true values.
+    """
+    groups = latents.astype(jnp.float32).reshape(latents.shape[0], -1, LANES)
+    scales = _quotient(jnp.max(jnp.abs(groups), axis=-1), jnp.float32(LARGEST_E4M3))
+    scales = jnp.maximum(scales, jnp.finfo(jnp.float32).tiny)  # a group of zeros divides too
+    values = jnp.clip(_quotient(groups, scales[..., None]), -LARGEST_E4M3, LARGEST_E4M3)
+    # A bfloat16 is the upper half of the float32 of the same value.
+    numbers = jnp.concatenate([ropes.astype(jnp.bfloat16).astype(jnp.float32), scales], axis=1)
+    numbers = jnp.pad(numbers, ((0, 0), (0, LANES - numbers.shape[1])))
+    parts = (
+        jax.lax.bitcast_convert_type(values.astype(jnp.float8_e4m3fn), jnp.uint8),
+        jnp.swapaxes(jax.lax.bitcast_convert_type(numbers, jnp.uint8), 1, 2),
+    )
+    return jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
+
+
+def _quotient(x: jax.Array, by: jax.Array) -> jax.Array:
+    """The quotient, never x times a reciprocal, which XLA takes where by is seen to repeat."""
+    return x / jax.lax.optimization_barrier(jnp.broadcast_to(by, x.shape))
 
 
 def write_rows(slot_mapping: Any, rows: Any, pages: Any, row: Row) -> None:
@@ -114,8 +150,11 @@ def _key(at: int, row: Row) -> int:
     """Which key of the block lies at a place of the buffer.
 
     Eight places make an unpacked register, so that of `packed` of them, taken together, word s
-    holds keys s * packed and on: the order of a packed register.
+    holds keys s * packed and on: the order of a packed register. A scaled row's scales lie in words
+    of their own, by token, so these come in the list's order.
     """
+    if row.scaled:
+        return at
     group, place = divmod(at, row.group)
     part, word = divmod(place, SUBLANES)
     return group * row.group + word * row.packed + part
@@ -132,29 +171,76 @@ def unpack(buffer: Any, keys: Any, row: Row, *, count: jax.Array | None = None) 
         count: tokens that there are; those after them become zeros.
     """
     words = buffer.bitcast(jnp.uint32).reshape(keys.shape[0] * row.parts, LANES)
-    apart, stride = (SUBLANES, 1) if count is None else (1, row.packed)
+    in_order = row.scaled or count is not None
+    apart, stride = (1, row.packed) if in_order else (SUBLANES, 1)
+    last = row.parts - 1
+    dtype = _unpacked_dtype() if row.scaled else buffer.dtype
+
+    def of_tokens(first: int, part: int, tokens: int, stride: int) -> jax.Array:
+        """Words of every `stride`-th token from `first` on."""
+        found = words[pl.ds(first * row.parts + part, tokens, stride * row.parts), :]
+        return found if count is None else _existing(found, first, stride, count)
+
     for group in range(keys.shape[0] // row.group):
-        firsts = [group * row.group + i * apart for i in range(row.packed)]
-        for part in range(row.parts):
-            of_tokens = [
-                words[pl.ds(at * row.parts + part, SUBLANES, stride * row.parts), :]
-                for at in firsts
+        start = group * row.group
+        at = pl.ds(start, row.group)
+        if row.scaled:
+            numbers = of_tokens(start, last, row.group, 1)
+            keys[at, pl.ds(row.rank, LANES)] = _ropes(numbers).astype(keys.dtype)
+            scales = _scales(numbers, dtype)
+        for part in range(last if row.scaled else row.parts):
+            registers = [
+                of_tokens(start + i * apart, part, SUBLANES, stride) for i in range(row.packed)
             ]
-            if count is not None:
-                of_tokens = [
-                    _existing(x, at, row, count) for x, at in zip(of_tokens, firsts, strict=True)
-                ]
-            is_rope = part == row.parts - 1
-            for line in range(1 if is_rope else row.packed):
-                numbers = _line(of_tokens, line, row, buffer.dtype).astype(keys.dtype)
+            if dtype == B11:
+                registers = [_in_b11(x) for x in registers]
+            for line in range(row.packed if part < last else 1):
+                values = _line(registers, line, row, dtype)
+                if row.scaled:
+                    values = values.astype(jnp.float32) * _scale(scales, line, row)
                 lane = (part * row.packed + line) * LANES
-                keys[pl.ds(group * row.group, row.group), pl.ds(lane, LANES)] = numbers
+                keys[at, pl.ds(lane, LANES)] = values.astype(keys.dtype)
 
 
-def _existing(words: jax.Array, first: int, row: Row, count: jax.Array) -> jax.Array:
-    """Words of every `packed`-th token from `first` on; 0 where the token is not below count."""
+def _ropes(numbers: jax.Array) -> jax.Array:
+    """float32 [tokens, 128]: the rotary keys of scaled rows, and more, of their last parts."""
+    return pltpu.bitcast(numbers & jnp.uint32(UPPER_HALF), jnp.float32)
+
+
+def _unpacked_dtype() -> jnp.dtype:
+    """What the bytes of scaled rows are unpacked as: see `_in_b11`."""
+    return jnp.dtype(jnp.float8_e4m3fn) if tpu_chip.current().has_fp8 else B11
+
+
+def _in_b11(words: jax.Array) -> jax.Array:
+    """Words of four float8_e4m3fn as of float8_e4m3b11fnuz: a sixteenth of the values.
+
+    A chip without float8 unpacks that one in one instruction; of the other the compiler makes
+    seven. The two differ in their bias, and in that 0x80 is -0 in one and NaN in the other, whose
+    0x7f and 0xff are numbers. Ten instructions for four registers put both right.
+    """
+    magnitude = words & jnp.uint32(0x7F7F7F7F)
+    without_minus_zero = words & ((magnitude + jnp.uint32(0x7F7F7F7F)) | jnp.uint32(0x7F7F7F7F))
+    is_nan = (magnitude + jnp.uint32(0x01010101)) & jnp.uint32(0x80808080)
+    return (without_minus_zero | is_nan) ^ (is_nan - (is_nan >> jnp.uint32(7)))
+
+
+def _scales(numbers: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """float32 [tokens, 128]: factors of values of that dtype, of the last parts of scaled rows."""
+    scales = pltpu.bitcast(numbers, jnp.float32)
+    return scales * 16.0 if dtype == B11 else scales
+
+
+def _scale(scales: jax.Array, group: int, row: Row) -> jax.Array:
+    """float32 [tokens, 1]: those of a group."""
+    lane = row.rope_dim + group
+    return scales[:, lane : lane + 1]
+
+
+def _existing(words: jax.Array, first: int, stride: int, count: jax.Array) -> jax.Array:
+    """Words of every `stride`-th token from `first` on; 0 where the token is not below count."""
     sublane = jax.lax.broadcasted_iota(jnp.int32, words.shape, 0)
-    return jnp.where(first + sublane * row.packed < count, words, jnp.uint32(0))
+    return jnp.where(first + sublane * stride < count, words, jnp.uint32(0))
 
 
 def _line(words: list[jax.Array], line: int, row: Row, dtype: jnp.dtype) -> jax.Array:

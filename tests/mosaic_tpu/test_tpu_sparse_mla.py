@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from latent_kernels import row_of
 
-from attnsel_jax import LatentCache
+import attnsel_jax
+from attnsel_jax import AttentionMetadata, LatentCache, allocate_latent_cache
 from attnsel_jax.aot import compile_for, target_for
 from attnsel_jax.backends.mosaic_tpu_mla_sparse import TPU_TILED, MosaicTpuMlaSparseBackend
 from attnsel_jax.compare.comparison import FAIL, PASS
@@ -26,9 +27,12 @@ from pallas_kernels.sparse_mla.mosaic_tpu_tiles import TILES, Tiles, tiles
 # Several groups of keys a token, one token with none, lists with -1, traps and empty ones.
 SHAPE = {"rank": 512, "q_lens": (1, 7, 0, 2), "kv_lens": (150, 70, 7, 2), "topk": 70}
 SMALL = {"q_lens": (1, 2), "kv_lens": (70, 9), "topk": 40}
+BYTES = {"cache_dtype": "fp8_ds_mla", "dtype": "bfloat16", "q_lens": (2,), "kv_lens": (50,),
+         "topk": 30, "pad_tokens": 0}  # fmt: skip
 CASES = {
     "bfloat16": {"dtype": "bfloat16", **SMALL},
     "e4m3": {"cache_dtype": "float8_e4m3fn", "scaled": True, "dtype": "bfloat16", **SMALL},
+    "fp8_ds_mla": BYTES,
 }
 MORE = {
     "float32": {},
@@ -39,6 +43,9 @@ MORE = {
     "float32-cache": {"cache_dtype": "float32", "dtype": "bfloat16"},
     "page-128": {"page_size": 128, "pad_seqs": 3},
     "page-16": {"page_size": 16},
+    "fp8_ds_mla-float32": {"cache_dtype": "fp8_ds_mla", "soft_cap": 5.0, "writes": False},
+    "fp8_ds_mla-page-16": {"cache_dtype": "fp8_ds_mla", "dtype": "bfloat16", "page_size": 16},
+    "fp8_ds_mla-7x": {"cache_dtype": "fp8_ds_mla", "dtype": "bfloat16", "generation": "7x"},
     "one-position": {"topk": 1},
     "many-rows-written": {"q_lens": (40,), "kv_lens": (40,), "num_heads": 1},
     "no-padding": {"pad_tokens": 0, "pad_seqs": 0},
@@ -83,6 +90,13 @@ MORE_MASKED = {
     "longer-contexts-gather": {"topk": 10},
     "nothing-written": {"writes": False, "dtype": "bfloat16"},
     "e5m2": {"cache_dtype": "float8_e5m2", "dtype": "bfloat16"},
+    "fp8_ds_mla": {
+        "cache_dtype": "fp8_ds_mla",
+        "dtype": "bfloat16",
+        "q_lens": (1, 8),
+        "kv_lens": (30, 129),
+    },
+    "fp8_ds_mla-page-16": {"cache_dtype": "fp8_ds_mla", "page_size": 16, "soft_cap": 5.0},
     "page-256": {"page_size": 256},
     "page-16": {"page_size": 16, "dtype": "bfloat16"},
     "sixteen-heads": {"num_heads": 16, "dtype": "bfloat16"},
@@ -114,6 +128,14 @@ def test_more_buffers_change_nothing(monkeypatch, buffers):
     assert row.verdict == PASS, str(row)
 
 
+def test_bytes_of_one_float8_become_those_of_the_other():
+    every = np.arange(256, dtype=np.uint8)
+    words = jnp.asarray(every.view("<u4"))
+    moved = np.asarray(mosaic_tpu_rows._in_b11(words)).view(jnp.float8_e4m3b11fnuz)
+    wanted = every.view(jnp.float8_e4m3fn).astype(np.float32)
+    np.testing.assert_array_equal(moved.astype(np.float32) * 16, wanted)
+
+
 def _unmasked(*args, **kwargs):
     chosen = mosaic_tpu_positions.chosen_rows(*args, **kwargs)
     return chosen._replace(bias=jnp.zeros_like(chosen.bias))
@@ -142,10 +164,25 @@ FAULTS = {
 }
 
 
+ROWS = mosaic_tpu_rows
+OF_BYTES = {
+    "one scale for all groups": (ROWS, "_scale", lambda x, line, row: _SCALE(x, 0, row), BYTES),
+    "no scales": (ROWS, "_scale", lambda x, line, row: jnp.ones((len(x), 1)), BYTES),
+    "lower halves as rotary keys": (ROWS, "UPPER_HALF", 0xFFFF, BYTES),
+    "written with another scale": (ROWS, "LARGEST_E4M3", 447.0, BYTES),
+    "scales not in the list's order": (ROWS, "_key", lambda at, row: at ^ 1, BYTES),
+}
+_SCALE = mosaic_tpu_rows._scale
+PLANTED = [
+    pytest.param(*planted, id=name, marks=pytest.mark.sweep if name in OF_BYTES else ())
+    for name, planted in (FAULTS | OF_BYTES).items()
+]
+
+
 def found_faulty(**options) -> None:
     """Asserts that the interpreter or the oracle notices."""
     try:
-        row = interpreted(dtype="bfloat16", **options)
+        row = interpreted(**{"dtype": "bfloat16"} | options)
     except (AssertionError, RuntimeError):  # a race, or semaphores left full
         return
     assert row.verdict != PASS, str(row)
@@ -153,7 +190,7 @@ def found_faulty(**options) -> None:
 
 
 @pytest.mark.once
-@pytest.mark.parametrize(("module", "name", "fault", "options"), FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize(("module", "name", "fault", "options"), PLANTED)
 def test_a_planted_fault_is_found(monkeypatch, module, name, fault, options):
     monkeypatch.setattr(module, name, fault)
     found_faulty(**options)
@@ -256,13 +293,31 @@ def arguments_of(**options):
              "kv_lens": (70, 9), "topk": 40}  # fmt: skip
     made = mla_inputs(np.random.default_rng(0), **shape | options)
     scale = made.pop("scale")
-    arrays = {n: None if x is None else jnp.asarray(x) for n, x in made.items()}
+    arrays = {n: jnp.asarray(x) if isinstance(x, np.ndarray) else x for n, x in made.items()}
     cache = LatentCache(arrays["latent_pages"]).converted("tiled")
     return arrays | {"latent_pages": cache.pages, "scale": scale}
 
 
+BYTES_GIVEN = {
+    "latent_pages": jnp.zeros((9, 64, 2, 4, 128), jnp.uint8), "kv_cache_dtype": "fp8_ds_mla",
+}  # fmt: skip
 REFUSED = {
-    "fp8_ds_mla": ({"kv_cache_dtype": "fp8_ds_mla"}, "kv_cache_dtype is 'fp8_ds_mla', must be"),
+    "a name": ({"kv_cache_dtype": "int4"}, "kv_cache_dtype is 'int4', must be 'fp8_ds_mla' or N"),
+    "bytes that are none": (
+        {"kv_cache_dtype": "fp8_ds_mla"}, "latent_pages has dtype float32, must be one of uint8",
+    ),
+    "unnamed bytes": (
+        BYTES_GIVEN | {"kv_cache_dtype": None}, "latent_pages has dtype uint8, must be one of",
+    ),
+    "plain bytes": (
+        BYTES_GIVEN | {"latent_pages": jnp.zeros((9, 64, 656), jnp.uint8)},
+        "latent_pages has 3 dimensions (9, 64, 656), must have 5",
+    ),
+    "scales": (BYTES_GIVEN | {"kv_scale": jnp.float32(1)}, "kv_scale is given, must be None with"),
+    "a latent of bytes": (
+        BYTES_GIVEN | {"ql_nope": jnp.zeros((4, 3, 128)), "kv_c": jnp.zeros((4, 128))},
+        "kv_lora_rank is 128, must be 512 with kv_cache_dtype 'fp8_ds_mla'",
+    ),
     "soft cap": ({"soft_cap": -1.0}, "soft_cap is -1.0, must be above 0"),
     "half a step": ({"k_pe": None}, "k_pe is None, must be given with kv_c and slot_mapping: "),
     "plain rows": ({"latent_pages": jnp.zeros((9, 64, 576))}, "latent_pages has 3 dimensions"),
@@ -299,6 +354,18 @@ def test_a_converted_cache_holds_the_same_rows(dtype, row):
     np.testing.assert_array_equal(back.astype(np.float32), rows.astype(np.float32))
 
 
+def test_a_converted_cache_of_bytes_holds_the_same_ones():
+    rows = np.random.default_rng(0).integers(0, 256, (3, 16, 656), np.uint8)
+    cache = LatentCache(jnp.asarray(rows)).converted("tiled")
+    assert cache.pages.shape == (3, 16, 2, 4, 128)
+    np.testing.assert_array_equal(cache.converted("rows").pages, rows)
+    words = np.ascontiguousarray(np.swapaxes(cache.pages[:, :, 1], 2, 3)).view("<u4")[..., 0]
+    np.testing.assert_array_equal(words[..., 64:68], rows[..., 512:528].view("<u4"))
+    np.testing.assert_array_equal(words[..., :64] >> 16, rows[..., 528:].view("<u2"))
+    with pytest.raises(ValueError, match="layout is 'striped', must be 'rows' or 'tiled'"):
+        cache.converted("striped")
+
+
 @pytest.mark.parametrize(
     ("width", "rope_dim", "message"),
     [(164, 64, "kv_lora_rank is 100, must be a multiple of 128"), (544, 32, "rope_dim is 32")],
@@ -310,12 +377,38 @@ def test_a_cache_that_does_not_fill_tiles_is_not_converted(width, rope_dim, mess
 
 @pytest.mark.parametrize(
     ("stored", "row"),
-    [("auto", (3, 2, 128)), ("float32", (5, 1, 128)), ("fp8_e4m3", (2, 4, 128))],
+    [
+        ("auto", (3, 2, 128)),
+        ("float32", (5, 1, 128)),
+        ("fp8_e4m3", (2, 4, 128)),
+        ("fp8_ds_mla", (2, 4, 128)),
+    ],
 )
 def test_the_backend_s_cache_is_in_the_layout_that_its_kernel_takes(stored, row):
     shape = MosaicTpuMlaSparseBackend.get_kv_cache_shape(7, 64, 1, 576, stored)
     assert shape == (7, 64, *row)
     assert MosaicTpuMlaSparseBackend.get_required_kv_cache_layout() == "tiled"
+
+
+def test_the_op_takes_a_cache_of_bytes_in_that_layout_and_says_so_of_another():
+    given = arguments_of(cache_dtype="fp8_ds_mla", dtype="bfloat16")
+    cache = allocate_latent_cache(
+        3, 64, 512, 64, "bfloat16", use_sparse=True, kv_cache_dtype="fp8_ds_mla", device="v5e"
+    )
+    assert (cache.layout, cache.pages.shape) == ("tiled", (3, 64, 2, 4, 128))
+    metadata = AttentionMetadata.from_lengths((1, 3), (70, 9), ((0, 1), (2,)), 64)
+
+    def call(cache):
+        names = ("ql_nope", "q_pe", "kv_c", "k_pe", "topk_indices")
+        return jax.eval_shape(
+            lambda: attnsel_jax.sparse_mla_attention(
+                *(given[name] for name in names), cache, metadata, scale=1.0, device="v5e"
+            )
+        )
+
+    assert call(cache)[1].pages.shape == cache.pages.shape
+    with pytest.raises(ValueError, match=r"cache.layout is 'rows', must be 'tiled' for backend"):
+        call(cache.converted("rows"))
 
 
 def test_short_lists_take_smaller_blocks_and_unlisted_dtypes_take_bfloat16_s():
@@ -343,7 +436,23 @@ def test_a_sample_compiles(monkeypatch, chip):
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("chip", TPU_TILED.generation.values)
-@pytest.mark.parametrize("cache_dtype", ["float32", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
+def test_a_sample_with_fp8_ds_mla_compiles(monkeypatch, chip):
+    monkeypatch.setattr(mosaic_tpu, "tiles", lambda *_, **__: Tiles(128, 2))
+    compiles(chip, num_heads=16, dtype="bfloat16", cache_dtype="fp8_ds_mla")
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("chip", TPU_TILED.generation.values)
+@pytest.mark.parametrize(
+    "cache_dtype",
+    [
+        "float32",
+        "bfloat16",
+        "float8_e4m3fn",
+        "float8_e5m2",
+        "fp8_ds_mla",
+    ],
+)
 @pytest.mark.parametrize("dtype", TPU_TILED.dtype.values)
 def test_everything_declared_compiles(monkeypatch, chip, cache_dtype, dtype):
     monkeypatch.setattr(mosaic_tpu, "tiles", tiles)
