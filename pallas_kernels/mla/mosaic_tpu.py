@@ -138,18 +138,20 @@ def _kernel(*refs, passes: _Passes, writes: bool):
     tiles, batch = Tiles(*tiles), Batch(kv_lens, cu_q_lens, num_seqs)
     arrays = Arrays(ql_nope, q_pe, pages, out, lse, page_table, kv_scale)
 
-    if writes:
-        write_rows(Writes(slot_mapping, rows, pages))
-    for sizes, belongs in (
-        (passes.one, lambda q_len: (q_len == 1) | (passes.many is None)),
-        (passes.many, lambda q_len: q_len > 1),
+    def write():
+        if writes:
+            write_rows(Writes(slot_mapping, rows, pages))
+
+    for sizes, belongs, first in (
+        (passes.one, lambda q_len: (q_len == 1) | (passes.many is None), write),
+        (passes.many, lambda q_len: q_len > 1, lambda: None),
     ):
         if sizes is not None:
             listed = list_tiles(
                 tiles, batch, belongs, block_q=sizes.block_q, block_kv=sizes.block_kv,
                 most_keys=passes.most_keys,
             )  # fmt: skip
-            attend_tiles(sizes, arrays, tiles, *listed)
+            attend_tiles(sizes, arrays, tiles, *listed, first)
     blank_padding(arrays, batch)
 
 

@@ -23,6 +23,7 @@ in the order of the keys.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -53,16 +54,25 @@ class Cursor(NamedTuple):
 
 
 def attend_tiles(
-    sizes: Sizes, arrays: Arrays, tiles: Tiles, num_tiles: jax.Array, num_blocks: jax.Array
+    sizes: Sizes,
+    arrays: Arrays,
+    tiles: Tiles,
+    num_tiles: jax.Array,
+    num_blocks: jax.Array,
+    first: Callable[[], None],
 ) -> None:
-    """Attends with every listed tile, and writes its output and lse."""
+    """Attends with every listed tile, and writes its output and lse.
 
-    @pl.when(num_tiles > 0)
-    def _():
-        def scoped(*scratch):
-            _Pass(sizes, arrays, tiles, num_tiles, num_blocks, Scratch(*scratch)).run()
+    `first` is done before any page is read, while the first tiles' queries come.
+    """
 
-        pl.run_scoped(scoped, *scratch_shapes(sizes))
+    def scoped(*scratch):
+        this = _Pass(sizes, arrays, tiles, num_tiles, num_blocks, Scratch(*scratch))
+        this.call_for_queries()
+        first()
+        pl.when(num_tiles > 0)(this.run)
+
+    pl.run_scoped(scoped, *scratch_shapes(sizes))
 
 
 class _Pass:
@@ -72,21 +82,24 @@ class _Pass:
         self.sizes, self.arrays, self.tiles = sizes, arrays, tiles
         self.num_tiles, self.num_blocks, self.scratch = num_tiles, num_blocks, scratch
 
+    def call_for_queries(self) -> None:
+        """Starts the copies of the first tiles' queries."""
+        ahead = jnp.minimum(self.sizes.queries // 2, self.num_tiles)
+        jax.lax.fori_loop(0, ahead, lambda tile, _: self._start_queries(tile), None)
+
     def run(self) -> None:
         """Fills the pipeline, and turns it until every block is through."""
         sizes, scratch, zero = self.sizes, self.scratch, jnp.int32(0)
-        for state in range(sizes.states + sizes.spare):
-            self._reset(state)
-        ahead = jnp.minimum(sizes.queries // 2, self.num_tiles)
-        jax.lax.fori_loop(0, ahead, lambda tile, _: self._start_queries(tile), None)
+        scratch.nothing[...] = jnp.zeros_like(scratch.nothing)
         coming = Cursor(zero, zero)
         for i in range(sizes.lead):
             coming = self._start_block(coming, jnp.int32(i), AHEAD)
-        self._wait_latents(sizes.lead, AHEAD)
-
         num_steps = pl.cdiv(self.num_blocks, sizes.blocks)
         for k in range(AHEAD):
             coming = self._start_step(coming, jnp.int32(k), num_steps)
+        for state in range(sizes.states + sizes.spare):
+            self._reset(state)
+        self._wait_latents(sizes.lead, AHEAD)
         self._receive_queries(zero)
         crossed = self._while_ends(zero, zero + sizes.lead, self._cross)
         for i in range(sizes.lead):
@@ -216,9 +229,9 @@ class _Pass:
     def _start_block(self, at: Cursor, i: jax.Array, sem: jax.Array | int) -> Cursor:
         """Notes where block i is, and starts the copies of its pages; returns the next.
 
-        All its pages are copied without a branch: in place of those past the tile's last key the
-        sequence's first (page 0 if it has no key), in place of blocks past the last tile ones of
-        that tile.
+        As many bytes come as are waited for: in place of pages past the tile's last key, and of
+        blocks past the last tile, come zeros that are on the chip; or, where a branch would cut a
+        run, the sequence's first page (page 0 if it has no key).
         """
         sizes, buffer = self.sizes, self._buffer(i)
         self.scratch.tile_of[buffer] = at.tile
@@ -226,12 +239,31 @@ class _Pass:
         tile, table = self._listed(at.tile), self.arrays.page_table
         row, column = self.tiles.seq[tile] * sizes.columns, at.block * sizes.pages_of_block
         last = (self._keys_of_tile(tile) - 1) >> (sizes.page_size.bit_length() - 1)
-        first = jnp.where(last >= 0, table[row], 0)
-        for j in range(sizes.pages_of_block):
-            page = jnp.where(column + j <= last, table[row + column + j], first)
-            target = self.scratch.latents.at[buffer, j]
-            arrived = self.scratch.latents_arrived.at[sem]
-            pltpu.make_async_copy(self.arrays.pages.at[page], target, arrived).start()
+        arrived = self.scratch.latents_arrived.at[sem]
+
+        def start(j, source):
+            pltpu.make_async_copy(source, self.scratch.latents.at[buffer, j], arrived).start()
+
+        def start_page(j, stand_in=None):
+            page = table[row + column + j]
+            page = page if stand_in is None else jnp.where(column + j <= last, page, stand_in)
+            start(j, self.arrays.pages.at[page])
+
+        def start_some():
+            for j in range(sizes.pages_of_block):
+                exists = (column + j <= last) & (at.tile < self.num_tiles)
+                pl.when(exists)(functools.partial(start_page, j))
+                pl.when(~exists)(functools.partial(start, j, self.scratch.nothing))
+
+        def start_all(stand_in=None):
+            for j in range(sizes.pages_of_block):
+                start_page(j, stand_in)
+
+        is_whole = (column + sizes.pages_of_block - 1 <= last) & (at.tile < self.num_tiles)
+        if sizes.starts_within:
+            start_all(jnp.where(last >= 0, table[row], 0))
+        else:
+            jax.lax.cond(is_whole, start_all, start_some)
         return self._after(at)
 
     def _start_step(self, coming: Cursor, k: jax.Array, num_steps: jax.Array) -> Cursor:
@@ -293,20 +325,21 @@ class _Pass:
     def _clean(self, tile: jax.Array) -> None:
         """Zeroes what follows the keys in a tile's last page: NaN would outlive a weight of 0.
 
-        Pages after that one are the sequence's first, without such a rest where it has two pages.
+        Copies of it follow where it is the sequence's first, too.
         """
         sizes, buffer = self.sizes, self._buffer(self.tiles.end[tile] - 1)
         num_keys = self._keys_of_tile(tile)
         of_block = num_keys - (self.tiles.blocks[tile] - 1) * sizes.block_kv
-        is_alone = num_keys <= sizes.page_size
-        first = jnp.where(is_alone, 0, (of_block - 1) // sizes.page_size)
-        stop = jnp.where(is_alone, sizes.pages_of_block, first + 1)
+        first = jnp.maximum(of_block - 1, 0) >> (sizes.page_size.bit_length() - 1)
 
         def one(j, _):
             self._clean_page(self.scratch.latents.at[buffer, j], of_block - j * sizes.page_size)
-            return _
 
-        jax.lax.fori_loop(first, stop, one, 0)
+        if sizes.starts_within:
+            stop = jnp.where(num_keys <= sizes.page_size, sizes.pages_of_block, first + 1)
+            jax.lax.fori_loop(first, stop, one, None)
+        else:
+            one(first, None)
 
     def _clean_page(self, page, num_keys: jax.Array) -> None:
         """Zeroes what a page has after its first num_keys tokens."""

@@ -17,6 +17,7 @@ from pallas_kernels.tpu_chip import LANES, SUBLANES
 
 RUNS = 64  # of a group, at most
 MOST_TOKENS = 256  # that a group's runs are looked for in
+WAITED = 16  # tiles that are awaited at once
 SET_WORDS = 64  # words of 32 bits: units of a group, by the last bits of their numbers
 
 
@@ -42,10 +43,10 @@ class _Scratch(NamedTuple):
     latents: Any  # [RUNS, 2, parts / 2, tile, LANES]
     ropes: Any  # [RUNS, tile, LANES]
     rows: Any  # float32 [tokens, SUBLANES, LANES]
-    unit: Any  # SMEM [RUNS]: the unit, counted through all pages
-    first: Any  # SMEM [RUNS]: its first token
-    count: Any  # SMEM [RUNS]: its tokens, consecutive ones
-    tiles: Any  # SMEM [RUNS]: bits of its tiles of latents that are touched
+    unit: Any  # SMEM [RUNS + 1], the last nobody's: the unit, counted through all pages
+    first: Any  # SMEM [RUNS + 1]: its first token
+    stop: Any  # SMEM [RUNS + 1]: the token after its last
+    tiles: Any  # SMEM [RUNS + 1]: bits of its tiles of latents that are touched
     seen: Any  # SMEM [SET_WORDS]
     arrived: Any
     left: Any
@@ -79,7 +80,7 @@ def write_rows(writes: Writes) -> None:
         pltpu.VMEM((RUNS, 2, parts // 2, tile, LANES), writes.pages.dtype),
         pltpu.VMEM((RUNS, tile, LANES), writes.pages.dtype),
         pltpu.VMEM((writes.tokens, SUBLANES, LANES), jnp.float32),
-        *[pltpu.SMEM((RUNS,), jnp.int32)] * 4,
+        *[pltpu.SMEM((RUNS + 1,), jnp.int32)] * 4,
         pltpu.SMEM((SET_WORDS,), jnp.int32),
         *[pltpu.SemaphoreType.DMA(())] * 2,
     )
@@ -95,42 +96,52 @@ def _write_groups(writes, scratch) -> None:
         rows = pltpu.make_async_copy(in_hbm, scratch.rows, scratch.arrived)
         rows.start()
         stop = jnp.minimum(base + writes.tokens, num_tokens)
-        token, runs = _gather_runs(writes, scratch, token, stop)
-        _each_copy(writes, scratch, runs, lambda copy: copy.start(), into=True)
-        rows.wait()
-        _each_copy(writes, scratch, runs, lambda copy: copy.wait(), into=True)
+        token, runs, pairs = _gather_runs(writes, scratch, token, stop)
 
-        def one_run(j, _):
+        def merge(j):
             _merge(writes, scratch, j, base)
-            return _
+            _start_run(writes, scratch, j, into=False)
 
-        jax.lax.fori_loop(0, runs, one_run, 0)
-        _each_copy(writes, scratch, runs, lambda copy: copy.start(), into=False)
-        _each_copy(writes, scratch, runs, lambda copy: copy.wait(), into=False)
+        jax.lax.fori_loop(0, runs, lambda j, _: _start_run(writes, scratch, j, into=True), None)
+        rows.wait()
+        _wait_tiles(scratch, scratch.arrived, runs, pairs)
+        jax.lax.fori_loop(0, runs, lambda j, _: merge(j), None)
+        _wait_tiles(scratch, scratch.left, runs, pairs)
         return token
 
     jax.lax.while_loop(lambda token: token < num_tokens, one_group, jnp.int32(0))
 
 
-def _gather_runs(writes, scratch, token, stop) -> tuple[jax.Array, jax.Array]:
-    """Lists the runs of the next group, tokens before `stop`; returns the token after, and runs."""
+class _Run(NamedTuple):
+    """A run of tokens, as far as it is known."""
+
+    unit: jax.Array
+    first: jax.Array
+    stop: jax.Array
+    tiles: jax.Array
+
+
+def _gather_runs(writes, scratch, token, stop) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Lists the runs of the next group, of tokens before `stop`.
+
+    Returns:
+        The token after, runs, and how many of them touch both of their tiles of latents.
+    """
     num_pages, _, half, _ = writes.pages.shape
     size, num_slots = 2 * writes.tile, 2 * half * num_pages
     for i in range(SET_WORDS):
         scratch.seen[i] = 0
 
     def is_open(state):
-        token, _, ended = state
+        token, *_, ended = state
         return (token < stop) & ~ended
 
     def one_token(state):
-        token, runs, _ = state
+        token, runs, pairs, last, _ = state
         slot = writes.slot_mapping[token]
         exists = (slot >= 0) & (slot < num_slots)
         unit = slot // size
-        last = jnp.maximum(runs - 1, 0)
-        joins = (runs > 0) & (scratch.unit[last] == unit)
-        joins &= scratch.first[last] + scratch.count[last] == token
+        joins = (last.unit == unit) & (last.stop == token)
         # Most units are found to be new at once, by a set of the last bits of their numbers.
         word, bit = (unit >> 5) & (SET_WORDS - 1), jnp.left_shift(1, unit & 31)
         seen = scratch.seen[word]
@@ -139,56 +150,60 @@ def _gather_runs(writes, scratch, token, stop) -> tuple[jax.Array, jax.Array]:
             0, searched, lambda j, found: found | (scratch.unit[j] == unit), jnp.bool_(False)
         )
         ends = exists & ~joins & (taken | (runs == RUNS))
-        begins = exists & ~joins & ~ends
-        tile = jnp.left_shift(1, slot % size // writes.tile)
+        listed = exists & ~ends
+        before = jnp.where(joins, last.tiles, 0)
+        tiles = before | jnp.left_shift(1, slot % size // writes.tile)
+        run = _Run(unit, jnp.where(joins, last.first, token), token + 1, tiles)
+        at = jnp.where(listed, jnp.where(joins, runs - 1, runs), RUNS)
+        for name, value in run._asdict().items():
+            getattr(scratch, name)[at] = value
+        scratch.seen[word] = jnp.where(listed, seen | bit, seen)
+        pairs += (listed & (tiles == 3) & (before != 3)).astype(jnp.int32)
+        runs += (listed & ~joins).astype(jnp.int32)
+        last = _Run(*(jnp.where(listed, new, old) for new, old in zip(run, last, strict=True)))
+        return token + (~ends).astype(jnp.int32), runs, pairs, last, ends
 
-        @pl.when(exists & joins)
-        def _():
-            scratch.count[last] += 1
-            scratch.tiles[last] |= tile
-
-        @pl.when(begins)
-        def _():
-            scratch.unit[runs] = unit
-            scratch.first[runs] = token
-            scratch.count[runs] = 1
-            scratch.tiles[runs] = tile
-            scratch.seen[word] = seen | bit
-
-        return token + (~ends).astype(jnp.int32), runs + begins.astype(jnp.int32), ends
-
-    token, runs, _ = jax.lax.while_loop(is_open, one_token, (token, jnp.int32(0), jnp.bool_(False)))
-    return token, runs
+    none = jnp.int32(-1)
+    state = (token, jnp.int32(0), jnp.int32(0), _Run(none, none, none, none), jnp.bool_(False))
+    token, runs, pairs, *_ = jax.lax.while_loop(is_open, one_token, state)
+    return token, runs, pairs
 
 
-def _each_copy(writes, scratch, runs, act, *, into: bool) -> None:
-    """Starts or awaits the copies of a group's tiles, into VMEM or back."""
+def _start_run(writes, scratch, j, *, into: bool) -> None:
+    """Starts the copies of a run's tiles, into VMEM or back."""
     num_stripes, half = writes.pages.shape[1] // 2, writes.pages.shape[2]
     units_of_page = half // writes.tile
+    page, unit = scratch.unit[j] // units_of_page, scratch.unit[j] % units_of_page
 
     def copy(in_hbm, in_vmem):
         if into:
-            act(pltpu.make_async_copy(in_hbm, in_vmem, scratch.arrived))
+            pltpu.make_async_copy(in_hbm, in_vmem, scratch.arrived).start()
         else:
-            act(pltpu.make_async_copy(in_vmem, in_hbm, scratch.left))
+            pltpu.make_async_copy(in_vmem, in_hbm, scratch.left).start()
 
-    def one_run(j, _):
-        page, unit = scratch.unit[j] // units_of_page, scratch.unit[j] % units_of_page
+    def one_tile(i):
+        at = (2 * unit + i) * writes.tile
+        stripes = pl.ds(at // half * num_stripes, num_stripes)
+        in_hbm = writes.pages.at[page, stripes, _aligned(at % half, writes.tile)]
+        copy(in_hbm, scratch.latents.at[j, i])
 
-        def one_tile(i):
-            at = (2 * unit + i) * writes.tile
-            stripes = pl.ds(at // half * num_stripes, num_stripes)
-            in_hbm = writes.pages.at[page, stripes, _aligned(at % half, writes.tile)]
-            copy(in_hbm, scratch.latents.at[j, i])
+    tiles = scratch.tiles[j]
+    one_tile(jnp.where(tiles == 2, 1, 0))
+    pl.when(tiles == 3)(lambda: one_tile(1))
+    at = _aligned(unit * writes.tile, writes.tile)
+    copy(writes.pages.at[page, 2 * num_stripes, at], scratch.ropes.at[j])
 
-        tiles = scratch.tiles[j]
-        one_tile(jnp.where(tiles == 2, 1, 0))
-        pl.when(tiles == 3)(lambda: one_tile(1))
-        at = _aligned(unit * writes.tile, writes.tile)
-        copy(writes.pages.at[page, 2 * num_stripes, at], scratch.ropes.at[j])
-        return _
 
-    jax.lax.fori_loop(0, runs, one_run, 0)
+def _wait_tiles(scratch, sem, runs, pairs) -> None:
+    """Waits for a group's tiles, by their bytes, many at once."""
+    for ref, count in ((scratch.latents.at[:, 0], runs + pairs), (scratch.ropes, runs)):
+
+        def wait(size, ref=ref):
+            some = ref.at[pl.ds(0, size)]
+            pltpu.make_async_copy(some, some, sem).wait()
+
+        jax.lax.fori_loop(0, count // WAITED, lambda _, x, wait=wait: wait(WAITED), None)
+        jax.lax.fori_loop(0, count % WAITED, lambda _, x, wait=wait: wait(1), None)
 
 
 def _aligned(at: jax.Array, size: int) -> pl.Slice:
@@ -206,13 +221,13 @@ def _merge(writes, scratch, j, base) -> None:
     def put(ref, is_own, row):
         ref[...] = jnp.where(is_own, row, ref[...].astype(jnp.float32)).astype(ref.dtype)
 
-    def one_row(i, _):
-        token = scratch.first[j] + i
+    def one_row(token, _):
         at = writes.slot_mapping[token] % (2 * tile)
         row = [scratch.rows[token - base, pl.ds(c, 1)] for c in range(num_stripes + 1)]
         for stripe in range(num_stripes):
             put(scratch.latents.at[j, at // tile, stripe], line == at % tile, row[stripe])
         put(scratch.ropes.at[j], token_of_rope == at, row[num_stripes])
-        return _
 
-    jax.lax.fori_loop(0, scratch.count[j], one_row, 0)
+    first = scratch.first[j]
+    one_row(first, None)
+    jax.lax.fori_loop(first + 1, scratch.stop[j], one_row, None)
