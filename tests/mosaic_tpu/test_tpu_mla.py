@@ -107,15 +107,24 @@ FAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.once
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", ["mask", "kv_scale", "soft cap"])
 def test_what_faults_are_planted_in_agrees_without_them(name):
     row = row_of(mla_attention, **SMALL | FAULTS[name][1])
     assert row.verdict == PASS, str(row)
 
 
+EVERY_PUSH = ("mask", "border between tiles", "write")
+
+
 @pytest.mark.once
-@pytest.mark.parametrize(("fault", "options"), FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize(
+    ("fault", "options"),
+    [
+        pytest.param(*planted, id=name, marks=() if name in EVERY_PUSH else pytest.mark.sweep)
+        for name, planted in FAULTS.items()
+    ],
+)
 def test_a_planted_fault_is_seen(monkeypatch, fault, options):
     monkeypatch.setattr(*fault)
     assert row_of(mla_attention, **SMALL | options).verdict != PASS
@@ -251,7 +260,9 @@ def compiles(chip, **options):
     assert report.compiled, report.refusal
 
 
-@pytest.mark.parametrize("chip", TPU_LATENT.generation.values)
+@pytest.mark.parametrize(
+    "chip", ["v5e", "7x", *(pytest.param(c, marks=pytest.mark.sweep) for c in ("v4", "v5p", "v6e"))]
+)
 def test_a_sample_compiles(chip):
     compiles(chip, num_heads=16, dtype="bfloat16", cache_dtype="float8_e4m3fn", scaled=True)
 
