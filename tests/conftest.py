@@ -33,7 +33,7 @@ def _nothing_is_insisted_on(monkeypatch):
 
 
 def pytest_collection_modifyitems(items):
-    """Contracts are held on each jax; that checks can fail, and slow corners, on the newest."""
+    """On older jax: no planted faults, and of slow kernels one of each kind of problem."""
     if jax.__version_info__ < (0, 11):
         for item in items:
             if item.get_closest_marker("once"):

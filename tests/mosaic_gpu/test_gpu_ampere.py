@@ -252,7 +252,7 @@ def test_what_ampere_does_not_have_is_refused():
 
 
 def test_it_compiles_for_ampere():
-    compiles("a100", num_heads=8)  # no program of the sweep, which would not be compiled again
+    compiles("a100")
 
 
 @pytest.mark.sweep

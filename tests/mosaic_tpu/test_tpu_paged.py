@@ -213,7 +213,6 @@ def test_more_queries_than_keys_see_nothing():
     assert np.isneginf(lse[[0, 1, 2, 5], 1]).all()
 
 
-@pytest.mark.once
 def test_no_sequences():
     arguments = batch((3, 1), (9, 4))
     arguments["slot_mapping"] = np.full_like(arguments["slot_mapping"], -1)
@@ -236,7 +235,6 @@ def test_expired_pages_may_be_gone():
         assert deviation(name, results[name], answer).passed
 
 
-@pytest.mark.once
 def test_any_slot_mapping_is_honoured():
     """Tokens of one page far apart, in any order, to pages that nobody reads, and nowhere."""
     arguments = batch((44, 1, 4), (44, 3, 4), page_size=16, dtype="float32")
