@@ -113,8 +113,7 @@ def compiled(monkeypatch, **options):
 
 
 def test_a_sample_compiles(monkeypatch):
-    # Of other lengths than the sweep: Mosaic compiles no kernel twice, and prints nothing then.
-    compiled(monkeypatch, num_index_heads=64, kv_lens=(900, 70, 5))
+    compiled(monkeypatch, num_index_heads=64)
 
 
 @pytest.mark.sweep
