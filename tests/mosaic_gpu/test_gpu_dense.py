@@ -72,7 +72,15 @@ def check(case):
     assert row.verdict == PASS, str(row)
 
 
-@pytest.mark.parametrize("case", TILED, ids=lambda case: case.name)
+# "everything" has these, too.
+ON_DEMAND = ("window", "lengths", "segments")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=pytest.mark.sweep if c.name in ON_DEMAND else ()) for c in TILED],
+    ids=lambda case: case.name,
+)
 def test_many_tiles_agree_with_the_oracle(case, cut_tiles):
     check(case)
 
@@ -94,7 +102,7 @@ ACCEPTED = [
 
 
 # What the problems of many tiles above do not have is run by default.
-SINGLE = ("bias", "key-bias", "soft-cap", "sinks", "lens", "head-sizes", "one-query", "encoder")
+SINGLE = ("key-bias", "head-sizes", "one-query", "encoder")
 
 
 @pytest.mark.parametrize(

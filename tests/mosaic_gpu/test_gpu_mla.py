@@ -22,8 +22,6 @@ needs_gpu_interpreter()
 
 CASES = {
     "mixed": {},
-    "decode": {"q_lens": (1, 1, 1, 1), "kv_lens": (1, 64, 193, 320), "pad_tokens": 0,
-               "pad_seqs": 2, "num_heads": 16},
     "float16-128-heads-pages-16": {"dtype": "float16", "num_heads": 128, "page_size": 16,
                                    "q_lens": (1,), "kv_lens": (140,)},
     "soft-cap-nothing-written": {"soft_cap": 5.0, "writes": False, "page_size": 128,
@@ -32,6 +30,8 @@ CASES = {
              "kv_lens": (300, 9)},
 }  # fmt: skip
 MORE = {
+    "decode": {"q_lens": (1, 1, 1, 1), "kv_lens": (1, 64, 193, 320), "pad_tokens": 0,
+               "pad_seqs": 2, "num_heads": 16},
     "e5m2-pages-of-16": {"cache_dtype": "float8_e5m2", "page_size": 16, "num_heads": 16,
                          "soft_cap": 20.0},
     "e4m3-float16": {"cache_dtype": "float8_e4m3fn", "scaled": True, "dtype": "float16",

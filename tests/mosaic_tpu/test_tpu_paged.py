@@ -55,15 +55,14 @@ def batch(q_lens, kv_lens, *, seed=0, **options):
     return paged_inputs(rng, q_lens=q_lens, kv_lens=kv_lens, **shape | options)
 
 
-# Of sizes of pages and kinds of cache, the extremes and one of each kind are enough on each push.
-OFTEN_ENOUGH = {"page-32": pytest.mark.sweep, "page-64": pytest.mark.sweep,
-                "page-128": pytest.mark.once, "e4m3-unscaled": pytest.mark.once,
-                "e5m2": pytest.mark.once}  # fmt: skip
+# On each push the extremes, one of each kind of cache, and what "everything" has on demand alone.
+ON_DEMAND = ("page-32", "page-64", "page-128", "e4m3-unscaled", "e5m2", "window", "sinks",
+             "soft-cap", "alibi")  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "problem",
-    [pytest.param(p, marks=OFTEN_ENOUGH.get(p.name.split(".")[-1], ())) for p in PAGED],
+    [sweep(p) if p.name.split(".")[-1] in ON_DEMAND else p for p in PAGED],
     ids=[problem.name for problem in PAGED],
 )
 def test_quick_problems(problem):
@@ -136,9 +135,12 @@ def test_many_heads(monkeypatch, generation, case):
 
 
 @pytest.mark.once
-def test_tiles_change_no_numbers(monkeypatch):
+@pytest.mark.parametrize(
+    ("q_lens", "kv_lens"), [((1, 9), (30, 21)), sweep((1, 70, 3), (75, 90, 9))]
+)
+def test_tiles_change_no_numbers(monkeypatch, q_lens, kv_lens):
     """Every field of the table, from one block a page to all in one; the cache bit for bit."""
-    arguments = batch((1, 70, 3), (75, 90, 9), scales="head", cache_dtype="float8_e4m3fn")
+    arguments = batch(q_lens, kv_lens, scales="head", cache_dtype="float8_e4m3fn")
     caches = []
     for tiles in ((128, 8, 8, 2), (16, 128, 128, 3)):
         chosen = mosaic_tpu_tiles.Tiles(*tiles)

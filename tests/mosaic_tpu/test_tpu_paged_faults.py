@@ -134,6 +134,7 @@ def test_a_wrong_end_is_found_in_every_computation(monkeypatch):
     assert spans_outside("out", *found) == spans_outside("lse", *found) == ALL
 
 
+@pytest.mark.sweep
 def test_no_soft_cap_is_found(monkeypatch):
     true = mosaic_tpu_softmax.join
     monkeypatch.setattr(

@@ -81,10 +81,15 @@ MASKED = Tiles(32, 2, reach=1000, rows=64, step_rows=32, masked_kv=128)
 MIXED = {"q_lens": (1, 11, 5, 0, 4), "kv_lens": (150, 70, 7, 9, 300), "pad_tokens": 3}
 MASKED_CASES = {
     "float32": {},
-    "e4m3-soft-cap": {"cache_dtype": "float8_e4m3fn", "scaled": True, "soft_cap": 5.0,
-                      "q_lens": (8,), "kv_lens": (129,)},
-}  # fmt: skip
+}
 MORE_MASKED = {
+    "e4m3-soft-cap": {
+        "cache_dtype": "float8_e4m3fn",
+        "scaled": True,
+        "soft_cap": 5.0,
+        "q_lens": (8,),
+        "kv_lens": (129,),
+    },
     "bfloat16": {"dtype": "bfloat16"},
     "masked-only": {"q_lens": (8,), "kv_lens": (256,), "pad_tokens": 0},
     "longer-contexts-gather": {"topk": 10},
@@ -164,8 +169,7 @@ FAULTS = {
 }
 
 
-EVERY_PUSH = ("entries that name nothing count", "entries that name nothing are read",
-              "no waiting for rows", "nothing written")  # fmt: skip
+EVERY_PUSH = ("entries that name nothing are read", "no waiting for rows")
 ROWS = mosaic_tpu_rows
 OF_BYTES = {
     "one scale for all groups": (ROWS, "_scale", lambda x, line, row: _SCALE(x, 0, row), BYTES),
@@ -272,7 +276,7 @@ def test_tokens_are_shared_out_by_how_many_keys_their_tile_has_for_each():
     assert shared_of(**lens, keys_per_token=9, block_q=0) == ([], list(range(15)))
 
 
-@pytest.mark.once
+@pytest.mark.sweep
 def test_prompts_are_masked_where_the_table_says_so_and_decodes_never(monkeypatch):
     seen = {}
     monkeypatch.setattr(mosaic_tpu, "tiles", tiles)
@@ -432,7 +436,7 @@ def compiles(chip, **options):
 
 
 @pytest.mark.parametrize(
-    "chip", ["v5e", "v6e", *(pytest.param(c, marks=pytest.mark.sweep) for c in ("v4", "v5p", "7x"))]
+    "chip", ["v6e", *(pytest.param(c, marks=pytest.mark.sweep) for c in ("v4", "v5e", "v5p", "7x"))]
 )
 def test_a_sample_compiles(monkeypatch, chip):
     monkeypatch.setattr(mosaic_tpu, "tiles", lambda *_, **__: Tiles(128, 2))
