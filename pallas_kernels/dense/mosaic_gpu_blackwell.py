@@ -18,6 +18,7 @@ from pallas_kernels.dense import mosaic_gpu_blackwell_softmax as softmax
 from pallas_kernels.dense import mosaic_gpu_forward as hopper
 from pallas_kernels.dense.mosaic_gpu_forward import Operands, Place
 from pallas_kernels.dense.mosaic_gpu_geometry import KeyTiles, Static, key_tiles
+from pallas_kernels.gpu_addresses import tied_to
 
 # Tiles of queries -> (registers a thread that weighs, of the others). A block is launched with
 # 65536 registers over its threads, rounded down to 8 each: more in sum would wait for ever.
@@ -172,6 +173,15 @@ def _tiles(static: Static, place: Place, tile: int | None = None) -> KeyTiles:
     return key_tiles(static, place.row, place.index, rows)
 
 
+def slot_of(static: Static, n: jax.Array) -> jax.Array:
+    """The slot of a block's n-th tile in a ring.
+
+    Of three slots the compiler would take the division into addresses, as base - 24 (n // 3) + 8 n;
+    beside those ptxas keeps the base of shared memory on the stack, where it loads it all over.
+    """
+    return tied_to(n, hopper.slot_of(static, n), tied=static.tiles.stages == 3)
+
+
 # The warp that brings.
 
 
@@ -188,7 +198,7 @@ def bring(static: Static, x: Operands, shared: Shared, place: Place, tiles: KeyT
     @pl.loop(tiles.first, tiles.stop)
     def _(tile):
         n = tile - tiles.first
-        slot = hopper.slot_of(static, n)
+        slot = slot_of(static, n)
         keys = pl.ds(tile * static.tiles.block_kv, static.tiles.block_kv)
 
         @pl.when(n >= stages)
@@ -211,7 +221,7 @@ def bring(static: Static, x: Operands, shared: Shared, place: Place, tiles: KeyT
 
     @pl.loop(jnp.maximum(tiles.stop - tiles.first - stages, 0), tiles.stop - tiles.first)
     def _(n):
-        slot = hopper.slot_of(static, n)
+        slot = slot_of(static, n)
         plgpu.barrier_wait(shared.k_empty.at[slot])
         plgpu.barrier_wait(shared.v_empty.at[slot])
 
@@ -236,10 +246,9 @@ def multiply(static: Static, shared: Shared, tiles: KeyTiles) -> None:
     """
     queries = range(static.tiles.consumers)
     count = tiles.stop - tiles.first
-    slot_of = functools.partial(hopper.slot_of, static)
 
     def logits(i, n):
-        slot, k_empty = slot_of(n), shared.k_empty
+        slot, k_empty = slot_of(static, n), shared.k_empty
         if i == 0:
             plgpu.barrier_wait(shared.k_full.at[slot])
         keys = shared.k.at[slot].transpose((1, 0))
@@ -249,7 +258,7 @@ def multiply(static: Static, shared: Shared, tiles: KeyTiles) -> None:
             plgpu.tcgen05_commit_arrive(k_empty.at[slot])
 
     def weighed_values(i, n, done):
-        slot = slot_of(n)
+        slot = slot_of(static, n)
         if i == 0:
             plgpu.barrier_wait(shared.v_full.at[slot])
         plgpu.barrier_wait(shared.p_full.at[i])
@@ -296,7 +305,7 @@ def consume(static: Static, x: Operands, out, lse, shared: Shared, place: Place,
     def step(tile, state, *, masked):
         plgpu.barrier_wait(shared.s_full.at[i])
         n = tile - tiles.first
-        slot = hopper.slot_of(static, n)
+        slot = slot_of(static, n)
         state = softmax.weigh(
             static, x, shared, at, i, tile, slot, state, masked=masked, first=n == 0
         )
