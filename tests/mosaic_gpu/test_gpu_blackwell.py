@@ -42,6 +42,8 @@ TILED = (
     problem("chunks, lengths", batch=2, attention_chunk_size=100, causal=True, q_len=270,
             kv_len=290, q_lens=(270, 190), kv_lens=(281, 200), heads=(1, 1)),
     problem("segments", segments=3, causal=True, q_len=140, batch=2, q_lens=(140, 77)),
+    problem("three slots, used again", head_size=96, attention_chunk_size=500, q_len=140,
+            kv_len=600, q_offset=360, causal=True, heads=(1, 1)),
 )  # fmt: skip
 
 
