@@ -141,7 +141,7 @@ class AttentionBackend(abc.ABC):
         "auto" is bfloat16 where the bytes of a number matter (layout "tiled").
 
         Raises:
-            ValueError: more than one kv head for MLA, or fp8_ds_mla rows of another size than 576.
+            ValueError: more than one kv head for MLA, or what `kv_cache.latent_shape` refuses.
         """
         if not cls.is_mla():
             return layout_named(cls.layout).shape(num_blocks, block_size, num_kv_heads, head_size)

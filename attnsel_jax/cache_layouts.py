@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import fp8_ds_mla
+
 TPU_LANES = 128  # numbers of 32 bits in a row of a TPU's register
 HALF_LANES = 64  # the rotary key of a latent cache that is laid out for TPUs
-FP8_DS_MLA_ENDS = (512, 528)  # bytes of its values, and of its scales behind them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,10 @@ def _striped_shape(
 
 def _stripe(rows: jax.Array, rope_dim: int) -> jax.Array:
     if rows.dtype == jnp.uint8:
-        raise ValueError("layout is 'striped', must be 'rows' or 'tiled' with fp8_ds_mla")
+        raise ValueError(
+            "layout is 'striped', must be 'rows' or 'tiled' with fp8_ds_mla, for whose scales a "
+            "striped page has no room: use a backend of another layout, or cache fp8_e4m3"
+        )
     _check_rope_dim(rope_dim, "striped")
     num_pages, page_size, row = rows.shape
     shape = _striped_shape(*rows.shape, rows.dtype.itemsize)
@@ -159,7 +163,7 @@ def _untile(pages: jax.Array, rope_dim: int) -> jax.Array:
 def _tile_bytes(rows: jax.Array) -> jax.Array:
     """Of fp8_ds_mla: the four bytes of a word are one below another in its lane."""
     where = rows.shape[:2]
-    values, scales, ropes = jnp.split(rows, FP8_DS_MLA_ENDS, axis=-1)
+    values, scales, ropes = jnp.split(rows, (fp8_ds_mla.SCALES_AT, fp8_ds_mla.ROPE_AT), axis=-1)
     upper = ((0, 0), (0, 0), (0, 0), (2, 0))
     words = [jnp.pad(ropes.reshape(*where, -1, 2), upper), scales.reshape(*where, -1, 4)]
     words = jnp.concatenate(words, axis=2)

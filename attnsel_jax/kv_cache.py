@@ -18,9 +18,7 @@ from attnsel_jax.cache_layouts import (
     layout_named,
 )
 from attnsel_jax.config import STORED_AS, dtype_name, kv_cache_dtype_name
-
-FP8_DS_MLA_BYTES = 656  # 512 e4m3 values, 4 float32 scales, 64 bfloat16 rope values
-FP8_DS_MLA_ROPE = 64
+from pallas_kernels import fp8_ds_mla
 
 
 @jax.tree_util.register_dataclass
@@ -77,7 +75,8 @@ class LatentCache:
 
     Attributes:
         pages: the cache's array, in the shape of its layout: in "rows", [num_pages, page_size,
-            kv_lora_rank + rope_dim], or uint8 [..., 656] (fp8_ds_mla).
+            kv_lora_rank + rope_dim], or uint8 [num_pages, page_size, 656] (fp8_ds_mla; in "tiled"
+            uint8 [num_pages, page_size, 2, 4, 128]).
         kv_scale: float32 []; true value = stored value * scale; None = 1, and with fp8_ds_mla.
         layout: a name in `LATENT_LAYOUTS`.
     """
@@ -99,7 +98,7 @@ class LatentCache:
     @property
     def kv_cache_dtype(self) -> str | None:
         """What the array's dtype does not say: "fp8_ds_mla" for byte rows, else None."""
-        return "fp8_ds_mla" if self.pages.dtype == jnp.uint8 else None
+        return fp8_ds_mla.NAME if self.pages.dtype == jnp.uint8 else None
 
     def with_pages(self, pages: jax.Array) -> "LatentCache":
         """The same cache with other contents."""
@@ -144,14 +143,15 @@ def latent_shape(
     """The shape of a latent cache's array; "auto" is bfloat16 where the bytes of a number matter.
 
     Raises:
-        ValueError: fp8_ds_mla rows of another size than 576, or there is no such layout.
+        ValueError: fp8_ds_mla rows of another size than 576, or there is no such layout, or it has
+            no room for fp8_ds_mla, or for such a page or head.
     """
     name = kv_cache_dtype_name(kv_cache_dtype)
-    if name != "fp8_ds_mla":
+    if name != fp8_ds_mla.NAME:
         itemsize = jnp.dtype(STORED_AS.get(name, "bfloat16")).itemsize
         return latent_layout_named(layout).shape(num_pages, page_size, head_size, itemsize)
     if head_size != 576:
         raise ValueError(f"head_size is {head_size}, must be 576 (512 + 64) with fp8_ds_mla")
-    rows = jax.ShapeDtypeStruct((num_pages, page_size, FP8_DS_MLA_BYTES), jnp.uint8)
+    rows = jax.ShapeDtypeStruct((num_pages, page_size, fp8_ds_mla.ROW_BYTES), jnp.uint8)
     from_rows = latent_layout_named(layout).from_rows
-    return jax.eval_shape(lambda rows: from_rows(rows, FP8_DS_MLA_ROPE), rows).shape
+    return jax.eval_shape(lambda rows: from_rows(rows, fp8_ds_mla.ROPE_DIM), rows).shape

@@ -27,6 +27,8 @@ XLA = AttentionBackendEnum["XLA"].get_class()
 CUDNN = AttentionBackendEnum["CUDNN"].get_class()
 MLA = AttentionBackendEnum["XLA_MLA"].get_class()
 SPARSE = AttentionBackendEnum["XLA_MLA_SPARSE"].get_class()
+STRIPED = AttentionBackendEnum["MOSAIC_TPU_MLA"].get_class()
+TILED = AttentionBackendEnum["MOSAIC_TPU_MLA_SPARSE"].get_class()
 
 
 class PickyBackend(AttentionBackend):
@@ -129,6 +131,11 @@ def test_cache_shapes():
         MLA.get_kv_cache_shape(7, 64, 8, 576)
     with pytest.raises(ValueError, match=r"head_size is 320, must be 576 .* with fp8_ds_mla"):
         MLA.get_kv_cache_shape(7, 64, 1, 320, "fp8_ds_mla")
+    assert TILED.get_kv_cache_shape(7, 64, 1, 576, "fp8_ds_mla") == (7, 64, 2, 4, 128)
+    assert STRIPED.get_kv_cache_shape(7, 64, 1, 576, "fp8_e4m3") == (7, 9, 32, 128)
+    no_room = r"layout is 'striped', must be 'rows' or 'tiled' with fp8_ds_mla, .* cache fp8_e4m3"
+    with pytest.raises(ValueError, match=no_room):
+        STRIPED.get_kv_cache_shape(7, 64, 1, 576, "fp8_ds_mla")
 
 
 def test_supported_head_sizes_are_all_of_them_or_empty_where_they_have_no_end():

@@ -55,8 +55,9 @@ def abstract_arguments(options: Mapping[str, Any], chip: Any, backend: str | Non
     """The arguments that the shape options describe; the cache in its logical layout."""
     from attnsel_jax.aot.arguments import dense_arguments, mla_arguments, paged_arguments
     from attnsel_jax.config import AttentionSelectorConfig
-    from attnsel_jax.kv_cache import FP8_DS_MLA_BYTES, stored_dtype
+    from attnsel_jax.kv_cache import stored_dtype
     from attnsel_jax.selector import select
+    from pallas_kernels import fp8_ds_mla
 
     op, is_mla = options["op"], options["op"] in ("mla", "sparse_mla")
     head_size = options["head_size"] or (576 if is_mla else 128)
@@ -84,9 +85,9 @@ def abstract_arguments(options: Mapping[str, Any], chip: Any, backend: str | Non
         static["causal"] = options["causal"]
         return paged_arguments(**sizes, **heads, **cache, head_size=head_size, **static)
     cache["cache_shape"] = pages, page_size, head_size
-    if cache_dtype == "fp8_ds_mla":
+    if cache_dtype == fp8_ds_mla.NAME:
         static["kv_cache_dtype"] = cache_dtype
-        cache["cache_shape"] = pages, page_size, FP8_DS_MLA_BYTES
+        cache["cache_shape"] = pages, page_size, fp8_ds_mla.ROW_BYTES
     latent = {"kv_lora_rank": head_size - 64, "rope_dim": 64, "scale": (head_size // 3) ** -0.5}
     topk = options["topk"] if op == "sparse_mla" else None
     return mla_arguments(**sizes, **cache, **latent, topk=topk, **static)

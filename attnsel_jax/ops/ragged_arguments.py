@@ -6,12 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from attnsel_jax.cache_layouts import latent_layout_named, layout_named
-from attnsel_jax.kv_cache import (
-    FP8_DS_MLA_BYTES,
-    KVCache,
-    LatentCache,
-)
+from attnsel_jax.kv_cache import KVCache, LatentCache
 from attnsel_jax.metadata import AttentionMetadata
+from pallas_kernels import fp8_ds_mla
 from pallas_kernels.shape_checks import (
     CACHE_DTYPES,
     FLOAT32,
@@ -105,7 +102,7 @@ def check_latent(
     }
     width = sum(check_arguments(queries)[name] for name in ("kv_lora_rank", "rope_dim"))
     is_bytes = cache.layout == "rows" and jnp.dtype(cache.pages.dtype) == jnp.uint8
-    row = FP8_DS_MLA_BYTES if is_bytes else width
+    row = fp8_ds_mla.ROW_BYTES if is_bytes else width
     dims = check_arguments(
         {
             **queries,

@@ -10,6 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.quotients import divide
+
 
 def write_kv(
     kv_pages: jax.Array,
@@ -78,18 +80,6 @@ def quantise(values: jax.Array, scale: jax.Array | None, dtype: jax.typing.DType
         return jnp.clip(jnp.round(stored), -128, 127).astype(dtype)
     largest = float(jnp.finfo(dtype).max)
     return jnp.clip(stored, -largest, largest).astype(dtype)
-
-
-def divide(x: jax.Array, by: jax.Array) -> jax.Array:
-    """The quotient x / by as IEEE has it; `by` broadcasts to x.
-
-    Where the divisor stays the same along a loop, XLA on a CPU multiplies by its reciprocal: half
-    of the quotients are a bit off (measured with 448), and next to a tie a stored value then rounds
-    the other way. It cannot see that through the barrier. The `where` makes the divisor as large as
-    x under vmap too.
-    """
-    by = jnp.where(jnp.isnan(x), by, by)
-    return x / jax.lax.optimization_barrier(by)
 
 
 def _put(pages: jax.Array, rows: jax.Array, slots: jax.Array, *, axis: int) -> jax.Array:

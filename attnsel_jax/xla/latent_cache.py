@@ -9,9 +9,9 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from attnsel_jax.xla import fp8_ds_mla
 from attnsel_jax.xla.cache_writes import quantise, write_rows
 from attnsel_jax.xla.page_reads import read_pages
+from pallas_kernels import fp8_ds_mla
 from pallas_kernels.contract_checks import Arrays, Kind, check_latents
 from pallas_kernels.shape_checks import FLOATS
 

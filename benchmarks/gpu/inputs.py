@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnsel_jax.xla import fp8_ds_mla
 from benchmarks.arguments import LATENT, ROPE
 from benchmarks.batches import Program
+from pallas_kernels import fp8_ds_mla
 
 PAST_CACHE = 256 << 20  # bytes: several times the second-level cache of any of these chips
 MOST_SETS = 4

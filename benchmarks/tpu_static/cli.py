@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from attnsel_jax.cli.terminal import Json, callers_mistakes, console, print_json, progress_console
+from attnsel_jax.kv_cache import stored_dtype
 from benchmarks.tpu_static import tuning
 from benchmarks.tpu_static.chips import CHIPS, chip_named
 from benchmarks.tpu_static.contenders import CONTENDERS, OURS, contender, is_installed
@@ -107,20 +108,30 @@ def tune(
     work: Annotated[list[str] | None, typer.Option(help="Work; may be repeated.")] = None,
     most: Annotated[int, typer.Option(help="Candidates to compile for each.")] = 16,
     write: Annotated[bool, typer.Option("--write", help="Put the best into the table.")] = False,
-    cache_dtype: Annotated[str, typer.Option(help="Of a paged cache.")] = tuning.DTYPE,
+    cache_dtype: Annotated[
+        str | None, typer.Option(help="Of a paged cache, in place of the work's.")
+    ] = None,
 ) -> None:
-    """Ranks tile sizes of our kernels by their static schedule, then by the bytes they move."""
+    """Ranks tile sizes of our kernels by their static schedule, then by the bytes they move.
+
+    A work whose cache has no entry of its own in the kernel's table is left out, and named.
+    """
     with callers_mistakes():
         check_compiler()
-        for chip in generation or CHIPS:
+        stored_dtype(cache_dtype, "bfloat16")  # refuses what is no dtype of a cache
+        for chip in [chip_named(name).generation for name in generation or CHIPS]:
             for this in named(WORKS, work or ()):
-                _tune(this, chip_named(chip).generation, most, write, cache_dtype)
+                _tune(this, chip, most, write, cache_dtype)
 
 
-def _tune(work: Work, generation: str, most: int, write: bool, cache_dtype: str) -> None:
-    table, out = tuning.table_of(work, generation, cache_dtype), console()
-    other = {} if cache_dtype == tuning.DTYPE else {"cache_dtype": cache_dtype}
-    tried = []
+def _tune(work: Work, generation: str, most: int, write: bool, cache_dtype: str | None) -> None:
+    out, tried = console(), []
+    try:
+        table = tuning.table_of(work, generation, cache_dtype)
+    except ValueError as why:
+        out.print(escape(f"{generation}, {work.name}: left out: {why}"), soft_wrap=True)
+        return
+    other = {} if cache_dtype is None else {"cache_dtype": cache_dtype}
 
     def measured(sizes: tuning.Sizes) -> Measurement:
         return measure(work, OURS, generation, {"tiles": sizes, **other})

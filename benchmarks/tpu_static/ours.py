@@ -54,12 +54,12 @@ def program(
 
     Args:
         work: what is computed.
-        tiles: in place of those in the kernel's table; None = as the table has it.
+        tiles: in place of those in the kernel's table, at the cache's entry; None = as the table
+            has it.
         cache_dtype: in place of the work's, whose floors stay: compare times only.
     """
-    if tiles is not None:
-        of = cache_dtype or tuning.DTYPE  # the entry that kernels fall back to
-        tuning.table_of(work, tpu_chip.current().generation, of).use(tiles)
     if cache_dtype is not None:
         work = dataclasses.replace(work, cache_dtype=cache_dtype)
+    if tiles is not None:
+        tuning.table_of(work, tpu_chip.current().generation).use(tiles)
     return kernel_program(work, backend_of(work))

@@ -21,11 +21,14 @@ def section(path: pathlib.Path) -> str:
     data = json.loads(path.read_text())
     chip = data["chip"]
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    oldest = min(row["date"] for row in data["rows"])
+    reachable = 100 * chip["reachable_share_of_bandwidth"]
     lines = [
         f"### {data['generation']}",
-        f"`{data['command']}`, {data['date'][:10]}, {versions}. Datasheet: "
-        f"{chip['peak_flops'] / 1e12:.0f} TFLOP/s, {chip['bandwidth'] / 1e9:.0f} GB/s; the DMA "
-        f"model lets {100 * chip['reachable_share_of_bandwidth']:.0f} % of the bandwidth through.",
+        f"Last added to by `{data['command']}`, {data['date'][:10]}, {versions}. What it did not "
+        f"make is of earlier runs, from {oldest[:10]} on; the JSON has each row's date.",
+        f"Datasheet: {chip['peak_flops'] / 1e12:.0f} TFLOP/s, {chip['bandwidth'] / 1e9:.0f} GB/s; "
+        f"the DMA model lets {reachable:.0f} % of the bandwidth through.",
         _table(COLUMNS, [cells(row) for row in data["rows"]]),
     ]
     reasons = [

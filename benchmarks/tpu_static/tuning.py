@@ -15,10 +15,10 @@ import pathlib
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
+from attnsel_jax.kv_cache import stored_dtype
 from benchmarks.tpu_static.measuring import MEASURED, Measurement
 from benchmarks.work import Work
 
-DTYPE = "bfloat16"  # of every work's cache, unless another is asked for
 Sizes = dict[str, int]
 
 
@@ -47,11 +47,18 @@ class Table:
         return path
 
 
-def table_of(work: Work, generation: str, dtype: str = DTYPE) -> Table:
-    """The table of our kernel for a work, with a cache of that dtype.
+def table_of(work: Work, generation: str, cache_dtype: str | None = None) -> Table:
+    """The table of our kernel for a work, at the entry of its cache's dtype.
+
+    Where it has none, the kernel may take another dtype's tiles, which are not this work's to tune.
+
+    Args:
+        work: whose tiles.
+        generation: the chip.
+        cache_dtype: in place of the work's.
 
     Raises:
-        ValueError: the kernel has none, or no entry for the generation.
+        ValueError: the kernel has no table, or no such entry.
     """
     name = f"pallas_kernels.{work.op}.mosaic_tpu_tiles"
     try:
@@ -63,11 +70,16 @@ def table_of(work: Work, generation: str, dtype: str = DTYPE) -> Table:
         raise ValueError(f"{name} has no TILES, must have: there is nothing to tune for {work.op}")
     for_halves = [f"{shape_class(work)}_64"] if work.head_size <= 64 else []
     classes = [*for_halves, shape_class(work)]
+    dtype = stored_dtype(cache_dtype or work.cache_dtype, "bfloat16").name
     for key in (*((generation, dtype, of_class) for of_class in classes), generation):
         if key in tiles:
             return Table(module, key, _sizes(tiles[key]))
     keys = ", ".join(map(repr, tiles))
-    raise ValueError(f"{name}.TILES has keys {keys}, must have {generation!r} or a tuple with it")
+    wanted = generation, dtype, classes[-1]
+    raise ValueError(
+        f"{name}.TILES has keys {keys}, must have {wanted!r}, the entry of {work.name} with that "
+        f"cache: put one there to begin with"
+    )
 
 
 def shape_class(work: Work) -> str:

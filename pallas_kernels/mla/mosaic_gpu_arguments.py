@@ -4,10 +4,9 @@ from collections.abc import Mapping
 
 import jax
 
-from pallas_kernels import gpu_chip
+from pallas_kernels import fp8_ds_mla, gpu_chip
 from pallas_kernels.contract_checks import Kind, check_latents
 
-FP8_DS_MLA, FP8_DS_MLA_BYTES = "fp8_ds_mla", 656
 DTYPES = ("bfloat16", "float16")
 FP8_DTYPES = ("float8_e4m3fn", "float8_e5m2")
 CACHE_DTYPES = (*DTYPES, *FP8_DTYPES)
@@ -37,17 +36,17 @@ def check_latent(
     Raises:
         ValueError: something is not allowed; the message says what is.
     """
-    is_bytes = kv_cache_dtype == FP8_DS_MLA and takes_bytes
+    is_bytes = kv_cache_dtype == fp8_ds_mla.NAME and takes_bytes
     if kv_cache_dtype is not None and not is_bytes:
         raise ValueError(
             f"kv_cache_dtype is {kv_cache_dtype!r}, must be "
-            f"{f'{FP8_DS_MLA!r} or ' if takes_bytes else ''}None: any other cache says its dtype "
-            f"itself{'' if takes_bytes else '; use XLA_MLA for fp8_ds_mla'}"
+            f"{f'{fp8_ds_mla.NAME!r} or ' if takes_bytes else ''}None: any other cache says its "
+            f"dtype itself{'' if takes_bytes else '; use XLA_MLA for fp8_ds_mla'}"
         )
     if is_bytes and arrays["kv_scale"] is not None:
         raise ValueError(
-            f"kv_scale is given, must be None with kv_cache_dtype {FP8_DS_MLA!r}: its rows carry "
-            f"their own scales"
+            f"kv_scale is given, must be None with kv_cache_dtype {fp8_ds_mla.NAME!r}: its rows "
+            f"carry their own scales"
         )
     check_chip("XLA_MLA")
     queries = {
@@ -75,7 +74,9 @@ def _check_sizes(dims: Mapping[str, int], is_bytes: bool) -> None:
     rank, rope, page_size = dims["kv_lora_rank"], dims["rope_dim"], dims["page_size"]
     if rope != ROPE_DIM:
         raise ValueError(f"rope_dim is {rope}, must be {ROPE_DIM}: use XLA_MLA for others")
-    ranks, row = ((512,), FP8_DS_MLA_BYTES) if is_bytes else (RANKS, rank + rope)
+    ranks, row = (
+        ((fp8_ds_mla.KV_LORA_RANK,), fp8_ds_mla.ROW_BYTES) if is_bytes else (RANKS, rank + rope)
+    )
     if rank not in ranks:
         raise ValueError(
             f"kv_lora_rank is {rank}, must be one of {', '.join(map(str, ranks))}: use XLA_MLA for "

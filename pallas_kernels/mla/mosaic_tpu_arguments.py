@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.contract_checks import check_latents
+from pallas_kernels.quotients import divide
 from pallas_kernels.tpu_chip import LANES
 
 QUERY_DTYPES = ("float32", "bfloat16")
@@ -74,6 +75,6 @@ def quantised(values: jax.Array, scale: jax.Array | None, dtype: jnp.dtype) -> j
     """True values as the cache stores them: divided, saturated, rounded."""
     stored = values.astype(jnp.float32)
     if scale is not None:
-        stored = stored / scale
+        stored = divide(stored, scale)
     largest = float(jnp.finfo(dtype).max)
     return jnp.clip(stored, -largest, largest).astype(dtype)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.mla.mosaic_gpu_writes import unpacked
+from pallas_kernels import fp8_ds_mla
 
 
 class Chosen(NamedTuple):
@@ -64,7 +64,7 @@ def gathered(latent_pages: jax.Array, chosen: Chosen, dtype) -> tuple[jax.Array,
     none = num_pages * page_size
     flat = latent_pages.reshape(none, width)
     taken = jnp.take(flat, chosen.rows.reshape(-1), axis=0, mode="clip")
-    numbers = unpacked(taken) if latent_pages.dtype == jnp.uint8 else taken
+    numbers = fp8_ds_mla.unpack(taken) if latent_pages.dtype == jnp.uint8 else taken
     place = jnp.arange(chosen.rows.size, dtype=jnp.int32).reshape(chosen.rows.shape)
     moved = jnp.where(chosen.rows < none, place, chosen.rows.size)
     return numbers.astype(dtype), Chosen(moved, chosen.used)

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import tpu_chip
+from pallas_kernels import fp8_ds_mla, tpu_chip
 from pallas_kernels.shape_checks import check_positive
-from pallas_kernels.sparse_mla.mosaic_tpu_arguments import FP8_DS_MLA, check_tiled, quantised
+from pallas_kernels.sparse_mla.mosaic_tpu_arguments import check_tiled, quantised
 from pallas_kernels.sparse_mla.mosaic_tpu_attend import Arrays, Sizes, attend_tokens
 from pallas_kernels.sparse_mla.mosaic_tpu_masked import (
     MaskedArrays,
@@ -78,7 +78,7 @@ def sparse_mla_attention(
     check_positive("soft_cap", soft_cap)
     row = Row(
         dims["parts"], dims["packed"], dims["kv_lora_rank"], dims["rope_dim"],
-        scaled=kv_cache_dtype == FP8_DS_MLA,
+        scaled=kv_cache_dtype == fp8_ds_mla.NAME,
     )  # fmt: skip
     num_tokens, page_size = dims["num_tokens"], dims["page_size"]
     chosen = tiles(

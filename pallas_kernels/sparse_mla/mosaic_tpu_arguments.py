@@ -5,13 +5,12 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import fp8_ds_mla
 from pallas_kernels.contract_checks import check_latents
 from pallas_kernels.mla.mosaic_tpu_arguments import CACHE_DTYPES, QUERY_DTYPES, ROPE_DIM
 from pallas_kernels.mla.mosaic_tpu_arguments import quantised as quantised
 from pallas_kernels.shape_checks import INT32
 from pallas_kernels.tpu_chip import LANES
-
-FP8_DS_MLA, FP8_DS_MLA_RANK = "fp8_ds_mla", 512
 
 
 def check_tiled(
@@ -29,12 +28,12 @@ def check_tiled(
     Raises:
         ValueError: something is not allowed; the message says what is.
     """
-    if kv_cache_dtype not in (None, FP8_DS_MLA):
+    if kv_cache_dtype not in (None, fp8_ds_mla.NAME):
         raise ValueError(
-            f"kv_cache_dtype is {kv_cache_dtype!r}, must be {FP8_DS_MLA!r} or None: any other "
+            f"kv_cache_dtype is {kv_cache_dtype!r}, must be {fp8_ds_mla.NAME!r} or None: any other "
             f"cache says its dtype itself"
         )
-    is_bytes = kv_cache_dtype == FP8_DS_MLA
+    is_bytes = kv_cache_dtype == fp8_ds_mla.NAME
     dims = check_latents(
         arrays,
         {
@@ -73,13 +72,13 @@ def _check_sizes(dims: Mapping[str, int], pages: jax.Array) -> None:
 
 def _check_bytes(dims: Mapping[str, int], kv_scale: jax.Array | None) -> None:
     """Refuses what rows of fp8_ds_mla have no room for."""
-    if dims["kv_lora_rank"] != FP8_DS_MLA_RANK:
+    if dims["kv_lora_rank"] != fp8_ds_mla.KV_LORA_RANK:
         raise ValueError(
-            f"kv_lora_rank is {dims['kv_lora_rank']}, must be {FP8_DS_MLA_RANK} with "
-            f"kv_cache_dtype {FP8_DS_MLA!r}: use a float8_e4m3fn cache and kv_scale for others"
+            f"kv_lora_rank is {dims['kv_lora_rank']}, must be {fp8_ds_mla.KV_LORA_RANK} with "
+            f"kv_cache_dtype {fp8_ds_mla.NAME!r}: use a float8_e4m3fn cache and kv_scale for others"
         )
     if kv_scale is not None:
         raise ValueError(
-            f"kv_scale is given, must be None with kv_cache_dtype {FP8_DS_MLA!r}: its rows carry "
-            f"their scales"
+            f"kv_scale is given, must be None with kv_cache_dtype {fp8_ds_mla.NAME!r}: its rows "
+            f"carry their scales"
         )

@@ -18,10 +18,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import tpu_chip
+from pallas_kernels import fp8_ds_mla, tpu_chip
 from pallas_kernels.tpu_chip import LANES, SUBLANES
 
-LARGEST_E4M3 = 448.0
 UPPER_HALF = 0xFFFF0000  # of a word
 B11 = jnp.dtype(jnp.float8_e4m3b11fnuz)
 
@@ -71,23 +70,15 @@ def scaled_rows(latents: jax.Array, ropes: jax.Array) -> jax.Array:
     Args:
         latents, ropes: [num_tokens, 512], [num_tokens, 64], true values.
     """
-    groups = latents.astype(jnp.float32).reshape(latents.shape[0], -1, LANES)
-    scales = _quotient(jnp.max(jnp.abs(groups), axis=-1), jnp.float32(LARGEST_E4M3))
-    scales = jnp.maximum(scales, jnp.finfo(jnp.float32).tiny)  # a group of zeros divides too
-    values = jnp.clip(_quotient(groups, scales[..., None]), -LARGEST_E4M3, LARGEST_E4M3)
+    values, scales = fp8_ds_mla.scaled(latents)
     # A bfloat16 is the upper half of the float32 of the same value.
     numbers = jnp.concatenate([ropes.astype(jnp.bfloat16).astype(jnp.float32), scales], axis=1)
     numbers = jnp.pad(numbers, ((0, 0), (0, LANES - numbers.shape[1])))
     parts = (
-        jax.lax.bitcast_convert_type(values.astype(jnp.float8_e4m3fn), jnp.uint8),
+        jax.lax.bitcast_convert_type(values, jnp.uint8),
         jnp.swapaxes(jax.lax.bitcast_convert_type(numbers, jnp.uint8), 1, 2),
     )
     return jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
-
-
-def _quotient(x: jax.Array, by: jax.Array) -> jax.Array:
-    """The quotient, never x times a reciprocal, which XLA takes where by is seen to repeat."""
-    return x / jax.lax.optimization_barrier(jnp.broadcast_to(by, x.shape))
 
 
 def write_rows(slot_mapping: Any, rows: Any, pages: Any, row: Row) -> None:
@@ -131,7 +122,7 @@ def start_gather(pages: Any, rows_at: Any, buffer: Any, sem: Any, row: Row) -> N
     Args:
         pages: [num_slots * parts, packed, 128] in HBM.
         rows_at: int32 [1, block_kv] in SMEM: slot * parts of each key of the block.
-        buffer: [block_kv * parts, packed, 128] in VMEM; tokens in the order of `_line`.
+        buffer: [block_kv * parts, packed, 128] in VMEM; tokens in the order of `_key`.
         sem: of the buffer.
         row: its sizes.
     """

@@ -12,7 +12,7 @@ from attnsel_jax.aot import compile_for, target_for
 from attnsel_jax.backends.mosaic_tpu_mla_sparse import TPU_TILED, MosaicTpuMlaSparseBackend
 from attnsel_jax.compare.comparison import FAIL, PASS
 from attnsel_jax.problems.mla_inputs import mla_inputs
-from pallas_kernels import tpu_chip
+from pallas_kernels import fp8_ds_mla, tpu_chip
 from pallas_kernels.sparse_mla import (
     mosaic_tpu,
     mosaic_tpu_attend,
@@ -175,7 +175,7 @@ OF_BYTES = {
     "one scale for all groups": (ROWS, "_scale", lambda x, line, row: _SCALE(x, 0, row), BYTES),
     "no scales": (ROWS, "_scale", lambda x, line, row: jnp.ones((len(x), 1)), BYTES),
     "lower halves as rotary keys": (ROWS, "UPPER_HALF", 0xFFFF, BYTES),
-    "written with another scale": (ROWS, "LARGEST_E4M3", 447.0, BYTES),
+    "written with another scale": (fp8_ds_mla, "LARGEST_E4M3", 447.0, BYTES),
     "scales not in the list's order": (ROWS, "_key", lambda at, row: at ^ 1, BYTES),
 }
 _SCALE = mosaic_tpu_rows._scale

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from typer.testing import CliRunner
 
 from attnsel_jax.envs import environment_for_compiling
 from attnsel_jax.platforms import CHIPS as DATASHEETS
-from benchmarks.tpu_static import child, page, results, running, tuning
+from benchmarks.tpu_static import child, cli, ours, page, results, running, tuning
 from benchmarks.tpu_static.chips import CHIPS, chip_named
 from benchmarks.tpu_static.contenders import CONTENDERS, contender
 from benchmarks.tpu_static.dump import KernelDump, read_bundles, read_kernels
@@ -30,6 +31,7 @@ from benchmarks.tpu_static.schedule import figures
 from benchmarks.tpu_static.stand_ins import number_of, recorded, traced_as
 from benchmarks.tpu_static.works import WORKS
 from benchmarks.work import Work, named
+from pallas_kernels import tpu_chip
 from pallas_kernels.dense import mosaic_tpu_tiles as dense_tiles
 
 SCHEDULE = pathlib.Path(__file__).parent / "schedule"
@@ -316,6 +318,16 @@ def test_results_are_kept_by_work_and_contender(tmp_path):
     assert data["command"] == "second"
 
 
+def test_the_page_says_which_command_only_added_last(tmp_path):
+    of_row = {"verdict": "refused by the compiler", "reason": "no", "options": {}}
+    old = of_row | {"work": "dense_causal", "contender": "a", "date": "2026-01-02T03:04:05+00:00"}
+    new = old | {"work": "mla_decode", "date": "2026-03-04T05:06:07+00:00"}
+    results.written("v5e", [old], "first", tmp_path)
+    said = page.section(results.written("v5e", [new], "second", tmp_path))
+    assert "Last added to by `second`" in said
+    assert "earlier runs, from 2026-01-02 on" in said
+
+
 def test_what_a_clock_stopped_replaces_no_measured_row(tmp_path):
     measured = {"work": "mla_decode", "contender": "a", "verdict": "measured"}
     late = measured | {"verdict": "refused by the compiler", "reason": "stopped after 300 s"}
@@ -417,6 +429,24 @@ def test_the_tuner_writes_the_dense_table():
     assert entries["TILES"][table.key].major_q == 2048
     same = tuning.rewritten(path.read_text(), table.key, table.sizes)
     assert same == path.read_text()
+
+
+@pytest.mark.parametrize("name", [name for name in WORKS if WORKS[name].op == "sparse_mla"])
+def test_the_tuner_writes_no_tiles_of_another_cache(monkeypatch, name):
+    """Rows of fp8_ds_mla take bfloat16's tiles, which their own ranking must not replace."""
+    work, measured = WORKS[name], []
+    found = Measurement(name, "ours", {}, REFUSED, "not compiled here")
+    monkeypatch.setattr(cli, "check_compiler", lambda: None)
+    monkeypatch.setattr(cli, "measure", lambda *given: measured.append(given) or found)
+    said = CliRunner().invoke(cli.app, ["tune", "--generation", "v6e", "--work", name])
+    assert said.exit_code == 0, said.output
+    is_bfloat16 = work.cache_dtype == "bfloat16"
+    assert bool(measured) == is_bfloat16
+    assert ("left out: pallas_kernels.sparse_mla" in said.output) != is_bfloat16
+    if not is_bfloat16:
+        needed = rf"must have \('v6e', 'uint8', '{work.shape_class}'\), the entry of {name}"
+        with pytest.raises(ValueError, match=needed), tpu_chip.for_generation("v6e"):
+            ours.program(work, tiles={"block_kv": 256, "buffers": 2})
 
 
 def test_the_tuner_goes_downhill_and_never_takes_what_is_refused_or_doubtful():

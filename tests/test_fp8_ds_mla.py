@@ -1,4 +1,4 @@
-"""The 656 bytes of an fp8_ds_mla row against NumPy's own reading of them."""
+"""The 656 bytes of an fp8_ds_mla row against NumPy's own reading of them, whoever writes them."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from attnsel_jax import oracle
-from attnsel_jax.xla.fp8_ds_mla import pack, unpack
+from attnsel_jax import LatentCache, oracle
+from attnsel_jax.xla import latent_cache
+from pallas_kernels import fp8_ds_mla
+from pallas_kernels.fp8_ds_mla import pack, unpack
+from pallas_kernels.mla import mosaic_gpu_writes, mosaic_tpu_arguments
+from pallas_kernels.sparse_mla.mosaic_tpu_rows import scaled_rows
 
 packed, unpacked = jax.jit(pack), jax.jit(unpack)
 
@@ -27,6 +31,48 @@ def test_every_byte_is_the_oracles(dtype):
     got = packed(kv_c, k_pe)
     assert got.dtype == np.uint8
     np.testing.assert_array_equal(got, oracle.encode_fp8_ds_mla(kv_c, k_pe))
+
+
+def of_xla(kv_c, k_pe):
+    """The rows that it writes into a cache of one page."""
+    pages = jnp.zeros((1, len(kv_c), fp8_ds_mla.ROW_BYTES), jnp.uint8)
+    scaling = {"kv_scale": None, "kv_cache_dtype": fp8_ds_mla.NAME}
+    return latent_cache.write_latents(pages, kv_c, k_pe, jnp.arange(len(kv_c)), **scaling)[0]
+
+
+def of_gpu(kv_c, k_pe):
+    pages = jnp.zeros((1, len(kv_c), fp8_ds_mla.ROW_BYTES), jnp.uint8)
+    return mosaic_gpu_writes.write_latents(pages, kv_c, k_pe, jnp.arange(len(kv_c)), None)[0]
+
+
+def of_tpu(kv_c, k_pe):
+    pages = scaled_rows(kv_c, k_pe).reshape(1, len(kv_c), 2, 4, 128)
+    return LatentCache(pages, layout="tiled").converted("rows").pages[0]
+
+
+def ties():
+    """A row whose values, but the largest of each group, lie between two e4m3 numbers."""
+    scales = np.array([1, 3, 5, 7])
+    kv_c = np.tile(np.arange(8.5, 16), 16) * scales[:, None]  # e4m3 has whole numbers there
+    kv_c[:, 0] = 448 * scales
+    exact = ml_dtypes.bfloat16
+    return kv_c.reshape(1, 512).astype(exact), np.zeros((1, 64), exact)
+
+
+@pytest.mark.parametrize("write", [of_xla, of_gpu, of_tpu])
+def test_whoever_writes_a_row_its_bytes_are_the_oracles_at_ties_too(write):
+    for kv_c, k_pe in (ties(), rows(ml_dtypes.bfloat16)):
+        np.testing.assert_array_equal(
+            jax.jit(write)(kv_c, k_pe), oracle.encode_fp8_ds_mla(kv_c, k_pe)
+        )
+
+
+@pytest.mark.parametrize("of", [mosaic_gpu_writes, mosaic_tpu_arguments])
+def test_values_of_one_scale_are_quotients_too(of):
+    values = np.arange(-32, 32, 0.5, np.float32) * np.float32(41)  # ties among them
+    want = (values / np.float32(41)).astype(ml_dtypes.float8_e4m3fn)
+    got = jax.jit(of.quantised, static_argnums=2)(values, np.float32(41), jnp.float8_e4m3fn)
+    np.testing.assert_array_equal(np.asarray(got).view(np.uint8), want.view(np.uint8))
 
 
 def test_a_row_read_byte_by_byte():
