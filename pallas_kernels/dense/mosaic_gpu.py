@@ -17,6 +17,7 @@ from pallas_kernels.dense import (
     mosaic_gpu_backward,
     mosaic_gpu_blackwell,
     mosaic_gpu_forward,
+    mosaic_gpu_shift,
 )
 from pallas_kernels.dense.mosaic_gpu_forward import Operands
 from pallas_kernels.dense.mosaic_gpu_geometry import Static, in_whole_tiles_of_rows, seen_keys
@@ -100,7 +101,8 @@ def dense_attention(
     Cost beside the kernel's:
         q, k and v whose length is no multiple of 8 are copied once, padded. With segment ids v is
         copied once (values that no query sees become 0). A full bias whose lengths are no whole
-        tiles is copied once, padded; with gradients once more, its last two dimensions swapped.
+        tiles is copied once, padded; with gradients once more, its last two dimensions swapped. A
+        bias without keys is a pass over the output.
 
     Gradients:
         Of q, k, v, bias, alibi_slopes and sinks, through out and lse, on Hopper and Ampere. A
@@ -110,14 +112,19 @@ def dense_attention(
     Reference:
         Shah et al., "FlashAttention-3", 2024.
     """
-    x = Floats(q, k, v, bias, alibi_slopes, sinks)
+    given = Floats(q, k, v, bias, alibi_slopes, sinks)
     if mask is not None:
         raise ValueError("mask is given, must be None: give a bias of 0 and -inf, or use XLA")
-    dims = _check(x, q_segment_ids, kv_segment_ids, q_lens, kv_lens)
+    dims = _check(given, q_segment_ids, kv_segment_ids, q_lens, kv_lens)
     contract_checks.check_logit_numbers(soft_cap, attention_chunk_size, sliding_window)
     scale = float(dims["head_dim"] ** -0.5 if scale is None else scale)
     offset, rows = _rows(dims, q_offset, q_lens, kv_lens)
     chip = _chip()
+    # The kernels' scale is above 0: a sign, or nothing at all, is q's.
+    x = given._replace(q=q if scale > 0 else q * jnp.sign(scale).astype(q.dtype))
+    is_shift = bias is not None and bias.shape[3] == 1
+    if is_shift:
+        x = x._replace(bias=None, sinks=None)
     static = Static(
         scale=abs(scale) or 1.0,
         causal=causal,
@@ -133,23 +140,22 @@ def dense_attention(
         kv_len=dims["kv_len"],
         head_dim=dims["head_dim"],
         head_dim_v=dims["head_dim_v"],
-        bias=None if bias is None else _full_dimensions(bias, dims),
+        bias=None if x.bias is None else _full_dimensions(bias, dims),
         segments=q_segment_ids is not None,
         alibi=alibi_slopes is not None,
-        sinks=sinks is not None,
+        sinks=x.sinks is not None,
         tiles=forward_tiles(
             chip,
             dims["head_dim"],
             dims["head_dim_v"],
             capped=soft_cap is not None,
             segmented=q_segment_ids is not None,
-            added=bias is not None or alibi_slopes is not None,
+            added=x.bias is not None or alibi_slopes is not None,
         ),
         capability=chip.capability,
     )
-    # The kernels' scale is above 0: a sign, or nothing at all, is q's.
-    x = x._replace(q=q if scale > 0 else q * jnp.sign(scale).astype(q.dtype))
-    return _attend(static, x, Masks(rows, q_segment_ids, kv_segment_ids))
+    out, lse = _attend(static, x, Masks(rows, q_segment_ids, kv_segment_ids))
+    return mosaic_gpu_shift.shifted(out, lse, bias, sinks, q_lens) if is_shift else (out, lse)
 
 
 def _chip() -> gpu_chip.GpuChip:
@@ -181,7 +187,8 @@ def _check(x: Floats, q_segment_ids, kv_segment_ids, q_lens, kv_lens) -> dict[st
 
 
 def _full_dimensions(bias: jax.Array, dims: dict[str, int]) -> tuple[bool, ...]:
-    names = ("batch", "num_q_heads", "q_len", "kv_len")
+    """Of those before the keys."""
+    names = ("batch", "num_q_heads", "q_len")
     return tuple(bias.shape[i] == dims[name] for i, name in enumerate(names))
 
 
@@ -221,7 +228,7 @@ def _operands(static: Static, x: Floats, who: Masks) -> Operands:
         q_segments = jnp.pad(q_segments, ((0, 0), (0, missing_q)))
         kv_segments = jnp.pad(kv_segments, ((0, 0), (0, missing_kv)))
     if static.bias is not None:
-        pads = (0, 0, missing_q * static.bias[2], missing_kv * static.bias[3])
+        pads = (0, 0, missing_q * static.bias[2], missing_kv)
         bias = jnp.pad(bias, [(0, pad) for pad in pads])
     q, k, v = (in_whole_tiles_of_rows(array) for array in (x.q, x.k, v))
     return Operands(q, k, v, who.rows, q_segments, kv_segments, bias, x.alibi_slopes, x.sinks)

@@ -21,12 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dense.mosaic_gpu_ampere import as_matrix, stored_width, swizzle_of
 from pallas_kernels.dense.mosaic_gpu_dkv import Steps, steps_of
-from pallas_kernels.dense.mosaic_gpu_dq import (
-    QueryGradients,
-    seen_tiles,
-    sums_over_keys,
-    wanted_sums,
-)
+from pallas_kernels.dense.mosaic_gpu_dq import QueryGradients, seen_tiles, sums_over_keys
 from pallas_kernels.dense.mosaic_gpu_geometry import Static, row_of
 from pallas_kernels.dense.mosaic_gpu_tiles import BackwardTiles
 from pallas_kernels.dense.mosaic_gpu_weights import (
@@ -62,10 +57,9 @@ class Shared(NamedTuple):
 
 def query_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> QueryGradients:
     """dq, and the same dlogits' sums: `mosaic_gpu_dq.query_gradients`, on Ampere."""
-    wanted, ring = wanted_sums(static), (tiles.k_stages, tiles.block_kv)
-    sums_like = [x.lse] * sum(wanted)
-    dq, *found = _launched(static, x, _dq_block, (x.q,), ring, "attnsel_dense_dq_ampere", sums_like)
-    return QueryGradients(dq, *(found.pop(0) if one else None for one in wanted))
+    ring, like = (tiles.k_stages, tiles.block_kv), [x.lse] * static.alibi
+    dq, *found = _launched(static, x, _dq_block, (x.q,), ring, "attnsel_dense_dq_ampere", like)
+    return QueryGradients(dq, found[0] if static.alibi else None)
 
 
 def key_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> tuple[jax.Array, jax.Array]:

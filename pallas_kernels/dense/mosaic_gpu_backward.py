@@ -72,11 +72,7 @@ def backward(
     product = jnp.einsum("bthd,bthd->bth", out, x.dout, preferred_element_type=jnp.float32)
     delta = product - jnp.where(some, dlse.astype(jnp.float32), 0.0)
     # A row that sees nothing has weights of 0, whatever its logits.
-    log2_sum, bias = jnp.where(some, lse * LOG2E, jnp.inf), x.bias
-    if bias is not None and not static.bias[3]:
-        # The same for all keys of a row: its weights are those of a smaller lse.
-        log2_sum = log2_sum - jnp.swapaxes(bias[..., 0], 1, 2).astype(jnp.float32) * LOG2E
-        x = x._replace(bias=None)
+    log2_sum = jnp.where(some, lse * LOG2E, jnp.inf)
     x = x._replace(lse=_by_head(static, log2_sum), delta=_by_head(static, delta))
     dsinks = None
     if sinks is not None:
@@ -92,20 +88,17 @@ def backward(
         added=static.alibi or static.bias is not None,
     )
     of_queries, of_keys, of_bias = KERNELS[static.capability]
-    x = x._replace(bias=_in_whole_blocks(static, x.bias))
+    bias = x.bias
+    x = x._replace(bias=_in_whole_blocks(static, bias))
     mine = of_queries(static, x, tiles)
-    across = None if x.bias is None else jnp.swapaxes(x.bias, 2, 3)
+    across = None if bias is None else jnp.swapaxes(x.bias, 2, 3)
     dk, dv = of_keys(static, x._replace(bias=across), tiles)
     dk, dv = (gradient[:, : static.kv_len] for gradient in (dk, dv))
     dslopes, dbias = mine.by_distance, None
     if dslopes is not None:
         dslopes = -jnp.sum(dslopes[:, :, : static.q_len], axis=(0, 2))
     if bias is not None:
-        if static.bias[3]:
-            dbias = of_bias(static, x, bias.dtype, tiles)
-        else:
-            dbias = mine.over_keys[:, :, : static.q_len, None]
-        dbias = _like_the_bias(static, dbias, bias)
+        dbias = _like_the_bias(static, of_bias(static, x, bias.dtype, tiles), bias)
     return Gradients(mine.q[:, : static.q_len], dk, dv, dbias, dslopes, dsinks)
 
 
@@ -141,14 +134,13 @@ def _in_whole_blocks(static: Static, bias: jax.Array | None) -> jax.Array | None
     """The bias with its full last dimensions padded."""
     if bias is None:
         return None
-    missing = (-static.q_len % BLOCK * static.bias[2], -static.kv_len % BLOCK * static.bias[3])
+    missing = (-static.q_len % BLOCK * static.bias[2], -static.kv_len % BLOCK)
     return jnp.pad(bias, [(0, pad) for pad in (0, 0, *missing)])
 
 
 def _like_the_bias(static: Static, dbias: jax.Array, bias: jax.Array) -> jax.Array:
-    """What is left to add up: parts of a gradient [rows, heads, queries or parts, keys or 1]."""
-    queries, keys = (static.q_len if static.bias[2] else None), bias.shape[3]
-    dbias = dbias[:, :, :queries, :keys]
+    """What is left to add up: parts of a gradient [rows, heads, queries or parts, keys]."""
+    dbias = dbias[:, :, : static.q_len if static.bias[2] else None, : static.kv_len]
     if shared := [axis for axis in range(4) if dbias.shape[axis] > bias.shape[axis]]:
         dbias = jnp.sum(dbias.astype(jnp.float32), axis=shared, keepdims=True)
     return dbias.astype(bias.dtype)

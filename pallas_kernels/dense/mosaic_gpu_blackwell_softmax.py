@@ -198,15 +198,10 @@ def _bias_strip(static, bias, at: Rows, first_key, shape):
     b, head = (i if full else 0 for i, full in zip((at.b, at.head), static.bias[:2], strict=True))
     rows, keys = pl.ds(at.first, shape[0]), pl.ds(first_key, shape[1])
     load = functools.partial(plgpu.load, optimized=False)
-    match static.bias[2:]:
-        case (True, True):
-            strip = load(bias.at[b, head, rows, keys], layout=NATIVE)
-        case (True, False):
-            strip = _along(load(bias.at[b, head, rows, 0], layout=ROW), shape)
-        case (False, True):
-            strip = _across(load(bias.at[b, head, 0, keys], layout=COLUMN), shape)
-        case _:
-            strip = bias[b, head, 0, 0]
+    if static.bias[2]:
+        strip = load(bias.at[b, head, rows, keys], layout=NATIVE)
+    else:
+        strip = _across(load(bias.at[b, head, 0, keys], layout=COLUMN), shape)
     return strip.astype(jnp.float32)
 
 

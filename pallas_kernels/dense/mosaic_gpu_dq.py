@@ -51,27 +51,19 @@ class Shared(NamedTuple):
 
 
 class QueryGradients(NamedTuple):
-    """dq, like q; and sums over keys, float32 [batch, num_q_heads, whole blocks], None = no use.
+    """dq, like q; and what slopes' gradients are made of, None = there are none.
 
-    by_distance: of dlogits * distance: each query's part of minus the slopes' gradient.
-    over_keys: of dlogits: each query's part of the gradient of a bias that has no keys.
+    by_distance: float32 [batch, num_q_heads, whole blocks], sums over keys of dlogits * distance:
+        each query's part of minus the slopes' gradient.
     """
 
     q: jax.Array
     by_distance: jax.Array | None
-    over_keys: jax.Array | None
-
-
-def wanted_sums(static: Static) -> tuple[bool, bool]:
-    """Whether `QueryGradients.by_distance` and `.over_keys` are of use."""
-    return static.alibi, static.bias is not None and not static.bias[3]
 
 
 def sums_over_keys(static: Static, at: Place, ds: jax.Array) -> list[jax.Array]:
-    """What a tile adds to those that are: of dlogits without the soft cap's slope."""
-    by_distance, over_keys = wanted_sums(static)
-    sums = [(ds * distances(at, ds.shape, 0)).sum(axis=1)] if by_distance else []
-    return sums + ([ds.sum(axis=1)] if over_keys else [])
+    """What a tile adds to `QueryGradients.by_distance`: of dlogits without the cap's slope."""
+    return [(ds * distances(at, ds.shape, 0)).sum(axis=1)] if static.alibi else []
 
 
 def query_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> QueryGradients:
@@ -90,17 +82,16 @@ def query_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> QueryGra
         arrays = Arrays(*(refs.pop(0) if there else None for there in given))
         results = [refs.pop(0) for _ in out_type]
         q, dout, *rest = refs
-        dout, sums = dout if any(wanted) else (dout, None)
+        dout, sums = dout if static.alibi else (dout, None)
         block(static, arrays, results, Shared(q, dout, *rest, sums), tied=tiles.tied)
 
     dtype = x.q.dtype
-    wanted = wanted_sums(static)
     out_type = [
         jax.ShapeDtypeStruct(x.q.shape, dtype),
-        *[jax.ShapeDtypeStruct(x.lse.shape, jnp.float32)] * sum(wanted),
+        *[jax.ShapeDtypeStruct(x.lse.shape, jnp.float32)] * static.alibi,
     ]
     dout = swizzled(CONSUMERS, TILE, static.head_dim_v, dtype=dtype)
-    if any(wanted):
+    if static.alibi:
         numbers = TILE * static.head_dim_v * jnp.dtype(dtype).itemsize // 4
         dout = plgpu.RefUnion(dout, plgpu.SMEM((CONSUMERS, numbers), jnp.float32))
     ring = functools.partial(plgpu.Barrier, num_arrivals=1)
@@ -126,7 +117,7 @@ def query_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> QueryGra
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="attnsel_dense_dq",
     )(*(field for field in x if field is not None))
-    return QueryGradients(dq, *(sums.pop(0) if one else None for one in wanted))
+    return QueryGradients(dq, sums[0] if static.alibi else None)
 
 
 class KeyRange(NamedTuple):
@@ -248,7 +239,7 @@ def _consume(
         return sums
 
     nothing = plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), LAYOUTS[0])
-    sums = lax.fori_loop(0, keys.count, step, [nothing] * sum(wanted_sums(static)))
+    sums = lax.fori_loop(0, keys.count, step, [nothing] * static.alibi)
     staging, (dq, *wholes) = shared.q.at[wg], results
     staging[...] = (dq_acc[...] * static.scale).astype(x.q.dtype)
     places = [shared.sums.at[wg, pl.ds(i * TILE, TILE)] for i in range(len(sums))]

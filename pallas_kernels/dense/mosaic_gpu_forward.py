@@ -432,15 +432,10 @@ def _bias_tile(static, bias, b, head, first_row, first_key, like):
     b, head = (i if full else 0 for i, full in zip((b, head), static.bias[:2], strict=True))
     rows, keys = pl.ds(first_row, like.shape[0]), pl.ds(first_key, static.tiles.block_kv)
     load = functools.partial(plgpu.load, optimized=False)
-    match static.bias[2:]:
-        case (True, True):
-            tile = load(bias.at[b, head, rows, keys], layout=plgpu.Layout.WGMMA)
-        case (True, False):
-            tile = along(load(bias.at[b, head, rows, 0], layout=ROW), like)
-        case (False, True):
-            tile = _across(load(bias.at[b, head, 0, keys], layout=COLUMN), like)
-        case _:
-            tile = bias[b, head, 0, 0]
+    if static.bias[2]:
+        tile = load(bias.at[b, head, rows, keys], layout=plgpu.Layout.WGMMA)
+    else:
+        tile = _across(load(bias.at[b, head, 0, keys], layout=COLUMN), like)
     return tile.astype(jnp.float32)
 
 

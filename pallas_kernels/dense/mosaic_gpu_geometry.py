@@ -30,7 +30,8 @@ class Static:
         lengths: whether `rows` says how many queries and keys exist.
         group: query heads of a kv head.
         batch, num_q_heads, q_len, kv_len, head_dim, head_dim_v: sizes of the arrays.
-        bias: which of its dimensions are full; None = no bias.
+        bias: which of its dimensions before the keys are full; None = no bias, or one without keys,
+            which no kernel sees (`mosaic_gpu_shift`).
         segments, alibi, sinks: whether they are given.
         tiles: sizes of the pipeline.
         capability: of the chip.
@@ -50,7 +51,7 @@ class Static:
     kv_len: int
     head_dim: int
     head_dim_v: int
-    bias: tuple[bool, bool, bool, bool] | None
+    bias: tuple[bool, bool, bool] | None
     segments: bool
     alibi: bool
     sinks: bool

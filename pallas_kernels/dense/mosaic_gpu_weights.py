@@ -31,12 +31,11 @@ class Arrays(NamedTuple):
     """Arrays of both kernels, in GMEM; None = not given.
 
     q, k, v, dout: the contract's; 0 in rows that nothing sees or that see nothing (v may be NaN).
-    lse, delta: float32 [batch, num_q_heads, whole blocks]; lse in units of log2, less a bias that
-    has no keys; +inf for a row that sees nothing.
+    lse, delta: float32 [batch, num_q_heads, whole blocks]; lse in units of log2, +inf for a row
+    that sees nothing.
     rows: int32 [batch, 3] as `Row`; segment ids int32, padded to whole blocks.
-    bias: one that has keys; its full dimensions padded to whole blocks, its last two in the order
-        of the kernel's logits: queries first for dq, keys first for dk and dv; slopes float32
-        [num_q_heads].
+    bias: its full dimensions padded to whole blocks, its last two in the order of the kernel's
+        logits: queries first for dq, keys first for dk and dv; slopes float32 [num_q_heads].
     """
 
     q: Any
@@ -109,15 +108,13 @@ def weights(
 def _bias(static: Static, bias: Any, at: Place, like: jax.Array, queries: int) -> jax.Array:
     """The bias of a tile, float32, as wide as it is."""
     b, head = (i if full else 0 for i, full in zip((at.b, at.head), static.bias[:2], strict=True))
-    axes = static.bias[2:] if queries == 0 else static.bias[:1:-1]
-    firsts = (at.query, at.key) if queries == 0 else (at.key, at.query)
-    index = [pl.ds(*part) if full else 0
-             for full, *part in zip(axes, firsts, like.shape, strict=True)]  # fmt: skip
-    if all(axes):
-        tile = plgpu.load(bias.at[b, head, *index], layout=WGMMA, optimized=False)
-        return tile.astype(jnp.float32)
-    numbers = _load(bias.at[b, head, *index], axes.index(True)).astype(jnp.float32)
-    return wide(numbers, axes.index(True), like)
+    keys, by_query = 1 - queries, static.bias[2]
+    mine = pl.ds(at.query, like.shape[queries]) if by_query else 0
+    theirs = pl.ds(at.key, like.shape[keys])
+    there = bias.at[b, head, *((mine, theirs) if queries == 0 else (theirs, mine))]
+    if by_query:
+        return plgpu.load(there, layout=WGMMA, optimized=False).astype(jnp.float32)
+    return wide(_load(there, keys).astype(jnp.float32), keys, like)
 
 
 def distances(at: Place, shape: tuple[int, int], queries: int) -> jax.Array:

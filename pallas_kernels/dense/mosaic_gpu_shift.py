@@ -1,0 +1,45 @@
+"""A bias without keys, beside the kernels: it changes no weights of a row but against its sink.
+
+    share = exp(lse + bias) / (exp(lse + bias) + exp(sink))     1 without a sink
+    out   = share * out                                         of the call without both
+    lse   = log(exp(lse + bias) + exp(sink))
+
+Added to the logits, a bias of -1e9 would take all their digits. Its gradient is that of these
+lines, and the kernels' own is of a call that knows of no bias.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def shifted(
+    out: jax.Array,
+    lse: jax.Array,
+    bias: jax.Array,
+    sinks: jax.Array | None,
+    q_lens: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The results with the bias and the sinks.
+
+    Args:
+        out, lse: the contract's, without both.
+        bias: [batch or 1, num_q_heads or 1, q_len or 1, 1]; -inf leaves a row none of its keys.
+        sinks, q_lens: the contract's.
+    """
+    bias = jnp.swapaxes(bias[..., 0], 1, 2).astype(jnp.float32)
+    some = (lse > -jnp.inf) & (bias > -jnp.inf)
+    keys = jnp.where(some, lse + bias, -jnp.inf)
+    sink = jnp.full_like(lse, -jnp.inf) if sinks is None else jnp.broadcast_to(sinks, lse.shape)
+    if q_lens is not None:
+        exists = jnp.arange(lse.shape[1]) < q_lens[:, None]
+        sink = jnp.where(exists[..., None], sink, -jnp.inf)
+    top = lax.stop_gradient(jnp.maximum(keys, sink))
+    top = jnp.where(top == -jnp.inf, 0.0, top)  # -inf - -inf is NaN
+    weight = jnp.exp(keys - top)
+    total = weight + jnp.exp(sink - top)
+    total = jnp.where(total > 0.0, total, 1.0)
+    some = jnp.maximum(keys, sink) > -jnp.inf
+    share = (weight / total)[..., None]
+    out = jnp.where(share > 0.0, out.astype(jnp.float32) * share, 0.0).astype(out.dtype)
+    return out, jnp.where(some, top + jnp.log(total), -jnp.inf)
