@@ -13,6 +13,7 @@ from test_gpu_dense_gradients import (
     BIAS,
     CAP,
     CASES,
+    FAR,
     FEATURES,
     KERNEL,
     MORE,
@@ -21,6 +22,7 @@ from test_gpu_dense_gradients import (
     SEGMENTED,
     SLOPES,
     WINDOWED,
+    agrees_though_rows_are_far,
     biased,
     one_row_less,
     one_tile_less,
@@ -85,6 +87,12 @@ def test_gradients_agree_with_the_oracle(case):
     assert wanted == {d.quantity for d in row.deviations if d.quantity.startswith("grad")}
 
 
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", FAR)
+def test_a_bias_of_queries_may_be_as_large_as_it_likes(name):
+    agrees_though_rows_are_far(name, "a100")
+
+
 def forgetting(**fields):
     """The backward told of a call without these."""
     backward = mosaic_gpu_backward.backward
@@ -117,7 +125,7 @@ FAULTS = {
     "a row that shares the bias": (BIAS, OF_BIAS, "steps_of", one_row_less),
     "queries that share a bias of keys": (OF_KEYS, OF_BIAS, "steps_of", one_row_less),
     "the slopes' distance": (BIAS, mosaic_gpu_dq, "distances", without_distance),
-    "sums over keys": (OF_QUERIES, HERE, "sums_over_keys", sums_of_nothing),
+    "sums over keys": (BIAS, HERE, "sums_over_keys", sums_of_nothing),
     "delta, of the bias": (BIAS, OF_BIAS, "logit_gradients", without_delta),
     "a slot is overwritten": (LONG, gpu_mma, "free_slot", lambda slot, stages: slot),
 }
