@@ -1,8 +1,7 @@
 """A bias without keys, beside the kernels: it changes no weights of a row but against its sink.
 
-    share = exp(lse + bias) / (exp(lse + bias) + exp(sink))     1 without a sink
-    out   = share * out                                         of the call without both
-    lse   = log(exp(lse + bias) + exp(sink))
+    lse   = log(exp(lse + bias) + exp(sink))              out and lse of the call without both
+    out   = exp(lse + bias) / (exp(lse + bias) + exp(sink)) * out
 
 Added to the logits, a bias of -1e9 would take all their digits. Its gradient is that of these
 lines, and the kernels' own is of a call that knows of no bias.
@@ -30,16 +29,17 @@ def shifted(
     bias = jnp.swapaxes(bias[..., 0], 1, 2).astype(jnp.float32)
     some = (lse > -jnp.inf) & (bias > -jnp.inf)
     keys = jnp.where(some, lse + bias, -jnp.inf)
-    sink = jnp.full_like(lse, -jnp.inf) if sinks is None else jnp.broadcast_to(sinks, lse.shape)
+    if sinks is None:
+        return jnp.where(some[..., None], out, jnp.zeros_like(out)), keys
+    sink = jnp.broadcast_to(sinks, lse.shape)
     if q_lens is not None:
         exists = jnp.arange(lse.shape[1]) < q_lens[:, None]
         sink = jnp.where(exists[..., None], sink, -jnp.inf)
     top = lax.stop_gradient(jnp.maximum(keys, sink))
-    top = jnp.where(top == -jnp.inf, 0.0, top)  # -inf - -inf is NaN
+    empty = top == -jnp.inf
+    top = jnp.where(empty, 0.0, top)  # -inf - -inf is NaN
     weight = jnp.exp(keys - top)
-    total = weight + jnp.exp(sink - top)
-    total = jnp.where(total > 0.0, total, 1.0)
-    some = jnp.maximum(keys, sink) > -jnp.inf
+    total = jnp.where(empty, 1.0, weight + jnp.exp(sink - top))
     share = (weight / total)[..., None]
     out = jnp.where(share > 0.0, out.astype(jnp.float32) * share, 0.0).astype(out.dtype)
-    return out, jnp.where(some, top + jnp.log(total), -jnp.inf)
+    return out, jnp.where(empty, -jnp.inf, top + jnp.log(total))
