@@ -121,7 +121,7 @@ def tiles_for_chip(head_dim: int, itemsize: int, *, added: bool = False) -> Tile
     if chip.name in EACH_SIZE and head_dim not in by_size:
         raise ValueError(
             f"head_dim is {head_dim}, must be one of {', '.join(map(str, by_size))} on {chip.name} "
-            f"with a cache of {itemsize} byte a number"
+            f"with a cache of {itemsize} byte a number: use XLA"
         )
     if head_dim > max(by_size):
         raise ValueError(

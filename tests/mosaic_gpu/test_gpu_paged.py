@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gpu_interpreter import needs_gpu_interpreter
-from gpu_paged import EVERYTHING, LONG, SHARED_FAULTS, batch, sweep
+from gpu_paged import EVERYTHING, LONG, MASKS, PROBLEMS, SHARED_FAULTS, batch, made, sweep
 
 from attnsel_jax.backends.mosaic_gpu import PAGED as DECLARED
 from attnsel_jax.cache_layouts import LAYOUTS
@@ -21,8 +21,6 @@ from pallas_kernels.paged import (
 )
 
 needs_gpu_interpreter()
-
-PROBLEMS = {problem.name: problem for problem in gpu_paged.problems("h200")}
 
 
 @pytest.fixture(autouse=True)
@@ -41,13 +39,13 @@ SHARP = ("cross", "bfloat16")
 
 @pytest.mark.parametrize("name", SHARP)
 def test_quick_problems(name):
-    check(PROBLEMS[f"quick.paged.{name}"].make())
+    check(made(PROBLEMS[f"quick.paged.{name}"], "h200"))
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_every_quick_problem(name):
-    check(PROBLEMS[name].make())
+    check(made(PROBLEMS[name], "h200"))
 
 
 @pytest.mark.parametrize(
@@ -192,7 +190,9 @@ def test_the_backend_refuses_with_reasons():
     assert reasons() == []
     assert reasons(dtype="float32") == ["dtype", "kv_cache_dtype"]
     assert reasons(dtype="float16", kv_cache_dtype="bfloat16") == ["kv_cache_dtype"]
-    assert reasons(head_size=192, kv_cache_dtype="fp8_e4m3") == ["head_size"]
+    assert (
+        reasons(head_size=256) == reasons(head_size=192, kv_cache_dtype="fp8_e4m3") == ["head_size"]
+    )
 
 
 def test_a_sample_compiles_and_writes_the_cache_where_it_lies(monkeypatch):
@@ -216,3 +216,16 @@ def test_every_cache_compiles(monkeypatch, cache_dtype, page_size, head_size):
         monkeypatch, "h200", head_size=head_size, page_size=page_size, cache_dtype=cache_dtype,
         **EVERYTHING,
     )  # fmt: skip
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("features", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize(
+    ("head_size", "cache_dtype"),
+    [(size, "bfloat16") for size in DECLARED.head_size.values]
+    + [(size, "float8_e4m3fn") for size in (64, 80, 96, 128)],
+)
+def test_masks_compile(monkeypatch, features, head_size, cache_dtype):
+    gpu_paged.compiled(
+        monkeypatch, "h200", head_size=head_size, cache_dtype=cache_dtype, **features
+    )
