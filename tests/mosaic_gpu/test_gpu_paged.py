@@ -60,8 +60,13 @@ def test_every_quick_problem(name):
         sweep((2, 1), {"cache_dtype": "float8_e5m2", "scales": "tensor", "dtype": "float16"}),
         sweep((2, 1), {"cache_dtype": "float16", "head_size": 80, "page_size": 256}),
         sweep((1, 1), {"head_size": 256}),
+        sweep((2, 1), {"head_size": 96, **MASKS["both ends"]}),
+        sweep((1, 1), {"head_size": 128, "cache_dtype": "float8_e4m3fn", "sliding_window": 20}),
     ],
-    ids=["everything", "window", "two-sided", "chunked", "e4m3", "e5m2", "float16", "256"],
+    ids=[
+        *("everything", "window", "two-sided", "chunked", "e4m3", "e5m2", "float16", "256"),
+        *("both ends at 96", "window, e4m3 at 128"),
+    ],
 )
 def test_mixed_batches(heads, options):
     check(batch(*LONG, heads=heads, **options))
