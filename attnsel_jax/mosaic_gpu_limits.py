@@ -10,11 +10,17 @@ from attnsel_jax.platforms import Device, DeviceCapability
 AMPERE, HOPPER, BLACKWELL = (DeviceCapability(major, 0) for major in (8, 9, 10))
 HEAD_SIZES = OneOf(64, 80, 96, 128, 192, 256)
 HEAD_SIZES_V = {192: (128, 192)}  # others: as head_size
-FLOAT8_SIZES = OneOf(64, 80, 96, 128)
-# Interpreted and compiled; the kernels take others too.
-AMPERE_SIZES = {"dense": OneOf(64, 80, 96, 128), "paged": OneOf(64, 96, 128)}
-BLACKWELL_PAGED_SIZES = OneOf(64, 80, 96, 128)  # at 192 the kernels spill
-BLACKWELL_FLOAT8_SIZES = OneOf(64, 80, 96)  # at 128 decode spills
+AMPERE_SIZES = OneOf(64, 80, 96, 128)  # of dense, interpreted and compiled; the kernels take others
+
+FLOAT8 = ("fp8_e4m3", "fp8_e5m2")
+CACHES = OneOf("bfloat16", "float16", *FLOAT8)
+PAGED_SIZES = OneOf(64, 80, 96, 128, 192)  # at 256 no prompt's kernel compiles
+# By chip, over a cache of 16 bits and of float8: what is interpreted and compiles without spills.
+PAGED_SIZES_OF = {
+    AMPERE: (OneOf(64, 96, 128), OneOf(64, 96, 128)),
+    HOPPER: (PAGED_SIZES, OneOf(64, 80, 96, 128)),
+    BLACKWELL: (OneOf(64, 80, 96, 128), OneOf(64, 80, 96)),
+}
 
 
 def of_dense(config: AttentionSelectorConfig) -> Iterator[Rejection]:
@@ -34,18 +40,27 @@ def of_dense(config: AttentionSelectorConfig) -> Iterator[Rejection]:
         yield Rejection("has_soft_cap", True, f"False with {beside}")
 
 
-def of_cache(config: AttentionSelectorConfig) -> Iterator[Rejection]:
-    """Dtypes of a cache beside the queries' dtype and the head size."""
-    cache = str(config.cache_dtype)
-    if cache == "bfloat16" and config.dtype == "float16":
+def of_paged(config: AttentionSelectorConfig, device: Device) -> Iterator[Rejection]:
+    """Caches beside the queries' dtype, and head sizes over them, on this chip.
+
+    What no chip takes is refused without them: each argument has one reason, and one set.
+    """
+    cache, size, chip = str(config.cache_dtype), config.head_size, device.compute_capability
+    if chip not in PAGED_SIZES_OF:
+        return
+    halves = ("float16",) if config.dtype == "float16" else ("bfloat16", "float16")
+    caches = OneOf(*halves) if chip == AMPERE else OneOf(*halves, *FLOAT8)
+    if cache in CACHES and cache not in caches:
         lost = "bfloat16 would drop three bits of each float16 query"
-        yield Rejection("kv_cache_dtype", cache, OneOf("float16", "fp8_e4m3", "fp8_e5m2"), lost)
-    elif cache.startswith("fp8") and config.head_size not in FLOAT8_SIZES:
-        yield Rejection("head_size", config.head_size, FLOAT8_SIZES, f"with a cache of {cache}")
+        why = "compute_capability 8.0 has no float8" if cache in FLOAT8 else lost
+        yield Rejection("kv_cache_dtype", cache, caches, why)
+    sizes = PAGED_SIZES_OF[chip][cache in FLOAT8]
+    if size in PAGED_SIZES and size not in sizes:
+        yield Rejection("head_size", size, sizes, f"with compute_capability {chip}, cache {cache}")
 
 
 def of_chip(config: AttentionSelectorConfig, device: Device) -> Iterator[Rejection]:
-    """What this chip has no kernel for, of what another has."""
+    """What this chip has no dense kernel for, of what another has."""
     of_one = {AMPERE: _of_ampere, BLACKWELL: _of_blackwell}.get(device.compute_capability)
     if of_one is not None:
         yield from of_one(config)
@@ -54,17 +69,8 @@ def of_chip(config: AttentionSelectorConfig, device: Device) -> Iterator[Rejecti
 def _of_blackwell(config: AttentionSelectorConfig) -> Iterator[Rejection]:
     if config.needs_grad:
         yield Rejection("needs_grad", True, "False with compute_capability 10.0")
-    cache, size, why = str(config.cache_dtype), config.head_size, "with compute_capability 10.0"
-    if config.op == "paged" and size not in BLACKWELL_PAGED_SIZES:
-        yield Rejection("head_size", size, BLACKWELL_PAGED_SIZES, why)
-    elif config.op == "paged" and cache.startswith("fp8") and size not in BLACKWELL_FLOAT8_SIZES:
-        yield Rejection("head_size", size, BLACKWELL_FLOAT8_SIZES, f"{why} and a cache of {cache}")
 
 
 def _of_ampere(config: AttentionSelectorConfig) -> Iterator[Rejection]:
-    if config.head_size not in (sizes := AMPERE_SIZES[config.op]):
-        yield Rejection("head_size", config.head_size, sizes, "with compute_capability 8.0")
-    cache = str(config.cache_dtype)
-    if config.op == "paged" and cache.startswith("fp8"):
-        halves = OneOf("bfloat16", "float16")
-        yield Rejection("kv_cache_dtype", cache, halves, "compute_capability 8.0 has no float8")
+    if config.head_size not in AMPERE_SIZES:
+        yield Rejection("head_size", config.head_size, AMPERE_SIZES, "with compute_capability 8.0")

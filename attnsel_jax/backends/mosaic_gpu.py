@@ -7,11 +7,13 @@ from attnsel_jax.constraints import EITHER, AtLeast, OneOf
 from attnsel_jax.mosaic_gpu_limits import (
     AMPERE,
     BLACKWELL,
+    CACHES,
     HEAD_SIZES,
     HOPPER,
-    of_cache,
+    PAGED_SIZES,
     of_chip,
     of_dense,
+    of_paged,
 )
 
 BOTH_OPS = {
@@ -29,8 +31,8 @@ DENSE = Capabilities(
     **dict.fromkeys(("has_bias", "has_segment_ids", "has_lens", "has_q_offset"), EITHER),
 )
 PAGED = Capabilities(
-    **BOTH_OPS | {"head_size": OneOf(64, 80, 96, 128, 192)},  # at 256 no prompt's kernel compiles
-    kv_cache_dtype=OneOf("bfloat16", "float16", "fp8_e4m3", "fp8_e5m2"),
+    **BOTH_OPS | {"head_size": PAGED_SIZES},
+    kv_cache_dtype=CACHES,
     block_size=OneOf(16, 32, 64, 128, 256),
 )
 
@@ -45,5 +47,8 @@ class MosaicGpuBackend(AttentionBackend):
     @classmethod
     def supports_combination(cls, config, device):
         """Sizes of v; float8 up to 128; some gradients beside a bias; what single chips lack."""
-        yield from of_dense(config) if config.op == "dense" else of_cache(config)
-        yield from of_chip(config, device)
+        if config.op == "paged":
+            yield from of_paged(config, device)
+        else:
+            yield from of_dense(config)
+            yield from of_chip(config, device)

@@ -112,7 +112,9 @@ def _geometry(q, kv_pages, page_table, masks, soft_cap, has_slopes) -> Geometry:
     is_narrow = kv_pages.dtype.itemsize == 1
     dtype = jnp.dtype(jnp.float16) if is_narrow else kv_pages.dtype
     added = has_slopes or soft_cap is not None
-    tiles = tiles_for_chip(head_dim, kv_pages.dtype.itemsize, added=added)
+    tiles = tiles_for_chip(
+        head_dim, kv_pages.dtype.itemsize, added=added, bounded=masks.bound_first_keys
+    )
     return Geometry(
         num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
         page_size=page_size, pages_per_seq=page_table.shape[1], num_tokens=num_tokens,

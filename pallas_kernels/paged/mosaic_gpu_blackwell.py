@@ -61,11 +61,21 @@ class Ring(NamedTuple):
 
         @pl.when(later < self.count)
         def _():
-            plgpu.commit_smem()  # what was read there comes before what is written, by TMA
+            reads_come_first()
             self.bring(later, free_slot(slot, stages))
 
-        plgpu.barrier_wait(self.full.at[slot])
+        arrived(self.full.at[slot])
         return slot
+
+
+def reads_come_first() -> None:
+    """What has been read of shared memory comes before what TMA, sent for next, writes there."""
+    plgpu.commit_smem()
+
+
+def arrived(full: Any) -> None:
+    """Waits for a tile."""
+    plgpu.barrier_wait(full)
 
 
 def decode(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.masks import Window, seen_bounds
+from pallas_kernels.masks import Window, seen_bounds, window_bounds
 from pallas_kernels.paged.mosaic_gpu_tiles import Tiles
 
 ROWS = 64  # of a wgmma, and so of a warpgroup
@@ -25,6 +25,12 @@ class Masks:
     causal: bool
     sliding_window: Window
     attention_chunk_size: int | None
+
+    @property
+    def bound_first_keys(self) -> bool:
+        """Whether the first key that a query sees depends on its position."""
+        left, _ = window_bounds(self.sliding_window)
+        return left is not None or self.attention_chunk_size is not None
 
     def bounds(
         self, first_q_pos: jax.Array, last_q_pos: jax.Array, kv_len: jax.Array

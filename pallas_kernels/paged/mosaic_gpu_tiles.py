@@ -64,6 +64,12 @@ ADDED = {
         128: Tiles(Phase(64, 6, 1, tied=True), Phase(64, 4, 1, tied=True)),
     },
 }
+# The same where rows see keys from one on (a window, a chunk): one loop more has masks. At 128
+# decoding spills with descriptors kept, float8 with two warpgroups; at 96 prompts with 128 keys.
+BOUNDED = {
+    2: {128: Tiles(Phase(64, 4, tied=True), Phase(64, 4))},
+    1: {128: ADDED[1][128]},
+}
 # One warpgroup a block (mma takes 64 rows), and two blocks a core to hide each other's waits; no
 # copy of 16 rows of queries, the least that four warps share at any head size, crosses their end.
 AMPERE = {
@@ -76,7 +82,7 @@ AMPERE = {
     },
 }
 # Products and blocks as on Ampere. 1 us x 8 TB/s / 148 cores want 53 KiB in flight of a core: two
-# blocks have 80 to 144 KiB on their way (2 x keys x head size x bytes x (stages - 1) each), in the
+# blocks have 80 to 160 KiB on their way (2 x keys x head size x bytes x (stages - 1) each), in the
 # 113 KiB of shared memory that a block of two may have.
 BLACKWELL = {
     2: {
@@ -96,15 +102,19 @@ BLACKWELL_ADDED = {2: {128: Tiles(Phase(32, 6, 1), Phase(32, 4, 1), blocks=2)}}
 TILES = {"a100": AMPERE, "b200": BLACKWELL, "h100": HOPPER, "h200": HOPPER}
 EACH_SIZE = ("a100", "b200")  # whose tables have every head size that they take
 ADDED_TILES = {"b200": BLACKWELL_ADDED, "h100": ADDED, "h200": ADDED}
+BOUNDED_TILES = {"h100": BOUNDED, "h200": BOUNDED}
 
 
-def tiles_for_chip(head_dim: int, itemsize: int, *, added: bool = False) -> Tiles:
+def tiles_for_chip(
+    head_dim: int, itemsize: int, *, added: bool = False, bounded: bool = False
+) -> Tiles:
     """The sizes for the chip that is traced for.
 
     Args:
         head_dim: of the cache.
         itemsize: bytes of a cached number.
         added: whether something is added to the logits or caps them.
+        bounded: whether a row's keys begin where its position says.
 
     Raises:
         ValueError: it is a chip, or a head size, that these kernels do not run with.
@@ -121,7 +131,7 @@ def tiles_for_chip(head_dim: int, itemsize: int, *, added: bool = False) -> Tile
     if chip.name in EACH_SIZE and head_dim not in by_size:
         raise ValueError(
             f"head_dim is {head_dim}, must be one of {', '.join(map(str, by_size))} on {chip.name} "
-            f"with a cache of {itemsize} byte a number"
+            f"with a cache of {itemsize} byte a number: use XLA"
         )
     if head_dim > max(by_size):
         raise ValueError(
@@ -129,5 +139,6 @@ def tiles_for_chip(head_dim: int, itemsize: int, *, added: bool = False) -> Tile
             f"byte a number: converting its tiles takes more registers than there are"
         )
     size = min(size for size in by_size if size >= head_dim)
-    with_more = ADDED_TILES.get(chip.name, {}).get(itemsize, {}) if added else {}
-    return with_more.get(size, by_size[size])
+    asked = [ADDED_TILES] * added + [BOUNDED_TILES] * bounded
+    of_chip = [tables.get(chip.name, {}).get(itemsize, {}) for tables in asked]
+    return next((of_size[size] for of_size in of_chip if size in of_size), by_size[size])

@@ -24,6 +24,11 @@ KERNEL = MosaicGpuBackend.get_kernel("paged")
 # A decode, a prompt over two tiles that begins off a multiple of 8, nothing, a speculative decode.
 LONG = ((1, 70, 0, 3), (150, 131, 7, 60))
 EVERYTHING = {"sinks": True, "alibi": True, "soft_cap": 8.0, "sliding_window": 37}
+# What masks most and leaves the logits as they are: tiles are those of a plain call.
+MASKS = {
+    "both ends": {"sliding_window": 37, "attention_chunk_size": 64, "sinks": True},
+    "two-sided": {"causal": False, "sliding_window": (30, 3)},
+}
 
 
 def with_cores(monkeypatch, chip, cores):
@@ -64,26 +69,35 @@ def sweep(*values):
     return pytest.param(*values, marks=pytest.mark.sweep)
 
 
-def reasons(chip, **question):
-    """The arguments that the backend refuses a question for."""
+def refusals(chip, **question):
+    """Why the backend refuses a question."""
     asked = {"head_size": 128, "dtype": "bfloat16", "kv_cache_dtype": "auto", "op": "paged"}
     config = AttentionSelectorConfig(**asked | question)
-    found = MosaicGpuBackend.validate_configuration(config, Device.named(chip))
-    return [reason.argument for reason in found]
+    return MosaicGpuBackend.validate_configuration(config, Device.named(chip))
 
 
-def problems(chip):
-    """Problems of the contract that a chip declares; in bfloat16 where they ask for float32."""
-    for problem in QUICK:
-        options = dict(problem.options)
-        if options.get("dtype") == "float32":
-            options["dtype"] = "bfloat16"
-        problem = dataclasses.replace(problem, options=options)
-        if problem.op == "paged" and not MosaicGpuBackend.validate_configuration(
-            problem.config, Device.named(chip)
-        ):
-            yield problem
+def reasons(chip, **question):
+    """The arguments that it refuses it for."""
+    return [reason.argument for reason in refusals(chip, **question)]
 
+
+def made(problem, chip):
+    """Arguments of a problem; skips what the chip's backend refuses, with its reasons."""
+    refused = MosaicGpuBackend.validate_configuration(problem.config, Device.named(chip))
+    if refused:
+        pytest.skip("; ".join(map(str, refused)))
+    return problem.make()
+
+
+def _in_16_bits(problem):
+    """A problem as the kernels take it: in bfloat16 where it asks for float32."""
+    options = dict(problem.options)
+    if options.get("dtype") == "float32":
+        options["dtype"] = "bfloat16"
+    return dataclasses.replace(problem, options=options)
+
+
+PROBLEMS = {problem.name: _in_16_bits(problem) for problem in QUICK if problem.op == "paged"}
 
 # Faults of what all chips share: what is planted -> (module, name, the fault).
 SHARED_FAULTS = {

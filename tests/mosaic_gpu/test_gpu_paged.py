@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gpu_interpreter import needs_gpu_interpreter
-from gpu_paged import EVERYTHING, LONG, SHARED_FAULTS, batch, sweep
+from gpu_paged import EVERYTHING, LONG, MASKS, PROBLEMS, SHARED_FAULTS, batch, made, sweep
 
+from attnsel_jax import mosaic_gpu_limits
 from attnsel_jax.backends.mosaic_gpu import PAGED as DECLARED
 from attnsel_jax.cache_layouts import LAYOUTS
 from attnsel_jax.kv_cache import KVCache
@@ -21,8 +22,6 @@ from pallas_kernels.paged import (
 )
 
 needs_gpu_interpreter()
-
-PROBLEMS = {problem.name: problem for problem in gpu_paged.problems("h200")}
 
 
 @pytest.fixture(autouse=True)
@@ -41,13 +40,13 @@ SHARP = ("cross", "bfloat16")
 
 @pytest.mark.parametrize("name", SHARP)
 def test_quick_problems(name):
-    check(PROBLEMS[f"quick.paged.{name}"].make())
+    check(made(PROBLEMS[f"quick.paged.{name}"], "h200"))
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_every_quick_problem(name):
-    check(PROBLEMS[name].make())
+    check(made(PROBLEMS[name], "h200"))
 
 
 @pytest.mark.parametrize(
@@ -61,8 +60,13 @@ def test_every_quick_problem(name):
         sweep((2, 1), {"cache_dtype": "float8_e5m2", "scales": "tensor", "dtype": "float16"}),
         sweep((2, 1), {"cache_dtype": "float16", "head_size": 80, "page_size": 256}),
         sweep((1, 1), {"head_size": 256}),
+        sweep((2, 1), {"head_size": 96, **MASKS["both ends"]}),
+        sweep((1, 1), {"head_size": 128, "cache_dtype": "float8_e4m3fn", "sliding_window": 20}),
     ],
-    ids=["everything", "window", "two-sided", "chunked", "e4m3", "e5m2", "float16", "256"],
+    ids=[
+        *("everything", "window", "two-sided", "chunked", "e4m3", "e5m2", "float16", "256"),
+        *("both ends at 96", "window, e4m3 at 128"),
+    ],
 )
 def test_mixed_batches(heads, options):
     check(batch(*LONG, heads=heads, **options))
@@ -192,6 +196,7 @@ def test_the_backend_refuses_with_reasons():
     assert reasons() == []
     assert reasons(dtype="float32") == ["dtype", "kv_cache_dtype"]
     assert reasons(dtype="float16", kv_cache_dtype="bfloat16") == ["kv_cache_dtype"]
+    assert reasons(head_size=256) == ["head_size"]
     assert reasons(head_size=192, kv_cache_dtype="fp8_e4m3") == ["head_size"]
 
 
@@ -207,12 +212,27 @@ def test_every_size_compiles(monkeypatch, head_size, page_size, dtype):
     gpu_paged.compiled(monkeypatch, "h200", head_size=head_size, page_size=page_size, dtype=dtype)
 
 
+OVER_FLOAT8 = mosaic_gpu_limits.PAGED_SIZES_OF[mosaic_gpu_limits.HOPPER][1].values
+CACHES = [
+    *((cache, size) for cache in ("bfloat16", "float16") for size in DECLARED.head_size.values),
+    *((cache, size) for cache in ("float8_e4m3fn", "float8_e5m2") for size in OVER_FLOAT8),
+]
+
+
 @pytest.mark.sweep
-@pytest.mark.parametrize("cache_dtype", ["float8_e4m3fn", "float8_e5m2", "float16"])
 @pytest.mark.parametrize("page_size", DECLARED.block_size.values)
-@pytest.mark.parametrize("head_size", [64, 80, 96, 128])
+@pytest.mark.parametrize(("cache_dtype", "head_size"), CACHES)
 def test_every_cache_compiles(monkeypatch, cache_dtype, page_size, head_size):
     gpu_paged.compiled(
         monkeypatch, "h200", head_size=head_size, page_size=page_size, cache_dtype=cache_dtype,
         **EVERYTHING,
     )  # fmt: skip
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("features", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize(("cache_dtype", "head_size"), CACHES)
+def test_masks_compile(monkeypatch, features, cache_dtype, head_size):
+    gpu_paged.compiled(
+        monkeypatch, "h200", head_size=head_size, cache_dtype=cache_dtype, **features
+    )

@@ -11,8 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gpu_interpreter import RACE, needs_gpu_interpreter
-from gpu_paged import EVERYTHING, LONG, SHARED_FAULTS, batch, check, sweep
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from gpu_paged import (
+    EVERYTHING,
+    LONG,
+    MASKS,
+    PROBLEMS,
+    SHARED_FAULTS,
+    batch,
+    check,
+    made,
+    sweep,
+)
 
 from attnsel_jax.backends.mosaic_gpu import PAGED as DECLARED
 from attnsel_jax.cache_layouts import LAYOUTS
@@ -51,13 +60,10 @@ def with_tiles(monkeypatch, chip, keys, stages, itemsize=2):
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize(
-    ("chip", "problem"),
-    [(chip, problem) for chip in CHIPS for problem in gpu_paged.problems(chip)],
-    ids=lambda value: getattr(value, "name", value),
-)
-def test_the_contract_s_problems_agree_with_the_oracle(chip, problem):
-    check(problem.make(), chip)
+@each_chip
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_the_contract_s_problems_agree_with_the_oracle(chip, name):
+    check(made(PROBLEMS[name], chip), chip)
 
 
 MIXED = {
@@ -72,8 +78,12 @@ MIXED = {
     "256": ((1, 1), {"head_size": 256}),
     "e4m3": ((1, 1), {"cache_dtype": "float8_e4m3fn", "scales": "head", "alibi": True}),
     "e5m2": ((2, 1), {"cache_dtype": "float8_e5m2", "scales": "tensor", "dtype": "float16"}),
+    "e4m3 at 80": ((1, 1), {"cache_dtype": "float8_e4m3fn", "scales": "head", "head_size": 80}),
+    "e4m3 at 96": ((2, 1), {"cache_dtype": "float8_e4m3fn", "scales": "head", "head_size": 96}),
 }  # fmt: skip
-NOT_THERE = {("a100", "e4m3"), ("a100", "e5m2"), ("b200", "256")}
+
+FLOAT8_NAMES = [name for name in MIXED if name.startswith(("e4m3", "e5m2"))]
+NOT_THERE = {("b200", "256"), *(("a100", name) for name in FLOAT8_NAMES)}
 
 
 @pytest.mark.parametrize(
@@ -88,11 +98,15 @@ def test_mixed_batches(chip, name):
     check(batch(*LONG, heads=heads, **options), chip)
 
 
-def test_blackwell_s_ring_goes_round_over_a_float8_cache(monkeypatch):
-    with_tiles(monkeypatch, "b200", 64, 2, itemsize=1)
+@pytest.mark.parametrize(
+    ("kv_lens", "options"),
+    [((130, 75), {}), ((200, 75), {"cache_dtype": "float8_e4m3fn", "scales": "head"})],
+    ids=["16 bits", "float8"],
+)
+def test_blackwell_s_ring_goes_round(monkeypatch, kv_lens, options):
+    with_tiles(monkeypatch, "b200", 64, 2, itemsize=1 if options else 2)
     gpu_paged.with_cores(monkeypatch, "b200", 1)
-    options = {"cache_dtype": "float8_e4m3fn", "scales": "head", "sinks": True}
-    check(batch((1, 70), (200, 75), heads=(1, 1), **options), "b200")
+    check(batch((1, 70), kv_lens, heads=(1, 1), sinks=True, **options), "b200")
 
 
 @pytest.mark.sweep
@@ -197,17 +211,14 @@ def test_a_planted_fault_goes_red(monkeypatch, chip, fault):
 
 @pytest.mark.sweep
 @pytest.mark.parametrize(
-    "fault",
-    [
-        (mosaic_gpu_blackwell.Ring, "slot_of", lambda ring, tile: tile % ring.full.shape[0]),
-        (plgpu, "commit_smem", lambda: None),
-    ],
-    ids=["a tile is not waited for", "a slot is read while it is written"],
+    ("name", "fault"),
+    [("arrived", lambda full: None), ("reads_come_first", lambda: None)],
+    ids=["a tile is not waited for", "a slot is written while it is read"],
 )
-def test_a_planted_race_is_seen(monkeypatch, fault):
+def test_a_planted_race_is_seen(monkeypatch, name, fault):
     with_tiles(monkeypatch, "b200", 64, 2)
-    monkeypatch.setattr(*fault)
-    with pytest.raises(RACE):
+    monkeypatch.setattr(mosaic_gpu_blackwell, name, fault)
+    with pytest.raises(RACE, match=r"RACE DETECTED|already at phase"):
         check(batch((70,), (200,), heads=(1, 1)), "b200")
 
 
@@ -227,8 +238,26 @@ def test_what_a_chip_does_not_have_is_refused(chip):
     assert reasons(kv_cache_dtype="fp8_e4m3", head_size=96) == narrow
     assert reasons(kv_cache_dtype="fp8_e5m2") == (narrow or ["head_size"])
     assert reasons(head_size=80) == (["head_size"] if chip == "a100" else [])
-    assert reasons(head_size=192) == ["head_size"]
+    assert reasons(head_size=192) == reasons(head_size=256) == ["head_size"]
     assert reasons(dtype="float16", kv_cache_dtype="bfloat16") == ["kv_cache_dtype"]
+
+
+SETS = {  # chip -> caches beside queries of float16; head sizes over 16 bits and over float8
+    "a100": ("float16", "one of 64, 96, 128", "one of 64, 96, 128"),
+    "b200": ("one of float16, fp8_e4m3, fp8_e5m2", "one of 64, 80, 96, 128", "one of 64, 80, 96"),
+    "h200": ("one of float16, fp8_e4m3, fp8_e5m2", None, "one of 64, 80, 96, 128"),
+}
+
+
+@pytest.mark.parametrize("chip", SETS)
+def test_a_refusal_has_one_set_of_each_argument(chip):
+    caches, wide, narrow = SETS[chip]
+    beside = gpu_paged.refusals(chip, dtype="float16", kv_cache_dtype="bfloat16")
+    assert [(r.argument, str(r.allowed)) for r in beside] == [("kv_cache_dtype", caches)]
+    for cache, sizes in (("bfloat16", wide), ("fp8_e4m3", narrow)):
+        refused = gpu_paged.refusals(chip, head_size=192, kv_cache_dtype=cache)
+        of_sizes = [str(r.allowed) for r in refused if r.argument == "head_size"]
+        assert of_sizes == ([] if sizes is None else [sizes])
 
 
 @pytest.mark.parametrize(
@@ -240,7 +269,7 @@ def test_what_a_chip_does_not_have_is_refused(chip):
         (
             "b200",
             {"head_size": 128, "cache_dtype": "float8_e5m2"},
-            "head_dim is 128, must be one of 64, 80, 96 on b200 with a cache of 1 byte a number",
+            "must be one of 64, 80, 96 on b200 with a cache of 1 byte a number: use XLA",
         ),
     ],
 )
@@ -270,3 +299,14 @@ def test_everything_declared_compiles(monkeypatch, chip, features, head_size, pa
         monkeypatch, chip, head_size=head_size, page_size=page_size, dtype=dtype,
         cache_dtype=cache_dtype, **features,
     )  # fmt: skip
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("features", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize(
+    ("chip", "head_size", "cache_dtype"),
+    [(*size, "bfloat16") for size in SIZES]
+    + [("b200", size, "float8_e4m3fn") for size in mosaic_gpu_tiles.BLACKWELL[1]],
+)
+def test_masks_compile(monkeypatch, chip, features, head_size, cache_dtype):
+    gpu_paged.compiled(monkeypatch, chip, head_size=head_size, cache_dtype=cache_dtype, **features)
