@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.mla.mosaic_tpu_pages import clean_page
 from pallas_kernels.mla.mosaic_tpu_scratch import (
     AHEAD,
     OUTPUTS,
@@ -40,7 +41,7 @@ from pallas_kernels.mla.mosaic_tpu_scratch import (
     Tiles,
     scratch_shapes,
 )
-from pallas_kernels.tpu_chip import LANES, SUBLANES
+from pallas_kernels.tpu_chip import LANES
 
 MASKED = -1e30  # a logit that no query sees: finite, so that no difference of two is NaN
 LOG2_E, LN_2 = math.log2(math.e), math.log(2)
@@ -87,10 +88,15 @@ class _Pass:
         ahead = jnp.minimum(self.sizes.queries // 2, self.num_tiles)
         jax.lax.fori_loop(0, ahead, lambda tile, _: self._start_queries(tile), None)
 
+    def _make_nothing(self) -> None:
+        """Zeroes the page that comes in place of those past an end, where there is one."""
+        if self.scratch.nothing is not None:
+            self.scratch.nothing[...] = jnp.zeros_like(self.scratch.nothing)
+
     def run(self) -> None:
         """Fills the pipeline, and turns it until every block is through."""
         sizes, scratch, zero = self.sizes, self.scratch, jnp.int32(0)
-        scratch.nothing[...] = jnp.zeros_like(scratch.nothing)
+        self._make_nothing()
         coming = Cursor(zero, zero)
         for i in range(sizes.lead):
             coming = self._start_block(coming, jnp.int32(i), AHEAD)
@@ -333,35 +339,14 @@ class _Pass:
         first = jnp.maximum(of_block - 1, 0) >> (sizes.page_size.bit_length() - 1)
 
         def one(j, _):
-            self._clean_page(self.scratch.latents.at[buffer, j], of_block - j * sizes.page_size)
+            page = self.scratch.latents.at[buffer, j]
+            clean_page(page, of_block - j * sizes.page_size, sizes.rope_dim)
 
         if sizes.starts_within:
             stop = jnp.where(num_keys <= sizes.page_size, sizes.pages_of_block, first + 1)
             jax.lax.fori_loop(first, stop, one, None)
         else:
             one(first, None)
-
-    def _clean_page(self, page, num_keys: jax.Array) -> None:
-        """Zeroes what a page has after its first num_keys tokens."""
-        sizes, packed = self.sizes, 4 // self.sizes.cache_dtype.itemsize
-        tile, half = SUBLANES * packed, sizes.page_size // 2
-        word = jax.lax.broadcasted_iota(jnp.int32, (half // packed, LANES), 0)
-        lane = jax.lax.broadcasted_iota(jnp.int32, (half // packed, LANES), 1)
-
-        def kept(key):
-            """Bits of words: `packed` tokens share one, the first of them is `key`."""
-            words = jnp.zeros_like(word)
-            for i in range(packed):
-                bits = ((1 << 32 // packed) - 1) << (i * 32 // packed)
-                words |= ((key + i - num_keys) >> 31) & jnp.int32(bits - (bits >> 31 << 32))
-            return words
-
-        line = packed * word
-        second = tile * (1 + ((lane - sizes.rope_dim) >> 31))
-        masks = [kept(line), kept(half + line), kept(line // tile * tile + line + second)]
-        for part in range(2 * sizes.stripes + 1):
-            words = pltpu.bitcast(page[part], jnp.int32) & masks[part // sizes.stripes]
-            page[part] = pltpu.bitcast(words, sizes.cache_dtype)
 
     # Phases of a block.
 

@@ -121,7 +121,7 @@ class Scratch(NamedTuple):
     ql_nope: Any  # [queries, block_q, num_heads, rank]
     q_pe: Any  # [queries, block_q, num_heads, rope_dim]
     latents: Any  # [ring, pages_of_block, parts, page_size / 2, LANES]: as the cache has them
-    nothing: Any  # [parts, page_size / 2, LANES]: zeros, a page's
+    nothing: Any  # [parts, page_size / 2, LANES]: zeros, a page's; None where starts_within
     logits: Any  # float32 [lead, rows, block_kv]: unscaled, of the blocks that are ahead
     weights: Any  # [lag, rows, block_kv]: of the blocks whose values come late
     kept: Any  # float32 [lag, rows, LANES]: what they leave of those before them
@@ -140,13 +140,12 @@ class Scratch(NamedTuple):
 def scratch_shapes(sizes: Sizes) -> Scratch:
     """The shapes of a pass's scratch."""
     s = sizes
+    page = (2 * s.stripes + 1, s.page_size // 2, LANES)
     return Scratch(
         ql_nope=pltpu.VMEM((s.queries, s.block_q, s.num_heads, s.rank), s.q_dtype),
         q_pe=pltpu.VMEM((s.queries, s.block_q, s.num_heads, s.rope_dim), s.q_dtype),
-        latents=pltpu.VMEM(
-            (s.ring, s.pages_of_block, 2 * s.stripes + 1, s.page_size // 2, LANES), s.cache_dtype
-        ),
-        nothing=pltpu.VMEM((2 * s.stripes + 1, s.page_size // 2, LANES), s.cache_dtype),
+        latents=pltpu.VMEM((s.ring, s.pages_of_block, *page), s.cache_dtype),
+        nothing=None if s.starts_within else pltpu.VMEM(page, s.cache_dtype),
         logits=pltpu.VMEM((s.lead, s.rows, s.block_kv), jnp.float32),
         weights=pltpu.VMEM((max(s.lag, 1), s.rows, s.block_kv), s.q_dtype),
         kept=pltpu.VMEM((max(s.lag, 1), s.rows, LANES), jnp.float32),

@@ -35,7 +35,7 @@ TILES = {
     ("v5e", "bfloat16", "decode"): Tiles(128, 256, blocks=8, lead=1, lag=0),
     ("v5e", "bfloat16", "prefill"): Tiles(512, 256, blocks=4, lead=1, lag=0, finishes=0),
     ("v5p", "bfloat16", "decode"): Tiles(rows=128, block_kv=256, blocks=8, lead=1),
-    ("v5p", "bfloat16", "prefill"): Tiles(rows=512, block_kv=256, blocks=2, lead=1),
+    ("v5p", "bfloat16", "prefill"): Tiles(512, 256, blocks=4, lead=1, lag=0, finishes=0),
     ("v6e", "bfloat16", "decode"): Tiles(128, 256, 8, 4, lag=0, starts_within=False),
     ("v6e", "bfloat16", "prefill"): Tiles(512, 256, blocks=4, lead=1, lag=0, finishes=0),
     ("7x", "bfloat16", "decode"): Tiles(rows=128, block_kv=512, blocks=8, lead=1, lag=0),
@@ -44,7 +44,7 @@ TILES = {
 # Of a cache dtype without entries of its own.
 OTHERS = {
     "decode": Tiles(rows=128, block_kv=256, blocks=8, lead=4),
-    "prefill": Tiles(rows=512, block_kv=256, blocks=2, lead=1),
+    "prefill": Tiles(rows=512, block_kv=256, blocks=4, lead=1, lag=0, finishes=0),
 }
 
 

@@ -11,19 +11,19 @@ from tpu_interpreter import tpu_interpreter
 from attnsel_jax import LatentCache
 from attnsel_jax.aot import compile_for, target_for
 from attnsel_jax.backends.mosaic_tpu_mla import TPU_LATENT, MosaicTpuMlaBackend
-from attnsel_jax.compare.comparison import PASS
+from attnsel_jax.compare.comparison import FAIL, PASS
 from attnsel_jax.problems.mla_inputs import mla_inputs
 from pallas_kernels.mla import mosaic_tpu
 from pallas_kernels.mla import mosaic_tpu_attend as attending
 from pallas_kernels.mla.mosaic_tpu import mla_attention
-from pallas_kernels.mla.mosaic_tpu_tiles import Tiles
+from pallas_kernels.mla.mosaic_tpu_tiles import Tiles, tiles_for
 
 CASES = {
     "float32": {},
-    "decode": {
+    "decode": {  # more tiles than are under way at once
         "dtype": "bfloat16",
-        "q_lens": (1, 1, 1, 1),
-        "kv_lens": (1, 64, 193, 320),
+        "q_lens": (1, 1, 1, 1, 1, 1),
+        "kv_lens": (1, 64, 193, 320, 9, 70),
         "pad_tokens": 0,
         "pad_seqs": 2,
     },
@@ -66,8 +66,45 @@ def test_it_agrees_with_the_oracle(options):
     assert row.verdict == PASS, str(row)
 
 
-def test_it_agrees_where_copies_are_started_between_the_products(monkeypatch):
-    tiles = Tiles(64, 128, 2, 2, lag=2, finishes=0, starts_within=False)
+# More tiles of both kinds than are under way at once; blocks with pages past a sequence's end.
+BOTH_KINDS = {"q_lens": (1, 13, 1, 1, 9, 1, 1), "kv_lens": (300, 71, 1, 193, 9, 5, 130),
+              "dtype": "bfloat16"}  # fmt: skip
+TABLED = [
+    ("v6e", "bfloat16"), ("v4", "bfloat16"), ("v5e", "bfloat16"), ("v5p", "bfloat16"),
+    ("7x", "bfloat16"), ("v4", "float8_e4m3fn"), ("v6e", "float8_e4m3fn"),
+]  # fmt: skip
+
+
+def tabled_but_small(*key, is_decode):
+    """What the table chooses, of a size that a small problem has several of."""
+    chosen = tiles_for(*key, is_decode=is_decode)
+    return chosen._replace(
+        rows=64, block_kv=128, blocks=min(chosen.blocks, 3), lead=min(chosen.lead, 2)
+    )
+
+
+@pytest.mark.parametrize(
+    ("generation", "cache_dtype"),
+    [TABLED[0], *(pytest.param(*key, marks=pytest.mark.sweep) for key in TABLED[1:])],
+)
+def test_it_agrees_with_what_the_table_chooses(monkeypatch, generation, cache_dtype):
+    monkeypatch.setattr(mosaic_tpu, "tiles_for", tabled_but_small)
+    row = row_of(mla_attention, generation=generation, cache_dtype=cache_dtype, **BOTH_KINDS)
+    assert row.verdict == PASS, str(row)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        Tiles(64, 128, 3, 1, lag=0),
+        Tiles(64, 128, 3, 1, lag=0, starts_within=False),
+        Tiles(64, 128, 3, 1, lag=0, finishes=0),
+        Tiles(64, 128, 2, 2, lag=2, finishes=0, starts_within=False),
+    ],
+    ids=str,
+)
+def test_it_agrees_with_other_choices_for_both_kinds(monkeypatch, tiles):
     monkeypatch.setattr(mosaic_tpu, "tiles_for", lambda *_, **__: tiles)
     row = row_of(mla_attention, generation="v6e", **CASES["e4m3"])
     assert row.verdict == PASS, str(row)
@@ -80,54 +117,56 @@ def test_it_agrees_with_the_oracle_on_more_shapes(options):
     assert row.verdict == PASS, str(row)
 
 
-def _reset_but_once(self):
-    if not hasattr(self, "was_reset"):
-        self.was_reset = True
-        RESET(self)
-
-
 RESET = attending._Pass._reset
-SMALL = {"q_lens": (1, 3, 1), "kv_lens": (70, 9, 4), "pad_tokens": 0}
+
+
+def _reset_before_the_first_only(self, state):
+    if isinstance(state, int):  # a tracer after a tile
+        RESET(self, state)
+
+
+# Each is planted in one of `CASES`, which pass without it.
 FAULTS = {
-    "mask": ((attending._Pass, "_seen", lambda self, logits, step: logits), {}),
-    "scale": (
-        (attending._Pass, "_scaled", lambda self, x: x * self.sizes.scale), {},
-    ),
+    "mask": ((attending._Pass, "_seen", lambda self, logits, step: logits), "e4m3"),
+    "scale": ((attending._Pass, "_scaled", lambda self, x: x * self.sizes.scale), "decode"),
     "kv_scale": (
         (attending._Pass, "_scaled", lambda self, x: x * (self.sizes.scale * attending.LOG2_E)),
-        {"cache_dtype": "float8_e4m3fn", "scaled": True, "dtype": "bfloat16"},
+        "e4m3",
     ),
     "soft cap": (
         (attending._Pass, "_scaled", lambda self, x: x * (self.sizes.scale * attending.LOG2_E)),
-        {"soft_cap": 5.0},
+        "soft-cap-nothing-written",
     ),
-    "lse": ((attending, "LN_2", 1.0), {}),
-    "border between tiles": ((attending._Pass, "_reset", _reset_but_once), {}),
-    "write": ((mosaic_tpu, "write_rows", lambda *_, **__: None), {}),
+    "lse": ((attending, "LN_2", 1.0), "decode"),
+    "border between tiles": (
+        (attending._Pass, "_reset", _reset_before_the_first_only), "decode",
+    ),
+    "write": ((mosaic_tpu, "write_rows", lambda *_, **__: None), "decode"),
 }  # fmt: skip
-
-
-@pytest.mark.sweep
-@pytest.mark.parametrize("name", ["mask", "kv_scale", "soft cap"])
-def test_what_faults_are_planted_in_agrees_without_them(name):
-    row = row_of(mla_attention, **SMALL | FAULTS[name][1])
-    assert row.verdict == PASS, str(row)
-
-
 EVERY_PUSH = ("mask", "border between tiles", "write")
 
 
 @pytest.mark.once
 @pytest.mark.parametrize(
-    ("fault", "options"),
+    ("fault", "case"),
     [
         pytest.param(*planted, id=name, marks=() if name in EVERY_PUSH else pytest.mark.sweep)
         for name, planted in FAULTS.items()
     ],
 )
-def test_a_planted_fault_is_seen(monkeypatch, fault, options):
+def test_a_planted_fault_is_seen(monkeypatch, fault, case):
     monkeypatch.setattr(*fault)
-    assert row_of(mla_attention, **SMALL | options).verdict != PASS
+    row = row_of(mla_attention, **CASES[case])
+    assert row.verdict == FAIL, str(row)
+
+
+@pytest.mark.sweep
+@pytest.mark.once
+def test_pages_past_an_end_that_are_not_zeroed_are_seen(monkeypatch):
+    monkeypatch.setattr(mosaic_tpu, "tiles_for", tabled_but_small)
+    monkeypatch.setattr(attending._Pass, "_make_nothing", lambda self: None)
+    row = row_of(mla_attention, generation="v6e", **BOTH_KINDS)
+    assert row.verdict == FAIL, str(row)
 
 
 def arguments_of(**options):
