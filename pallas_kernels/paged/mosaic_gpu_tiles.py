@@ -45,6 +45,7 @@ HOPPER = {
     2: {
         64: Tiles(Phase(64, 8), Phase(128, 3)),
         80: Tiles(Phase(64, 6), Phase(64, 4)),
+        96: Tiles(Phase(64, 4), Phase(64, 4)),  # prompts with 128 keys, pages of 16: 4 + 8 bytes
         128: Tiles(Phase(64, 4), Phase(128, 2)),
         192: Tiles(Phase(64, 3, 1, tied=True), Phase(64, 3, 1, tied=True)),
         256: Tiles(Phase(64, 2, 1, tied=True), Phase(64, 2, 1, tied=True)),
@@ -56,9 +57,13 @@ HOPPER = {
     },
 }
 # The same where a soft cap or slopes take registers: two warpgroups that decode spill
-# from head size 96 of 8 bits on, 128 of 16.
+# from head size 96 on; at 192 three slots do, over pages of 16 (8 + 16 bytes).
 ADDED = {
-    2: {128: Tiles(Phase(64, 4, 1), Phase(64, 4))},
+    2: {
+        96: Tiles(Phase(64, 4, 1), Phase(64, 4)),
+        128: Tiles(Phase(64, 4, 1), Phase(64, 4)),
+        192: Tiles(Phase(64, 2, 1, tied=True), Phase(64, 3, 1, tied=True)),
+    },
     1: {
         96: Tiles(Phase(64, 8, 1, tied=True), Phase(64, 4)),
         128: Tiles(Phase(64, 6, 1, tied=True), Phase(64, 4, 1, tied=True)),
@@ -67,7 +72,7 @@ ADDED = {
 # The same where rows see keys from one on (a window, a chunk): one loop more has masks. At 128
 # decoding spills with descriptors kept, float8 with two warpgroups; at 96 prompts with 128 keys.
 BOUNDED = {
-    2: {128: Tiles(Phase(64, 4, tied=True), Phase(64, 4))},
+    2: {size: Tiles(Phase(64, 4, tied=True), Phase(64, 4)) for size in (96, 128)},
     1: {128: ADDED[1][128]},
 }
 # One warpgroup a block (mma takes 64 rows), and two blocks a core to hide each other's waits; no
