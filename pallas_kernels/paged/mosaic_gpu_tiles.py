@@ -57,13 +57,9 @@ HOPPER = {
     },
 }
 # The same where a soft cap or slopes take registers: two warpgroups that decode spill
-# from head size 96 on; at 192 three slots do, over pages of 16 (8 + 16 bytes).
+# from head size 96 of 8 bits on, 128 of 16.
 ADDED = {
-    2: {
-        96: Tiles(Phase(64, 4, 1), Phase(64, 4)),
-        128: Tiles(Phase(64, 4, 1), Phase(64, 4)),
-        192: Tiles(Phase(64, 2, 1, tied=True), Phase(64, 3, 1, tied=True)),
-    },
+    2: {size: Tiles(Phase(64, 4, 1), Phase(64, 4)) for size in (96, 128)},
     1: {
         96: Tiles(Phase(64, 8, 1, tied=True), Phase(64, 4)),
         128: Tiles(Phase(64, 6, 1, tied=True), Phase(64, 4, 1, tied=True)),
