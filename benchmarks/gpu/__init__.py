@@ -10,6 +10,7 @@
 | `contenders.py`, `ours.py`, `peers/` | by whom? |
 | `static/` | what did the compiler make of it (registers, spills, loop), with no GPU? |
 | `checks.py` | are our kernels right on this GPU? |
+| `steps.py`, `watching.py`, `turns.py` | which process does what, and when? |
 | `clock.py`, `racing.py`, `torch_child.py` | how long does it take there, beside its rivals? |
 | `results.py`, `page.py` | what came out? |
 """

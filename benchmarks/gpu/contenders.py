@@ -3,6 +3,7 @@
 A contender is a module with
 
     PACKAGE                                what must be installed
+    MEASURES                               whether compiling it times candidates on the GPU
     refuses(work) -> str | None            why it does not serve a work; None = it does
     choices(work) -> [options]             tile sizes worth measuring; the best of them counts
     program(work, **options) -> Program    the call; imports the library
@@ -33,6 +34,7 @@ class Contender(Protocol):
     """What a contender's module has; see this file's first lines."""
 
     PACKAGE: str
+    MEASURES: bool
 
     def refuses(self, work: Work) -> str | None:
         """Why it does not serve a work; None = it does."""

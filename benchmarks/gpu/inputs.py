@@ -1,7 +1,7 @@
 """Arrays for a program: fresh random numbers on the device, in sets larger than its cache."""
 
-import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,15 +16,27 @@ PAST_CACHE = 256 << 20  # bytes: several times the second-level cache of any of 
 MOST_SETS = 4
 
 
-def made(program: Program, seed: int) -> tuple[jax.Array, ...]:
-    """The arguments as arrays: standard normal where the program names a shape only."""
+def maker(program: Program) -> Callable[[int], tuple[jax.Array, ...]]:
+    """A function of a seed, compiled here: the arguments as arrays.
 
-    def array(key: jax.Array, given: Any) -> jax.Array:
-        is_given = isinstance(given, np.ndarray)
-        return jnp.asarray(given) if is_given else _normal(key, given.shape, given.dtype)
+    Standard normal where the program names a shape only.
+    """
+    drawn = [given for given in program.arguments if not isinstance(given, np.ndarray)]
 
-    keys = jax.random.split(jax.random.key(seed), len(program.arguments))
-    return tuple(array(*each) for each in zip(keys, program.arguments, strict=True))
+    def draw(seed: jax.Array) -> list[jax.Array]:
+        keys = jax.random.split(jax.random.key(seed), len(drawn))
+        return [_normal(key, each.shape, each.dtype) for key, each in zip(keys, drawn, strict=True)]
+
+    compiled = jax.jit(draw).lower(np.uint32(0)).compile()
+
+    def made(seed: int) -> tuple[jax.Array, ...]:
+        arrays = iter(compiled(np.uint32(seed)))
+        return tuple(
+            jnp.asarray(given) if isinstance(given, np.ndarray) else next(arrays)
+            for given in program.arguments
+        )
+
+    return made
 
 
 def num_sets(program: Program) -> int:
@@ -33,7 +45,6 @@ def num_sets(program: Program) -> int:
     return max(1, min(MOST_SETS, -(-PAST_CACHE // max(size, 1))))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
 def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     if np.dtype(dtype) != np.uint8:
         return jax.random.normal(key, shape, jnp.bfloat16).astype(dtype)

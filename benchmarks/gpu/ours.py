@@ -10,6 +10,7 @@ from benchmarks.gpu import tuning
 from benchmarks.work import Work
 
 PACKAGE = "attnsel_jax"
+MEASURES = False
 BACKENDS = {
     "dense": "MOSAIC_GPU",
     "paged": "MOSAIC_GPU",

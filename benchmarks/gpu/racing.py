@@ -6,7 +6,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 from attnsel_jax.compare.comparing import RAISED
 from benchmarks.arguments import WRITTEN, contract_arguments
 from benchmarks.batches import Program
-from benchmarks.gpu import clock, contenders, inputs, ours
+from benchmarks.gpu import clock, contenders, inputs, ours, turns
 from benchmarks.gpu.sampled import sampled_deviation
 from benchmarks.work import Work
 
@@ -72,6 +72,7 @@ class _Runner:
     options: dict[str, Any]
     program: Program
     compiled: Any
+    made: Callable[[int], tuple[jax.Array, ...]]  # a seed -> arguments
     compile_seconds: float
     error: float = math.nan
     first: float = 0.0  # a first guess at its seconds
@@ -98,13 +99,15 @@ def race(
             found.append(Timing(work.name, name, {}, LEFT_OUT, reason))
             continue
         asked += [(name, options) for options in contenders.contender(name).choices(work)]
-    compiled = [pool.submit(_compiled, work, *each) for each in asked]
-    runners = [_result(work, *each, future) for each, future in zip(asked, compiled, strict=True)]
-    found += [r for r in runners if isinstance(r, Timing)]
-    able = [r for r in runners if isinstance(r, _Runner)]
-    right, wrong = _held_to_the_oracle(work, able)
-    found += wrong
-    stopped = _time(right, rounds)
+    quiet = [each for each in asked if not contenders.contender(each[0]).MEASURES]
+    loud = [each for each in asked if each not in quiet]
+    runners = _all_compiled(work, quiet, pool)
+    with turns.turn(alone=True):
+        runners += _all_compiled(work, loud, pool)
+        found += [r for r in runners if isinstance(r, Timing)]
+        right, wrong = _held_to_the_oracle(work, [r for r in runners if isinstance(r, _Runner)])
+        found += wrong
+        stopped = _time(right, rounds)
     found += [_failed(work, right[at], error) for at, error in stopped.items()]
     found += [_timing(work, runner) for at, runner in enumerate(right) if at not in stopped]
     return _best(found)
@@ -117,12 +120,13 @@ def seconds_of(work: Work, name: str, options: dict[str, Any]) -> float:
         RuntimeError: it is wrong, or did not run.
     """
     runner = _compiled(work, name, options)
-    _, wrong = _held_to_the_oracle(work, [runner])
-    if wrong:
-        raise RuntimeError(f"{wrong[0].verdict}: {wrong[0].reason}")
-    sets = _sets(runner)
-    for _ in range(ROUNDS):
-        _time_once(runner, sets)
+    with turns.turn(alone=True):
+        _, wrong = _held_to_the_oracle(work, [runner])
+        if wrong:
+            raise RuntimeError(f"{wrong[0].verdict}: {wrong[0].reason}")
+        sets = _sets(runner)
+        for _ in range(ROUNDS):
+            _time_once(runner, sets)
     return statistics.median(runner.samples or runner.wall)
 
 
@@ -137,7 +141,16 @@ def _compiled(work: Work, name: str, options: dict[str, Any]) -> _Runner:
     program = contenders.program_of(name, work, options | more)
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), program.arguments)
     compiled = jax.jit(program.function).lower(*shapes).compile()
-    return _Runner(name, options, program, compiled, time.perf_counter() - begun)
+    seconds = time.perf_counter() - begun
+    return _Runner(name, options, program, compiled, inputs.maker(program), seconds)
+
+
+def _all_compiled(
+    work: Work, asked: Sequence[tuple[str, dict[str, Any]]], pool: concurrent.futures.Executor
+) -> list[_Runner | Timing]:
+    """Compiled side by side."""
+    futures = [pool.submit(_compiled, work, *each) for each in asked]
+    return [_result(work, *each, future) for each, future in zip(asked, futures, strict=True)]
 
 
 def _result(work, name, options, future) -> _Runner | Timing:
@@ -153,7 +166,7 @@ def _held_to_the_oracle(work: Work, runners: list[_Runner]) -> tuple[list[_Runne
     right, wrong, answer = [], [], None
     for runner in sorted(runners, key=lambda r: r.name != contenders.OURS):
         try:
-            arguments = inputs.made(runner.program, seed=1)
+            arguments = runner.made(1)
             poison()
             results = _all(runner.compiled(*arguments))
             again = _all(runner.compiled(*arguments))
@@ -271,7 +284,7 @@ def _time_once(runner: _Runner, sets: list[tuple[jax.Array, ...]]) -> None:
 
 def _sets(runner: _Runner) -> list[tuple[jax.Array, ...]]:
     count = inputs.num_sets(runner.program)
-    return [inputs.made(runner.program, seed=2 + number) for number in range(count)]
+    return [runner.made(2 + number) for number in range(count)]
 
 
 def _timing(work: Work, runner: _Runner) -> Timing:

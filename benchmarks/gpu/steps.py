@@ -1,9 +1,9 @@
-"""The steps of a run on a GPU, and the process that takes them.
+"""The steps of a run on a GPU, and the process that takes one.
 
-    python -m benchmarks.gpu.steps     # a step as a line of JSON in; lines for what is found out
+    python -m benchmarks.gpu.steps     # a step as JSON in; lines for what is found out
 
-What a kernel does to a GPU can end the process that called it, or hang it: then `watching` begins
-another with the steps that are left.
+What a kernel does to a GPU can end the process that called it, or hang it: `watching` gives each
+step a process of its own.
 """
 
 import concurrent.futures
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks.gpu import calibration, checks, racing, results
+from benchmarks.gpu import calibration, checks, racing, results, turns
 from benchmarks.gpu.contenders import OURS
 from benchmarks.work import Work
 
@@ -75,10 +75,12 @@ def take(step: Step) -> Iterator[Found]:
     if step["kind"] == "device":
         yield "device", results.device()
     elif step["kind"] == "calibration":
-        yield "calibration", calibration.calibrated()
+        with turns.turn(alone=True):
+            yield "calibration", calibration.calibrated()
     elif step["kind"] == "check":
-        for row in checks.check(step["at"], step["seed"]):
-            yield "checks", row
+        with turns.turn(alone=False):
+            for row in checks.check(step["at"], step["seed"]):
+                yield "checks", row
     elif step["kind"] == "tuned":
         yield "tuned", {"seconds": racing.seconds_of(_work(step), OURS, step["options"])}
     else:
@@ -97,21 +99,20 @@ def _pool() -> concurrent.futures.Executor:
 
 
 def main() -> None:
-    """Takes steps from stdin, one after another; every answer is a line that begins with {."""
+    """Takes the step on stdin; every answer is a line that begins with {."""
 
     def say(**said: Any) -> None:
         sys.stdout.write("\n" + json.dumps(said) + "\n")
         sys.stdout.flush()
 
-    for line in sys.stdin:
-        step = json.loads(line)
-        try:
-            for place, value in take(step):
-                say(place=place, value=value)
-        except (*racing.RAISED, ImportError, OSError, MemoryError) as error:
-            for place, value in broken(step, f"{type(error).__name__}: {error}"[:500]):
-                say(place=place, value=value)
-        say(done=True)
+    step = json.loads(sys.stdin.readline())
+    try:
+        for place, value in take(step):
+            say(place=place, value=value)
+    except (*racing.RAISED, ImportError, OSError, MemoryError) as error:
+        for place, value in broken(step, f"{type(error).__name__}: {error}"[:500]):
+            say(place=place, value=value)
+    say(done=True)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,25 @@
-"""Takes steps in a process that may crash or hang: then the next one goes on after that step."""
+"""Takes steps side by side, each in a process of its own: one that crashes or hangs costs itself.
 
+They compile side by side; on the GPU they take `turns`.
+"""
+
+import concurrent.futures
 import json
 import os
-import queue
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from benchmarks.gpu import steps
+from benchmarks.gpu import steps, turns
 
 COMMAND = (sys.executable, "-m", "benchmarks.gpu.steps")
-# CUPTI sees no kernel of a command buffer; memory is shared with PyTorch's process.
+# CUPTI sees no kernel of a command buffer; memory is shared with the other processes.
 FLAGS = "--xla_gpu_enable_command_buffer="
 MEMORY = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-STEP_S = 150.0  # that a step may take, compilers included
+WORKERS = 6
+STEP_S = 120.0  # that a step may take, compilers and its wait for a turn included
 GRACE_S = 25.0  # that it may take past the time of its kind
 
 
@@ -26,74 +30,53 @@ def taken(
     *,
     command: Sequence[str] = COMMAND,
     step_s: float = STEP_S,
+    workers: int = WORKERS,
 ) -> Iterator[steps.Found]:
-    """Takes steps in order, and gives what they find as it comes.
+    """Takes steps, and gives what they find in their order.
 
     Args:
         todo: the steps.
         ends: a step -> when (`time.perf_counter`) it must have begun, or is left.
         say: told what comes next.
-        command: of the process.
+        command: of a process.
         step_s: seconds after which a step counts as hung.
+        workers: how many processes at once.
     """
-    process = None
-    try:
-        for step in todo:
+    with (
+        tempfile.NamedTemporaryFile() as file,
+        concurrent.futures.ThreadPoolExecutor(workers) as pool,
+    ):
+        environment = MEMORY | os.environ | {turns.FILE: file.name}
+        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
+
+        def take(step: steps.Step) -> list[steps.Found]:
             seconds = ends(step) - time.perf_counter()
             if seconds < 0:
-                yield from steps.left(step)
-                continue
+                return steps.left(step)
             say(steps.name_of(step))
-            process = process or _Process(command)
-            reason = yield from process.take(step, min(step_s, seconds + GRACE_S))
-            if reason is not None:
-                process = process.end()
-                yield from steps.broken(step, reason)
-    finally:
-        if process is not None:
-            process.end()
+            return _taken_by_a_process(step, command, environment, min(step_s, seconds + GRACE_S))
+
+        for found in pool.map(take, todo):
+            yield from found
 
 
-class _Process:
-    """The process that takes steps, and the lines that it says."""
-
-    def __init__(self, command: Sequence[str]):
-        environment = MEMORY | os.environ
-        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, errors="replace",
-            env=environment,
+def _taken_by_a_process(
+    step: steps.Step, command: Sequence[str], environment: dict[str, str], seconds: float
+) -> list[steps.Found]:
+    """What a step finds, and why it broke if it did."""
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(step) + "\n", capture_output=True, text=True,
+            errors="replace", timeout=seconds, env=environment, check=False,
         )  # fmt: skip
-        self.lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def end(self) -> None:
-        """Ends it, whatever it does."""
-        self.process.kill()
-        self.process.communicate()
-
-    def _read(self) -> None:
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                self.lines.put(line)
-        self.lines.put(None)
-
-    def take(self, step: steps.Step, seconds: float) -> Iterator[steps.Found]:
-        """What a step finds; returns why it broke, None = it did not."""
-        end = time.perf_counter() + seconds
-        try:
-            self.process.stdin.write(json.dumps(step) + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            return f"its process ended with {self.process.wait()} before the step"
-        while True:
-            try:
-                line = self.lines.get(timeout=max(0.0, end - time.perf_counter()))
-            except queue.Empty:
-                return f"hung: stopped after {seconds:.0f} s"
-            if line is None:
-                return f"its process ended with {self.process.wait()}"
-            said = json.loads(line)
-            if said.get("done"):
-                return None
-            yield said["place"], said["value"]
+        said, reason = done.stdout, f"its process ended with {done.returncode}"
+    except subprocess.TimeoutExpired as stopped:
+        said = (stopped.stdout or b"").decode(errors="replace")
+        reason = f"hung: stopped after {seconds:.0f} s"
+    found, whole = [], False
+    for line in said.splitlines():
+        if line[:1] + line[-1:] == "{}":
+            answer = json.loads(line)
+            whole = whole or answer.get("done", False)
+            found += [] if "done" in answer else [(answer["place"], answer["value"])]
+    return found if whole else found + steps.broken(step, reason)

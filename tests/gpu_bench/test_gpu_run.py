@@ -109,7 +109,7 @@ def test_a_wrong_gradient_shows_against_a_rival_s(monkeypatch):
 
 def test_bits_that_change_are_a_fault(monkeypatch):
     answers = iter(np.float32([1, 1, 2]))
-    runner = racing._Runner(OURS, {}, None, lambda: None, 0.0)
+    runner = racing._Runner(OURS, {}, None, lambda: None, lambda seed: (), 0.0)
     one, two = jax.numpy.full(3, next(answers)), jax.numpy.full(3, 2.0)
     assert "other bits" in racing._own_fault(DENSE, runner, (), [one], [two])
 
@@ -155,15 +155,14 @@ def test_no_time_left_is_said(monkeypatch, tmp_path):
 
 CHILD = """
 import json, os, sys, time
-for line in sys.stdin:
-    name = json.loads(line).get("work", {}).get("name")
-    if name == "hangs":
-        time.sleep(60)
-    if name == "crashes":
-        os._exit(3)
-    print(json.dumps({"place": "timings", "value": [name, os.getpid()]}))
-    print("noise of a library")
-    print(json.dumps({"done": True}), flush=True)
+name = json.loads(sys.stdin.readline()).get("work", {}).get("name")
+print(json.dumps({"place": "timings", "value": [name, os.getpid()]}), flush=True)
+print("noise of a library")
+if name == "hangs":
+    time.sleep(60)
+if name == "crashes":
+    os._exit(3)
+print(json.dumps({"done": True}), flush=True)
 """
 
 
@@ -180,16 +179,40 @@ def test_a_step_that_crashes_or_hangs_costs_itself_only():
         )
     )
     assert {place for place, _ in found} == {"timings"}
-    (one, first), crashed, (two, second), hung, (three, third), late = (row for _, row in found)
-    assert (one, two, three) == ("one", "two", "three")
-    assert len({first, second, third}) == 3, "another process after each"
+    rows = [row for _, row in found]
+    named, (crashed, hung, late) = [rows[at] for at in (0, 1, 3, 4, 6)], [rows[2], rows[5], rows[7]]
+    assert [name for name, _ in named] == ["one", "crashes", "two", "hangs", "three"]
+    assert len({process for _, process in named}) == 5, "a process for each"
     assert (crashed["verdict"], crashed["reason"]) == (racing.FAILED, "its process ended with 3")
     assert (hung["verdict"], hung["reason"]) == (racing.FAILED, "hung: stopped after 2 s")
     assert late == {"work": "late", "verdict": "not run: no time was left"}
     assert measured.failed({"checks": [], "timings": [crashed]})
 
 
-def test_the_process_takes_steps_and_says_what_raised():
+WAITS = """
+import json, sys, time
+from benchmarks.gpu import turns
+alone = json.loads(sys.stdin.readline())["work"]["alone"]
+with turns.turn(alone=alone):
+    began = time.time()
+    time.sleep(0.5)
+    print(json.dumps({"place": "timings", "value": [alone, began, time.time()]}))
+print(json.dumps({"done": True}), flush=True)
+"""
+
+
+def test_what_is_measured_runs_alone():
+    todo = [{"kind": "race", "work": {"alone": alone}} for alone in (False, False, True, True)]
+    found = watching.taken(todo, lambda step: time.perf_counter() + 60, lambda text: None,
+                           command=[sys.executable, "-c", WAITS])  # fmt: skip
+    spans = [value for _, value in found]
+    for alone, begin, end in spans:
+        others = [span for span in spans if span != [alone, begin, end]]
+        meanwhile = [span for span in others if span[1] < end and begin < span[2]]
+        assert not meanwhile or not (alone or any(span[0] for span in meanwhile))
+
+
+def test_the_processes_take_steps_and_say_what_raised():
     work = dataclasses.asdict(WORKS["dense"])
     todo = [
         {"kind": "device"},

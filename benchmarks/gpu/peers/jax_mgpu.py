@@ -9,6 +9,7 @@ from benchmarks.gpu.peers.jax_nn_cudnn import dense_program
 from benchmarks.work import Work
 
 PACKAGE = "jax"
+MEASURES = False
 HEAD_SIZES = (64, 128, 256)
 
 

@@ -8,6 +8,7 @@ from benchmarks.batches import Program, floats
 from benchmarks.work import Work
 
 PACKAGE = "jax"
+MEASURES = False
 
 
 def refuses(work: Work) -> str | None:

@@ -9,6 +9,7 @@ from benchmarks.gpu.peers.jax_nn_cudnn import dense_program
 from benchmarks.work import Work
 
 PACKAGE = "tokamax"
+MEASURES = False
 
 
 def refuses(work: Work) -> str | None:
