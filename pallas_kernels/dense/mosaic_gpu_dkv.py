@@ -24,7 +24,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dense.mosaic_gpu_dq import drain
-from pallas_kernels.dense.mosaic_gpu_geometry import Static, row_of
+from pallas_kernels.dense.mosaic_gpu_geometry import (
+    Static,
+    head_of_grid,
+    heads_together,
+    row_of,
+)
 from pallas_kernels.dense.mosaic_gpu_tiles import BackwardTiles
 from pallas_kernels.dense.mosaic_gpu_weights import (
     LAYOUTS,
@@ -82,7 +87,9 @@ def key_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> tuple[jax.
         exchange = Exchange(*more) if split else None
         block(static, arrays, (dk, dv), shared, exchange, tied=tiles.tied)
 
-    owners = 1 if split else CONSUMERS
+    owners, kv_heads = 1 if split else CONSUMERS, x.k.shape[2]
+    of_a_head = static.q_len * (static.head_dim + static.head_dim_v) * x.q.dtype.itemsize
+    together = heads_together(kv_heads, of_a_head * static.group)
     return plgpu.kernel(
         body,
         out_type=(
@@ -90,8 +97,10 @@ def key_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> tuple[jax.
             jax.ShapeDtypeStruct(x.v.shape, x.v.dtype),
         ),
         scratch_types=_scratch(static, x.q.dtype, stages, owners) + (_exchange() if split else []),
-        grid=(static.batch, pl.cdiv(static.kv_len, owners * TILE), x.k.shape[2]),
-        grid_names=("batch", "block", "kv_head"),
+        grid=(
+            static.batch, kv_heads // together, pl.cdiv(static.kv_len, owners * TILE), together,
+        ),
+        grid_names=("batch", "heads", "block", "head"),
         num_threads=CONSUMERS + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -144,7 +153,7 @@ def block(
     exchange: Exchange | None, *, tied: bool,
 ) -> None:  # fmt: skip
     """One block of the grid: its keys, and the queries that see them."""
-    b, kv_head = lax.axis_index("batch"), lax.axis_index("kv_head")
+    b, kv_head = lax.axis_index("batch"), head_of_grid()
     index, wg = lax.axis_index("block"), lax.axis_index("wg")
     owners = shared.k.shape[0]
     at = Place(b, row_of(static, x.rows, b), jnp.int32(0), index * (owners * TILE))

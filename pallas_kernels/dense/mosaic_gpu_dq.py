@@ -16,7 +16,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.dense.mosaic_gpu_geometry import Static, row_of, seen_interval
+from pallas_kernels.dense.mosaic_gpu_geometry import (
+    Static,
+    head_of_grid,
+    heads_together,
+    row_of,
+    seen_interval,
+)
 from pallas_kernels.dense.mosaic_gpu_tiles import BackwardTiles
 from pallas_kernels.dense.mosaic_gpu_weights import (
     BLOCK,
@@ -86,6 +92,8 @@ def query_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> QueryGra
         block(static, arrays, results, Shared(q, dout, *rest, sums), tied=tiles.tied)
 
     dtype = x.q.dtype
+    of_a_head = static.kv_len * (static.head_dim + static.head_dim_v) * dtype.itemsize
+    together = heads_together(static.num_q_heads, of_a_head // static.group)
     out_type = [
         jax.ShapeDtypeStruct(x.q.shape, dtype),
         *[jax.ShapeDtypeStruct(x.lse.shape, jnp.float32)] * static.alibi,
@@ -110,8 +118,10 @@ def query_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> QueryGra
             read(num_barriers=k_stages),
             read(num_barriers=v_stages),
         ],
-        grid=(static.batch, pl.cdiv(static.q_len, BLOCK), static.num_q_heads),
-        grid_names=("batch", "block", "head"),
+        grid=(
+            static.batch, static.num_q_heads // together, pl.cdiv(static.q_len, BLOCK), together,
+        ),
+        grid_names=("batch", "heads", "block", "head"),
         num_threads=CONSUMERS + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -129,7 +139,7 @@ class KeyRange(NamedTuple):
 
 def block(static: Static, x: Arrays, results: Any, shared: Shared, *, tied: bool) -> None:
     """One block of the grid: BLOCK queries of a head, and the keys that they see."""
-    b, head = lax.axis_index("batch"), lax.axis_index("head")
+    b, head = lax.axis_index("batch"), head_of_grid()
     index, wg = lax.axis_index("block"), lax.axis_index("wg")
     if static.causal:  # the longest first
         index = pl.cdiv(static.q_len, BLOCK) - 1 - index

@@ -16,6 +16,8 @@ from pallas_kernels.dense.mosaic_gpu_geometry import (
     KeyTiles,
     Row,
     Static,
+    head_of_grid,
+    heads_together,
     key_tiles,
     row_of,
     seen_interval,
@@ -83,6 +85,8 @@ def forward(static: Static, x: Operands) -> tuple[jax.Array, jax.Array]:
     """
     blocks = pl.cdiv(static.q_len, static.block_q)
     given = Operands(*(field is not None for field in x))
+    of_a_head = static.kv_len * (static.head_dim + static.head_dim_v) * x.q.dtype.itemsize
+    together = heads_together(static.num_q_heads, of_a_head // static.group)
     out_shape = (*x.q.shape[:3], static.head_dim_v)
     lse_shape = (static.batch, static.num_q_heads, blocks * static.block_q)
 
@@ -99,8 +103,8 @@ def forward(static: Static, x: Operands) -> tuple[jax.Array, jax.Array]:
             jax.ShapeDtypeStruct(lse_shape, jnp.float32),
         ),
         scratch_types=_scratch(static, x.q.dtype),
-        grid=(static.batch, blocks, static.num_q_heads),
-        grid_names=("batch", "block", "head"),
+        grid=(static.batch, static.num_q_heads // together, blocks, together),
+        grid_names=("batch", "heads", "block", "head"),
         num_threads=static.tiles.consumers + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(
@@ -174,7 +178,7 @@ class Place(NamedTuple):
         b, index = lax.axis_index("batch"), lax.axis_index("block")
         if static.causal:  # the longest first
             index = pl.cdiv(static.q_len, static.block_q) - 1 - index
-        return cls(row_of(static, rows, b), b, lax.axis_index("head"), index)
+        return cls(row_of(static, rows, b), b, head_of_grid(), index)
 
 
 def block(static: Static, x: Operands, out: Any, lse: Any, shared: Shared) -> None:

@@ -153,6 +153,30 @@ def key_tiles(static: Static, row: Row, block: jax.Array, rows_of: tuple[Any, in
     return KeyTiles(first, stop, inner, inner_stop, low, high)
 
 
+# Bytes of keys and values that blocks which run at once should share: a part of Hopper's
+# second-level cache, 50 MB in two halves that each keep what their cores read.
+SHARED_BYTES = 16 << 20
+
+
+def heads_together(heads: int, bytes_of_one: int) -> int:
+    """How many heads' blocks run side by side, so that what they read stays in the cache.
+
+    Blocks are taken in the order of the grid. Heads that change fastest balance a causal call's
+    long and short blocks; but then every head's keys pass through the cache again and again.
+
+    Args:
+        heads: of the call.
+        bytes_of_one: that a head's blocks all read.
+    """
+    fitting = max(1, SHARED_BYTES // max(bytes_of_one, 1))
+    return max(n for n in range(1, heads + 1) if heads % n == 0 and (n <= fitting or n == 1))
+
+
+def head_of_grid() -> jax.Array:
+    """The head of this block of a grid whose axes "heads" and "head" share the heads out."""
+    return lax.axis_index("heads") * lax.axis_size("head") + lax.axis_index("head")
+
+
 def tiles_of(a: int, b: int) -> int:
     """How many tiles of b hold a."""
     return -(-a // b)

@@ -34,7 +34,7 @@ from pallas_kernels.mla.mosaic_gpu_slots import (
     PlainSlots,
     allocated,
     load_and_expand,
-    row_pieces_layout,
+    raw_pieces,
     scratch,
 )
 from pallas_kernels.mla.mosaic_gpu_tiles import TILES, splits
@@ -210,7 +210,7 @@ def _kernel(*refs, sizes: Sizes, num_tokens, most_keys, row_blocks, converts):
             load_and_expand(
                 shared.slots, walk.pairs,
                 functools.partial(load_raw_pages, sizes, shared.slots, *sources),
-                functools.partial(_converted, shared.q.dtype),
+                functools.partial(_converted, shared.q.dtype, walk.zero),
                 lambda i, slot: walk.kv_len - first - i * PAIR - slot * KEYS,
             )  # fmt: skip
 
@@ -230,9 +230,6 @@ def _walk(tile, split, sizes: Sizes, num_seqs, kv_scale) -> attending.Walk:
     )
 
 
-def _converted(dtype, raw, slot) -> list[jax.Array]:
+def _converted(dtype, zero, raw, slot) -> list[jax.Array]:
     """The columns of a group of 8-bit rows, as `load_and_expand` wants them."""
-    return [
-        plgpu.load(raw.at[pl.ds(0, GROUP), column], layout=row_pieces_layout()).astype(dtype)
-        for column in range(raw.shape[1])
-    ]
+    return [piece.astype(dtype) for piece in raw_pieces(raw.at[pl.ds(0, GROUP)], zero)]

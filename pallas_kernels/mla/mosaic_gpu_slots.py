@@ -167,6 +167,19 @@ def row_pieces_layout() -> Any:
     return plgpu.Layout.TILED(tiles, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
 
+def raw_pieces(rows: Any, zero: Any) -> list[jax.Array]:
+    """The columns of a group of raw rows, [GROUP, columns / 64, 64], 64 at a time.
+
+    zero: that the compiler does not know to be 0. It infers how raw rows lie, and for loads at a
+    known place it would have TMA swizzle them; but then it reads all columns of a row as if they
+    were its first (jax 0.11.2 and 0.12.0.1, read off the PTX; wrong on an H100).
+    """
+    return [
+        plgpu.load(rows.at[:, column, pl.ds(zero, LANE_ROW)], layout=row_pieces_layout())
+        for column in range(rows.shape[1])
+    ]
+
+
 def load_and_expand(
     slots: ExpandedSlots,
     pairs: Any,

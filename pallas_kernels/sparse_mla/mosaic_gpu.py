@@ -31,7 +31,7 @@ from pallas_kernels.mla.mosaic_gpu_slots import (
     ExpandedSlots,
     allocated,
     load_and_expand,
-    row_pieces_layout,
+    raw_pieces,
     scratch,
 )
 from pallas_kernels.mla.mosaic_gpu_tiles import TILES, splits
@@ -193,7 +193,8 @@ def _kernel(*refs, sizes: Sizes, row_blocks: int):
         load_queries(sizes, shared, arrays.ql_nope, arrays.q_pe, row)
         listed = arrays.chosen.at[token]
         load = functools.partial(_load_rows, arrays.rows, listed, chosen, shared.slots, walk)
-        load_and_expand(shared.slots, walk.pairs, load, _pieces, None)
+        pieces = functools.partial(_pieces, walk.zero)
+        load_and_expand(shared.slots, walk.pairs, load, pieces, None)
 
 
 def _walk(used, a_row, split, sizes: Sizes, kv_scale) -> attending.Walk:
@@ -224,11 +225,9 @@ def _load_rows(rows, listed, chosen, slots: ExpandedSlots, walk, i, slot) -> Non
             plgpu.copy_gmem_to_smem(row, slots.raw[slot].at[warp, place], arrived)
 
 
-def _pieces(raw, slot) -> list[jax.Array]:
+def _pieces(zero, raw, slot) -> list[jax.Array]:
     """The columns of a group of rows, as `load_and_expand` wants them."""
-    return [
-        plgpu.load(raw.at[:, column], layout=row_pieces_layout()) for column in range(raw.shape[1])
-    ]
+    return raw_pieces(raw, zero)
 
 
 def _is_row(chosen, none, me, sizes, shared, first_key, walk) -> jax.Array:
