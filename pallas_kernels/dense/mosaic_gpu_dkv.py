@@ -98,7 +98,10 @@ def key_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> tuple[jax.
         ),
         scratch_types=_scratch(static, x.q.dtype, stages, owners) + (_exchange() if split else []),
         grid=(
-            static.batch, kv_heads // together, pl.cdiv(static.kv_len, owners * TILE), together,
+            static.batch,
+            kv_heads // together,
+            pl.cdiv(static.kv_len, owners * TILE),
+            together,
         ),
         grid_names=("batch", "heads", "block", "head"),
         num_threads=CONSUMERS + 1,

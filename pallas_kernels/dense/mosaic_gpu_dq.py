@@ -119,7 +119,10 @@ def query_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> QueryGra
             read(num_barriers=v_stages),
         ],
         grid=(
-            static.batch, static.num_q_heads // together, pl.cdiv(static.q_len, BLOCK), together,
+            static.batch,
+            static.num_q_heads // together,
+            pl.cdiv(static.q_len, BLOCK),
+            together,
         ),
         grid_names=("batch", "heads", "block", "head"),
         num_threads=CONSUMERS + 1,

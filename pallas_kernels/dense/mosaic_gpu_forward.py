@@ -23,6 +23,7 @@ from pallas_kernels.dense.mosaic_gpu_geometry import (
     seen_interval,
 )
 from pallas_kernels.gpu_addresses import tied_to
+from pallas_kernels.gpu_zeros import zeros
 
 # Consumers -> (registers a thread of theirs, of the producer's). A block is launched with 65536
 # registers over its threads, rounded down to 8 each: more in sum than that would wait for ever.
@@ -292,12 +293,11 @@ def consume(static: Static, x: Operands, out, lse, shared: Shared, place: Place,
         """Scores of this tile beside the weighted values of the one before."""
         acc, p, state, before = carry
         slot = slot_after(static, before)
+        plgpu.barrier_wait(shared.k_full.at[slot])
+        if turns:
+            plgpu.barrier_wait(shared.turn.at[wg])
 
         def products(o_ref, s_ref):
-            o_ref[...] = acc
-            plgpu.barrier_wait(shared.k_full.at[slot])
-            if turns:
-                plgpu.barrier_wait(shared.turn.at[wg])
             q_here = shared.q.at[tied_to(tile, wg, tied=static.tiles.tied)]
             plgpu.wgmma(s_ref, q_here, shared.k.at[slot].transpose((1, 0)))
             plgpu.wgmma(o_ref, p, shared.v.at[before])
@@ -315,7 +315,7 @@ def consume(static: Static, x: Operands, out, lse, shared: Shared, place: Place,
             plgpu.barrier_arrive(shared.v_empty.at[before])
             return o * along(alpha, o), next_p.astype(p.dtype), next_state, slot
 
-        return _with_accumulators(static, products)
+        return _with_accumulators(static, acc, no_scores, products)
 
     def first_scores(s_ref):
         plgpu.barrier_wait(shared.k_full.at[0])
@@ -323,6 +323,7 @@ def consume(static: Static, x: Operands, out, lse, shared: Shared, place: Place,
         return s_ref[...]
 
     s = pl.run_scoped(first_scores, plgpu.ACC((CONSUMER_ROWS, static.tiles.block_kv), jnp.float32))
+    no_scores = zeros(CONSUMER_ROWS, static.tiles.block_kv)
     state = empty(CONSUMER_ROWS)
     p, _, state = weigh(s, tiles.first, 0, state, True)
     if static.segments:
@@ -355,9 +356,16 @@ def consume(static: Static, x: Operands, out, lse, shared: Shared, place: Place,
     epilogue(static, x, acc, state, out, lse, shared, row, b, head, first_row, wg)
 
 
-def _with_accumulators(static: Static, products):
+def _with_accumulators(static: Static, acc: jax.Array, no_scores: jax.Array, products):
+    """What `products` returns of sums that begin as acc, and of scores that begin as zeros."""
+
+    def filled(o_ref, s_ref):
+        o_ref[...] = acc
+        s_ref[...] = no_scores
+        return products(o_ref, s_ref)
+
     return pl.run_scoped(
-        products,
+        filled,
         plgpu.ACC((CONSUMER_ROWS, static.head_dim_v), jnp.float32),
         plgpu.ACC((CONSUMER_ROWS, static.tiles.block_kv), jnp.float32),
     )
