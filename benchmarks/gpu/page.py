@@ -5,11 +5,13 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.gpu.contenders import OURS
 from benchmarks.gpu.results import FOLDER, STATIC
 
 STATIC_COLUMNS = ("work", "who", "tiles", "kernel", "registers", "spills", "stack", "smem KiB",
                   "tensor", "TMA", "ex2", "loop", "tensor cores, at most", "faults")  # fmt: skip
-TIMED_COLUMNS = ("work", "who", "µs", "TFLOP/s", "GB/s", "error", "verdict")
+TIMED_COLUMNS = ("work", "ours, µs", "TFLOP/s", "GB/s", "error", "best rival, µs", "times as fast",
+                 "the others, µs")  # fmt: skip
 CHECK_COLUMNS = ("backend", "problems right", "refused", "wrong", "not run")
 SMALLEST = 200  # instructions: what has fewer is no attention kernel
 
@@ -55,22 +57,39 @@ def _kernel(kernel: Mapping[str, Any]) -> list[str]:
 
 
 def timed_rows(data: Mapping[str, Any]) -> list[list[str]]:
-    """A row for each contender that was asked for a work."""
-    torch = data["torch"].get("rows", [])
-    rows = []
-    for row in [*data["timings"], *torch]:
-        start = [row["work"], row.get("contender", "")]
-        if row["verdict"] != "timed":
-            said = f"{row['verdict']}: {row.get('reason', '')}"[:120]
-            rows.append([*start, "", "", "", "", said])
-            continue
-        differ = ", clocks differ" if row.get("clocks_differ") else ""
-        rows.append([
-            *start, f"{row['seconds'] * 1e6:.1f}", f"{row['tflops']:.0f}",
-            f"{row['gbytes']:.0f}" if "gbytes" in row else "",
-            f"{row['error']:.1e}" if "error" in row else "", f"timed{differ}",
-        ])  # fmt: skip
-    return sorted(rows, key=lambda row: [r["work"] for r in data["timings"]].index(row[0]))
+    """A row for each work: ours, the fastest rival, the others; who was left out is not named."""
+    by_work: dict[str, list[Mapping[str, Any]]] = {row["work"]: [] for row in data["timings"]}
+    for row in [*data["timings"], *data["torch"].get("rows", [])]:
+        if row["verdict"] != "left out":
+            by_work[row["work"]].append(row)
+    return [[work, *_raced(rows)] for work, rows in by_work.items()]
+
+
+def _raced(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The cells of one work."""
+    ours = next((row for row in rows if row.get("contender") == OURS), rows[0] if rows else {})
+    rivals = sorted(
+        (row for row in rows if row["verdict"] == "timed" and row["contender"] != OURS),
+        key=lambda row: row["seconds"],
+    )
+    failed = [
+        f"{row['contender']} {row['verdict']}" for row in rows
+        if row is not ours and row["verdict"] != "timed"
+    ]  # fmt: skip
+    best = f"{rivals[0]['contender']} {_us(rivals[0])}" if rivals else "none"
+    others = ", ".join([*(f"{row['contender']} {_us(row)}" for row in rivals[1:]), *failed])
+    if ours.get("verdict") != "timed":
+        said = f"{ours.get('verdict', 'not run')}: {ours.get('reason', '')}"[:120]
+        return [said, "", "", "", best, "", others]
+    faster = f"{rivals[0]['seconds'] / ours['seconds']:.2f}" if rivals else ""
+    figures = [f"{ours['tflops']:.0f}", f"{ours['gbytes']:.0f}", f"{ours['error']:.1e}"]
+    return [_us(ours), *figures, best, faster, others]
+
+
+def _us(row: Mapping[str, Any]) -> str:
+    """Microseconds; * where the two clocks differ."""
+    us = row["seconds"] * 1e6
+    return f"{us:,.{0 if us >= 1000 else 1}f}{'*' * bool(row.get('clocks_differ'))}"
 
 
 def check_rows(data: Mapping[str, Any]) -> list[list[str]]:

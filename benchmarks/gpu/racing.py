@@ -20,7 +20,7 @@ from benchmarks.gpu import clock, contenders, inputs, ours, turns
 from benchmarks.gpu.sampled import sampled_deviation
 from benchmarks.work import Work
 
-ROUNDS = 5
+ROUNDS = 3
 # Outputs of two right answers in bfloat16 differ by less than this share of their norm.
 AGREEMENT = 2e-2
 TIMED, WRONG, FAILED, LEFT_OUT = "timed", "WRONG", "failed", "left out"

@@ -136,8 +136,33 @@ def test_a_whole_run_writes_what_it_found(monkeypatch, tmp_path):
     assert (left_out, set(verdicts.values()), len(verdicts)) == ("left out", {"timed"}, 3)
     assert {row["backend"] for row in kept["checks"]} == {"XLA", "XLA_MLA", "XLA_MLA_SPARSE"}
     assert not measured.failed(data)
-    assert len(page.timed_rows(data)) >= 4
+    assert [row[0] for row in page.timed_rows(data)] == ["dense", "paged"]
     assert [row[0] for row in page.check_rows(data)] == ["XLA", "XLA_MLA", "XLA_MLA_SPARSE"]
+
+
+def test_a_work_s_row_has_ours_its_best_rival_and_who_failed():
+    def timed(who, seconds, **more):
+        row = {"work": "w", "contender": who, "verdict": "timed", "seconds": seconds}
+        return row | {"tflops": 1.0, "gbytes": 2.0, "error": 3e-3} | more
+
+    failed = {"work": "w", "contender": "slow", "verdict": racing.FAILED}
+    left_out = {"work": "w", "contender": "other", "verdict": racing.LEFT_OUT}
+    data = {"timings": [timed(OURS, 2e-3, clocks_differ=True), timed("a", 4e-4), failed, left_out],
+            "torch": {"rows": [timed("torch", 1e-3)]}}  # fmt: skip
+    (row,) = page.timed_rows(data)
+    assert row == [
+        "w",
+        "2,000*",
+        "1",
+        "2",
+        "3.0e-03",
+        "a 400.0",
+        "0.20",
+        "torch 1,000, slow failed",
+    ]
+    wrong = timed(OURS, 1e-3) | {"verdict": racing.WRONG, "reason": "out"}
+    (row,) = page.timed_rows({"timings": [wrong, timed("a", 1e-3)], "torch": {}})
+    assert row[1:2] + row[5:7] == ["WRONG: out", "a 1,000", ""]
 
 
 def test_no_time_left_is_said(monkeypatch, tmp_path):
