@@ -202,7 +202,7 @@ def block(static: Static, x: Operands, out: Any, lse: Any, shared: Shared) -> No
 
 
 def produce(static: Static, x: Operands, shared: Shared, place: Place) -> None:
-    """Brings the queries, then key and value tiles as slots become free."""
+    """Brings the queries, then key and value tiles, the last first, as slots become free."""
     row, b, head, index = place
     tiles = key_tiles(static, row, index, (index * static.block_q, static.block_q))
     stages, block_kv = static.tiles.stages, static.tiles.block_kv
@@ -211,9 +211,9 @@ def produce(static: Static, x: Operands, shared: Shared, place: Place) -> None:
         rows = pl.ds(index * static.block_q + i * static.tiles.rows, static.tiles.rows)
         plgpu.copy_gmem_to_smem(x.q.at[b, rows, head], shared.q.at[i], shared.q_full.at[i])
 
-    @pl.loop(tiles.first, tiles.stop)
-    def _(tile):
-        n = tile - tiles.first
+    @pl.loop(0, tiles.stop - tiles.first)
+    def _(n):
+        tile = tiles.stop - 1 - n
         slot = slot_of(static, n)
         keys = pl.ds(tile * block_kv, block_kv)
 
@@ -274,7 +274,10 @@ def clear_unseen(static: Static, v: Any, first_key: Any, tiles: KeyTiles) -> Non
 
 
 def consume(static: Static, x: Operands, out, lse, shared: Shared, place: Place, wg) -> None:
-    """One warpgroup's 64 queries against every key tile of the block."""
+    """One warpgroup's 64 queries against every key tile of the block, the last first.
+
+    The first that it takes is masked; where queries see a causal square, that is all that needs it.
+    """
     row, b, head, index = place
     first_row = index * static.block_q + wg * CONSUMER_ROWS
     tiles = key_tiles(static, row, index, (first_row, CONSUMER_ROWS))
@@ -289,9 +292,10 @@ def consume(static: Static, x: Operands, out, lse, shared: Shared, place: Place,
         hides = masked or static.segments or static.bias is not None
         return softmax_step(y, factor, state, may_be_empty=hides)
 
-    def step(tile, carry, *, masked):
-        """Scores of this tile beside the weighted values of the one before."""
+    def step(n, carry, *, masked):
+        """Scores of the n-th tile beside the weighted values of the one before."""
         acc, p, state, before = carry
+        tile = tiles.stop - 1 - n
         slot = slot_after(static, before)
         plgpu.barrier_wait(shared.k_full.at[slot])
         if turns:
@@ -325,16 +329,15 @@ def consume(static: Static, x: Operands, out, lse, shared: Shared, place: Place,
     s = pl.run_scoped(first_scores, plgpu.ACC((CONSUMER_ROWS, static.tiles.block_kv), jnp.float32))
     no_scores = zeros(CONSUMER_ROWS, static.tiles.block_kv)
     state = empty(CONSUMER_ROWS)
-    p, _, state = weigh(s, tiles.first, 0, state, True)
+    p, _, state = weigh(s, tiles.stop - 1, 0, state, True)
     if static.segments:
         plgpu.commit_smem()
     plgpu.barrier_arrive(shared.k_empty.at[0])
     plgpu.barrier_wait(shared.v_full.at[0])
     acc = _full((CONSUMER_ROWS, static.head_dim_v), 0.0, plgpu.Layout.WGMMA)
     carry = acc, p.astype(x.q.dtype), state, jnp.int32(0)
-    begin = tiles.first + 1
-    inner = jnp.maximum(tiles.inner, begin)
-    inner_stop = jnp.maximum(tiles.inner_stop, begin)
+    inner = jnp.maximum(tiles.stop - tiles.inner_stop, 1)
+    inner_stop = jnp.maximum(tiles.stop - tiles.inner, 1)
     masked, bare = (functools.partial(step, masked=flag) for flag in (True, False))
     if turns:
 
@@ -342,9 +345,9 @@ def consume(static: Static, x: Operands, out, lse, shared: Shared, place: Place,
         def _():
             plgpu.barrier_arrive(shared.turn.at[0])
 
-    carry = lax.fori_loop(begin, inner, masked, carry)
+    carry = lax.fori_loop(1, inner, masked, carry)
     carry = lax.fori_loop(inner, inner_stop, bare, carry)
-    acc, p, state, last = lax.fori_loop(inner_stop, tiles.stop, masked, carry)
+    acc, p, state, last = lax.fori_loop(inner_stop, tiles.stop - tiles.first, masked, carry)
     if turns:
 
         @pl.when(wg == 0)
