@@ -19,16 +19,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.dense.mosaic_gpu_forward import (
-    Operands,
-    Place,
+from pallas_kernels.dense.mosaic_gpu_forward import Operands, Place
+from pallas_kernels.dense.mosaic_gpu_geometry import KeyTiles, Static, key_tiles
+from pallas_kernels.dense.mosaic_gpu_softmax import (
     along,
     empty,
     logits,
     normalised,
     softmax_step,
 )
-from pallas_kernels.dense.mosaic_gpu_geometry import KeyTiles, Static, key_tiles
 from pallas_kernels.gpu_mma import (
     SWIZZLE,
     Ring,
@@ -127,7 +126,7 @@ def swizzle_of(static: Static) -> int:
 
 def block(static: Static, x: Operands, out: Any, lse: Any, shared: Shared) -> None:
     """One block of the grid: its queries of a head against every key tile that they see."""
-    row, b, head, index = Place.here(static, x.rows)
+    row, b, head, index = Place.here(static, x.rows, lax.axis_index("head"))
     first_row = index * static.block_q
     tiles = key_tiles(static, row, index, (first_row, static.block_q))
     _bring_queries(static, x, shared, b, head, first_row)

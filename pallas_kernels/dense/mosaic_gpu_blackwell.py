@@ -145,12 +145,14 @@ def block(static: Static, x: Operands, out: Any, lse: Any, shared: Shared) -> No
         @pl.when(wg == i)
         def _(i=i):
             plgpu.set_max_registers(of_a_consumer, action="increase")
-            consume(static, x, out, lse, shared, Place.here(static, x.rows), i)
+            consume(
+                static, x, out, lse, shared, Place.here(static, x.rows, lax.axis_index("head")), i
+            )
 
     @pl.when(wg == consumers)
     def _():
         plgpu.set_max_registers(of_the_others, action="decrease")
-        place = Place.here(static, x.rows)
+        place = Place.here(static, x.rows, lax.axis_index("head"))
         tiles = _tiles(static, place)
 
         @plgpu.warp_map

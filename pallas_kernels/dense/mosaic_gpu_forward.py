@@ -9,10 +9,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.dense.mosaic_gpu_distance import distance
 from pallas_kernels.dense.mosaic_gpu_geometry import (
     CONSUMER_ROWS,
-    LOG2E,
     KeyTiles,
     Row,
     Static,
@@ -20,7 +18,14 @@ from pallas_kernels.dense.mosaic_gpu_geometry import (
     heads_together,
     key_tiles,
     row_of,
-    seen_interval,
+)
+from pallas_kernels.dense.mosaic_gpu_softmax import (
+    along,
+    empty,
+    full,
+    logits,
+    normalised,
+    softmax_step,
 )
 from pallas_kernels.gpu_addresses import tied_to
 from pallas_kernels.gpu_zeros import zeros
@@ -68,13 +73,6 @@ class Shared(NamedTuple):
     k_empty: Any
     v_empty: Any
     turn: Any
-
-
-class Softmax(NamedTuple):
-    """The online softmax of a warpgroup's rows: running max (log2), running sum."""
-
-    m: jax.Array
-    l: jax.Array
 
 
 def forward(static: Static, x: Operands) -> tuple[jax.Array, jax.Array]:
@@ -174,12 +172,12 @@ class Place(NamedTuple):
     index: Any
 
     @classmethod
-    def here(cls, static: Static, rows: Any) -> "Place":
+    def here(cls, static: Static, rows: Any, head: jax.Array) -> "Place":
         """Where this block is; each role asks for itself, for what both hold would be spilled."""
         b, index = lax.axis_index("batch"), lax.axis_index("block")
         if static.causal:  # the longest first
             index = pl.cdiv(static.q_len, static.block_q) - 1 - index
-        return cls(row_of(static, rows, b), b, head_of_grid(), index)
+        return cls(row_of(static, rows, b), b, head, index)
 
 
 def block(static: Static, x: Operands, out: Any, lse: Any, shared: Shared) -> None:
@@ -190,12 +188,12 @@ def block(static: Static, x: Operands, out: Any, lse: Any, shared: Shared) -> No
     @pl.when(wg < static.tiles.consumers)
     def _():
         plgpu.set_max_registers(of_a_consumer, action="increase")
-        consume(static, x, out, lse, shared, Place.here(static, x.rows), wg)
+        consume(static, x, out, lse, shared, Place.here(static, x.rows, head_of_grid()), wg)
 
     @pl.when(wg == static.tiles.consumers)
     def _():
         plgpu.set_max_registers(of_the_producer, action="decrease")
-        produce(static, x, shared, Place.here(static, x.rows))
+        produce(static, x, shared, Place.here(static, x.rows, head_of_grid()))
 
 
 # The producer.
@@ -334,7 +332,7 @@ def consume(static: Static, x: Operands, out, lse, shared: Shared, place: Place,
         plgpu.commit_smem()
     plgpu.barrier_arrive(shared.k_empty.at[0])
     plgpu.barrier_wait(shared.v_full.at[0])
-    acc = _full((CONSUMER_ROWS, static.head_dim_v), 0.0, plgpu.Layout.WGMMA)
+    acc = full((CONSUMER_ROWS, static.head_dim_v), 0.0, plgpu.Layout.WGMMA)
     carry = acc, p.astype(x.q.dtype), state, jnp.int32(0)
     inner = jnp.maximum(tiles.stop - tiles.inner_stop, 1)
     inner_stop = jnp.maximum(tiles.stop - tiles.inner, 1)
@@ -374,112 +372,8 @@ def _with_accumulators(static: Static, acc: jax.Array, no_scores: jax.Array, pro
     )
 
 
-ROW = plgpu.Layout.WGMMA.reduce(1)
-COLUMN = plgpu.Layout.WGMMA.reduce(0)
-
-
-def _full(shape, value, layout):
-    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
-
-
-def empty(rows: int) -> Softmax:
-    """The state of rows before their first tile."""
-    return Softmax(_full((rows,), -jnp.inf, ROW), _full((rows,), 0.0, ROW))
-
-
-def _row_iota(rows: int) -> jax.Array:
-    return plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=ROW)
-
-
-def along(rows: jax.Array, like: jax.Array) -> jax.Array:
-    """A number for each row, as wide as `like`."""
-    if jnp.ndim(rows) == 0:
-        return rows
-    return lax.broadcast_in_dim(plgpu.layout_cast(rows, ROW), like.shape, [0])
-
-
-def _across(columns: jax.Array, like: jax.Array) -> jax.Array:
-    return lax.broadcast_in_dim(plgpu.layout_cast(columns, COLUMN), like.shape, [1])
-
-
 def _segments_of(shared: Shared, slot: Any) -> Any:
     return None if shared.segments is None else shared.segments.at[slot]
-
-
-def logits(static, x: Operands, row, b, head, first_row, s, tile, segments, masked):
-    """(y, factor): logits in units of log2 are y * factor; -inf where the row does not see.
-
-    s: float32 [queries, keys], products of the queries from first_row and the keys of a tile, as
-    wgmma and mma lay them out; segments: a ref of these keys' segment ids, None without.
-    """
-    first_key, shape = tile * static.tiles.block_kv, s.shape
-    iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, shape, layout=plgpu.Layout.WGMMA)
-    factor = static.scale
-    if static.soft_cap is not None:
-        # tanh by exp2: MUFU.TANH is good to 11 bits only.
-        e = jnp.exp2(s * (2 * LOG2E * factor / static.soft_cap))
-        s, factor = 1.0 - 2.0 / (e + 1.0), static.soft_cap
-    if static.bias is not None or static.alibi:
-        s, factor = s * factor, 1.0
-    if static.bias is not None:
-        s = s + _bias_tile(static, x.bias, b, head, first_row, first_key, s)
-    if static.alibi:
-        s = s - distance(first_row + row.offset - first_key, shape, tile) * x.slopes[head]
-    if static.segments:
-        queries = x.q_segments.at[b, pl.ds(first_row, shape[0])]
-        mine = plgpu.load(queries, layout=ROW, optimized=False)
-        theirs = plgpu.load(segments, layout=COLUMN, optimized=False)
-        s = jnp.where(along(mine, s) == _across(theirs, s), s, -jnp.inf)
-    if masked:
-        low, high = 0, row.kv_len
-        if static.positional:  # a dead vector has no layout, and inferring one takes for ever
-            low, high = seen_interval(static, row, _row_iota(shape[0]) + first_row)
-        column = iota(1) + first_key
-        seen = column < along(high, s)
-        if jnp.ndim(low):
-            seen = seen & (column >= along(low, s))
-        s = jnp.where(seen, s, -jnp.inf)
-    return s, factor * LOG2E
-
-
-def _bias_tile(static, bias, b, head, first_row, first_key, like):
-    """The bias of a tile, float32, as wide as it is."""
-    b, head = (i if full else 0 for i, full in zip((b, head), static.bias[:2], strict=True))
-    rows, keys = pl.ds(first_row, like.shape[0]), pl.ds(first_key, static.tiles.block_kv)
-    load = functools.partial(plgpu.load, optimized=False)
-    if static.bias[2]:
-        tile = load(bias.at[b, head, rows, keys], layout=plgpu.Layout.WGMMA)
-    else:
-        tile = _across(load(bias.at[b, head, 0, keys], layout=COLUMN), like)
-    return tile.astype(jnp.float32)
-
-
-def softmax_step(y, factor: float, state: Softmax, may_be_empty: bool = True):
-    """(weights of a tile, what earlier sums are multiplied by, the state after it).
-
-    `may_be_empty`: whether a row may have seen no key yet, this tile's included.
-    """
-    m = jnp.maximum(state.m, y.max(axis=1) * factor)
-    shift = jnp.where(m == -jnp.inf, 0.0, m) if may_be_empty else m  # -inf - -inf is NaN
-    alpha = jnp.exp2(state.m - shift)
-    p = jnp.exp2(y * factor - along(shift, y))
-    return p, alpha, Softmax(m, state.l * alpha + p.sum(axis=1))
-
-
-def normalised(static, x, acc, state, row, head, first_row) -> tuple[jax.Array, jax.Array]:
-    """(out, lse), with the sink in the sum; queries that do not exist give 0 and -inf."""
-    m, l = state
-    if static.sinks:
-        sink = x.sinks[head] * LOG2E
-        top = jnp.maximum(m, sink)
-        rest = jnp.exp2(m - top)
-        m, l, acc = top, l * rest + jnp.exp2(sink - top), acc * along(rest, acc)
-    rows = _row_iota(acc.shape[0]) + first_row
-    exists = (rows < row.q_len) & (l != 0.0)
-    inverse = jnp.where(exists, 1.0 / jnp.where(exists, l, 1.0), 0.0)
-    o = jnp.where(along(exists, acc), acc * along(inverse, acc), 0.0)
-    log_sum = m * (1 / LOG2E) + jnp.log(jnp.where(exists, l, 1.0))
-    return o.astype(x.q.dtype), jnp.where(exists, log_sum, -jnp.inf)
 
 
 def epilogue(static, x, acc, state, out, lse, shared, row, b, head, first_row, wg) -> None:

@@ -17,7 +17,7 @@ from attnsel_jax.config import AttentionSelectorConfig
 from attnsel_jax.platforms import Device
 from attnsel_jax.problems import QUICK
 from pallas_kernels import gpu_mma
-from pallas_kernels.dense import mosaic_gpu, mosaic_gpu_ampere, mosaic_gpu_forward, mosaic_gpu_tiles
+from pallas_kernels.dense import mosaic_gpu, mosaic_gpu_ampere, mosaic_gpu_softmax, mosaic_gpu_tiles
 
 needs_gpu_interpreter()
 
@@ -98,13 +98,13 @@ def ignoring(**fields):
 
 def interval(low=0, high=0):
     """Every query's keys, moved at either end."""
-    seen = mosaic_gpu_forward.seen_interval
+    seen = mosaic_gpu_softmax.seen_interval
 
     def faulty(static, row, query):
         first, last = seen(static, row, query)
         return first + low, last + high
 
-    return mosaic_gpu_forward, "seen_interval", faulty
+    return mosaic_gpu_softmax, "seen_interval", faulty
 
 
 def unmasked_tile():

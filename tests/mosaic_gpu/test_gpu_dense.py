@@ -25,6 +25,7 @@ from pallas_kernels.dense import (
     mosaic_gpu,
     mosaic_gpu_forward,
     mosaic_gpu_geometry,
+    mosaic_gpu_softmax,
     mosaic_gpu_tiles,
 )
 
@@ -138,7 +139,7 @@ def interval(low=0, high=0):
         first, last = seen(static, row, query)
         return first + low, last + high
 
-    return mosaic_gpu_forward, "seen_interval", faulty
+    return mosaic_gpu_softmax, "seen_interval", faulty
 
 
 def unmasked_tile():

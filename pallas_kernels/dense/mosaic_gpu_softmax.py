@@ -1,0 +1,124 @@
+"""The softmax of the forwards whose products lie in registers: logits, weights, results."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.dense.mosaic_gpu_distance import distance
+from pallas_kernels.dense.mosaic_gpu_geometry import LOG2E, seen_interval
+
+ROW = plgpu.Layout.WGMMA.reduce(1)
+COLUMN = plgpu.Layout.WGMMA.reduce(0)
+
+
+class Softmax(NamedTuple):
+    """The online softmax of a warpgroup's rows: running max (log2), running sum."""
+
+    m: jax.Array
+    l: jax.Array
+
+
+def full(shape, value, layout):
+    """float32 of one value in a layout."""
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def empty(rows: int) -> Softmax:
+    """The state of rows before their first tile."""
+    return Softmax(full((rows,), -jnp.inf, ROW), full((rows,), 0.0, ROW))
+
+
+def _row_iota(rows: int) -> jax.Array:
+    return plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=ROW)
+
+
+def along(rows: jax.Array, like: jax.Array) -> jax.Array:
+    """A number for each row, as wide as `like`."""
+    if jnp.ndim(rows) == 0:
+        return rows
+    return lax.broadcast_in_dim(plgpu.layout_cast(rows, ROW), like.shape, [0])
+
+
+def _across(columns: jax.Array, like: jax.Array) -> jax.Array:
+    return lax.broadcast_in_dim(plgpu.layout_cast(columns, COLUMN), like.shape, [1])
+
+
+def logits(static, x, row, b, head, first_row, s, tile, segments, masked):
+    """(y, factor): logits in units of log2 are y * factor; -inf where the row does not see.
+
+    s: float32 [queries, keys], products of the queries from first_row and the keys of a tile, as
+    wgmma and mma lay them out; segments: a ref of these keys' segment ids, None without.
+    """
+    first_key, shape = tile * static.tiles.block_kv, s.shape
+    iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, shape, layout=plgpu.Layout.WGMMA)
+    factor = static.scale
+    if static.soft_cap is not None:
+        # tanh by exp2: MUFU.TANH is good to 11 bits only.
+        e = jnp.exp2(s * (2 * LOG2E * factor / static.soft_cap))
+        s, factor = 1.0 - 2.0 / (e + 1.0), static.soft_cap
+    if static.bias is not None or static.alibi:
+        s, factor = s * factor, 1.0
+    if static.bias is not None:
+        s = s + _bias_tile(static, x.bias, b, head, first_row, first_key, s)
+    if static.alibi:
+        s = s - distance(first_row + row.offset - first_key, shape, tile) * x.slopes[head]
+    if static.segments:
+        queries = x.q_segments.at[b, pl.ds(first_row, shape[0])]
+        mine = plgpu.load(queries, layout=ROW, optimized=False)
+        theirs = plgpu.load(segments, layout=COLUMN, optimized=False)
+        s = jnp.where(along(mine, s) == _across(theirs, s), s, -jnp.inf)
+    if masked:
+        low, high = 0, row.kv_len
+        if static.positional:  # a dead vector has no layout, and inferring one takes for ever
+            low, high = seen_interval(static, row, _row_iota(shape[0]) + first_row)
+        column = iota(1) + first_key
+        seen = column < along(high, s)
+        if jnp.ndim(low):
+            seen = seen & (column >= along(low, s))
+        s = jnp.where(seen, s, -jnp.inf)
+    return s, factor * LOG2E
+
+
+def _bias_tile(static, bias, b, head, first_row, first_key, like):
+    """The bias of a tile, float32, as wide as it is."""
+    b, head = (i if full else 0 for i, full in zip((b, head), static.bias[:2], strict=True))
+    rows, keys = pl.ds(first_row, like.shape[0]), pl.ds(first_key, static.tiles.block_kv)
+    load = functools.partial(plgpu.load, optimized=False)
+    if static.bias[2]:
+        tile = load(bias.at[b, head, rows, keys], layout=plgpu.Layout.WGMMA)
+    else:
+        tile = _across(load(bias.at[b, head, 0, keys], layout=COLUMN), like)
+    return tile.astype(jnp.float32)
+
+
+def softmax_step(y, factor: float, state: Softmax, may_be_empty: bool = True):
+    """(weights of a tile, what earlier sums are multiplied by, the state after it).
+
+    `may_be_empty`: whether a row may have seen no key yet, this tile's included.
+    """
+    m = jnp.maximum(state.m, y.max(axis=1) * factor)
+    shift = jnp.where(m == -jnp.inf, 0.0, m) if may_be_empty else m  # -inf - -inf is NaN
+    alpha = jnp.exp2(state.m - shift)
+    p = jnp.exp2(y * factor - along(shift, y))
+    return p, alpha, Softmax(m, state.l * alpha + p.sum(axis=1))
+
+
+def normalised(static, x, acc, state, row, head, first_row) -> tuple[jax.Array, jax.Array]:
+    """(out, lse), with the sink in the sum; queries that do not exist give 0 and -inf."""
+    m, l = state
+    if static.sinks:
+        sink = x.sinks[head] * LOG2E
+        top = jnp.maximum(m, sink)
+        rest = jnp.exp2(m - top)
+        m, l, acc = top, l * rest + jnp.exp2(sink - top), acc * along(rest, acc)
+    rows = _row_iota(acc.shape[0]) + first_row
+    exists = (rows < row.q_len) & (l != 0.0)
+    inverse = jnp.where(exists, 1.0 / jnp.where(exists, l, 1.0), 0.0)
+    o = jnp.where(along(exists, acc), acc * along(inverse, acc), 0.0)
+    log_sum = m * (1 / LOG2E) + jnp.log(jnp.where(exists, l, 1.0))
+    return o.astype(x.q.dtype), jnp.where(exists, log_sum, -jnp.inf)
