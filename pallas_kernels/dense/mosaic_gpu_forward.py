@@ -1,5 +1,6 @@
 """The forward of dense attention on Hopper: one producer and two consumer warpgroups a block."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import gpu_chip
 from pallas_kernels.dense.mosaic_gpu_geometry import (
     CONSUMER_ROWS,
     KeyTiles,
@@ -18,7 +20,9 @@ from pallas_kernels.dense.mosaic_gpu_geometry import (
     heads_together,
     key_tiles,
     row_of,
+    tiles_of,
 )
+from pallas_kernels.dense.mosaic_gpu_plan import place_in_order, plan
 from pallas_kernels.dense.mosaic_gpu_softmax import (
     along,
     empty,
@@ -40,7 +44,7 @@ class Operands(NamedTuple):
 
     q, k, v as the contract has them, their lengths padded to a multiple of 8;
     rows int32 [batch, 3] as `Row`; segment ids int32, padded to whole tiles by what no query has;
-    bias float32 or q's dtype, its full dimensions padded to whole tiles.
+    bias float32 or q's dtype, its full dimensions padded to whole tiles; plan as `plan` says.
     """
 
     q: Any
@@ -52,11 +56,13 @@ class Operands(NamedTuple):
     bias: Any = None
     slopes: Any = None
     sinks: Any = None
+    plan: Any = None
 
 
 class Shared(NamedTuple):
     """What the warpgroups of a block share: rings of tiles, and barriers.
 
+    Queries and results have a slot for each consumer, two where a core walks over blocks.
     `*_full`: the slot has arrived; `*_empty`: the consumers are done with it. `turn`: whose
     products are issued next, so that one warpgroup's softmax runs beside another's products.
     """
@@ -67,6 +73,7 @@ class Shared(NamedTuple):
     lse: Any
     segments: Any
     q_full: Any
+    q_empty: Any
     k_full: Any
     v_full: Any
     v_raw: Any
@@ -83,9 +90,16 @@ def forward(static: Static, x: Operands) -> tuple[jax.Array, jax.Array]:
         q_len in whole blocks].
     """
     blocks = pl.cdiv(static.q_len, static.block_q)
-    given = Operands(*(field is not None for field in x))
     of_a_head = static.kv_len * (static.head_dim + static.head_dim_v) * x.q.dtype.itemsize
     together = heads_together(static.num_q_heads, of_a_head // static.group)
+    grid = {"batch": static.batch, "heads": static.num_q_heads // together}
+    grid |= {"block": blocks, "head": together}
+    walks = plan(static, together, gpu_chip.current().num_cores) if static.tiles.walking else None
+    if walks is not None:
+        x, grid = x._replace(plan=jnp.asarray(walks)), {"core": len(walks)}
+        tiles = dataclasses.replace(static.tiles, stages=static.tiles.walking)
+        static = dataclasses.replace(static, tiles=tiles)
+    given = Operands(*(field is not None for field in x))
     out_shape = (*x.q.shape[:3], static.head_dim_v)
     lse_shape = (static.batch, static.num_q_heads, blocks * static.block_q)
 
@@ -93,7 +107,7 @@ def forward(static: Static, x: Operands) -> tuple[jax.Array, jax.Array]:
         refs = list(refs)
         operands = Operands(*(refs.pop(0) if there else None for there in given))
         out, lse, *scratch = refs
-        block(static, operands, out, lse, _shared(static, scratch))
+        block(static, operands, out, lse, _shared(static, scratch), together)
 
     return plgpu.kernel(
         body,
@@ -101,9 +115,9 @@ def forward(static: Static, x: Operands) -> tuple[jax.Array, jax.Array]:
             jax.ShapeDtypeStruct(out_shape, x.q.dtype),
             jax.ShapeDtypeStruct(lse_shape, jnp.float32),
         ),
-        scratch_types=_scratch(static, x.q.dtype),
-        grid=(static.batch, static.num_q_heads // together, blocks, together),
-        grid_names=("batch", "heads", "block", "head"),
+        scratch_types=_scratch(static, x.q.dtype, slots=1 if walks is None else 2),
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
         num_threads=static.tiles.consumers + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(
@@ -137,17 +151,19 @@ def tile(*shape: int, dtype) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
 
-def _scratch(static: Static, dtype) -> list[Any]:
+def _scratch(static: Static, dtype, slots: int) -> list[Any]:
     tiles, stages = static.tiles, static.tiles.stages
+    of_queries = slots * tiles.consumers
     ring = functools.partial(plgpu.Barrier, num_barriers=stages)
     segments = plgpu.SMEM((stages, tiles.block_kv), jnp.int32)
     return [
-        tile(tiles.consumers, CONSUMER_ROWS, static.head_dim, dtype=dtype),
+        tile(of_queries, CONSUMER_ROWS, static.head_dim, dtype=dtype),
         tile(stages, tiles.block_kv, static.head_dim, dtype=dtype),
         tile(stages, tiles.block_kv, static.head_dim_v, dtype=dtype),
-        plgpu.SMEM((tiles.consumers, CONSUMER_ROWS), jnp.float32),
+        plgpu.SMEM((of_queries, CONSUMER_ROWS), jnp.float32),
         *([segments] if static.segments else []),
-        plgpu.Barrier(num_barriers=tiles.consumers),
+        plgpu.Barrier(num_barriers=of_queries),
+        plgpu.Barrier(num_barriers=of_queries),
         ring(num_arrivals=1 + static.segments),
         ring(),
         plgpu.Barrier(),
@@ -174,13 +190,47 @@ class Place(NamedTuple):
     @classmethod
     def here(cls, static: Static, rows: Any, head: jax.Array) -> "Place":
         """Where this block is; each role asks for itself, for what both hold would be spilled."""
-        b, index = lax.axis_index("batch"), lax.axis_index("block")
-        if static.causal:  # the longest first
-            index = pl.cdiv(static.q_len, static.block_q) - 1 - index
+        b = lax.axis_index("batch")
+        index = place_in_order(static, lax.axis_index("block"))
         return cls(row_of(static, rows, b), b, head, index)
 
+    @classmethod
+    def numbered(cls, static: Static, rows: Any, number: jax.Array, together: int) -> "Place":
+        """The block of a number in the order of `plan`."""
+        sizes = together, tiles_of(static.q_len, static.block_q), static.num_q_heads // together
+        parts = []
+        for size in sizes:
+            parts.append(lax.rem(number, jnp.int32(size)))
+            number = lax.div(number, jnp.int32(size))
+        head, i, heads = parts
+        index = place_in_order(static, i)
+        return cls(row_of(static, rows, number), number, heads * together + head, index)
 
-def block(static: Static, x: Operands, out: Any, lse: Any, shared: Shared) -> None:
+
+def walk(static: Static, x: Operands, together: int, compute, carry: Any) -> Any:
+    """What `compute(place, n, carry)` makes of a carry, for each block of queries of this one.
+
+    Where there is no plan, that is the one of the grid. The next number is loaded while the one
+    before is computed.
+    """
+    if x.plan is None:
+        return compute(Place.here(static, x.rows, head_of_grid()), jnp.int32(0), carry)
+    core = lax.axis_index("core")
+
+    def one(n, state):
+        number, carry = state
+        following = x.plan[core, n + 2]
+        return following, compute(Place.numbered(static, x.rows, number, together), n, carry)
+
+    return lax.fori_loop(0, x.plan[core, 0], one, (x.plan[core, 1], carry))[1]
+
+
+def queries_slot(static: Static, x: Operands, n: jax.Array, wg: Any) -> Any:
+    """The slot of a consumer's queries, for the n-th block that is walked over."""
+    return wg if x.plan is None else (n & 1) * static.tiles.consumers + wg
+
+
+def block(static: Static, x: Operands, out: Any, lse: Any, shared: Shared, together: int) -> None:
     """One block of the grid, by the roles of its warpgroups."""
     wg = lax.axis_index("wg")
     of_a_consumer, of_the_producer = REGISTERS[static.tiles.consumers]
@@ -188,30 +238,64 @@ def block(static: Static, x: Operands, out: Any, lse: Any, shared: Shared) -> No
     @pl.when(wg < static.tiles.consumers)
     def _():
         plgpu.set_max_registers(of_a_consumer, action="increase")
-        consume(static, x, out, lse, shared, Place.here(static, x.rows, head_of_grid()), wg)
+        consume(static, x, out, lse, shared, together, wg)
 
     @pl.when(wg == static.tiles.consumers)
     def _():
         plgpu.set_max_registers(of_the_producer, action="decrease")
-        produce(static, x, shared, Place.here(static, x.rows, head_of_grid()))
+        produce(static, x, shared, together)
 
 
 # The producer.
 
 
-def produce(static: Static, x: Operands, shared: Shared, place: Place) -> None:
-    """Brings the queries, then key and value tiles, the last first, as slots become free."""
+def produce(static: Static, x: Operands, shared: Shared, together: int) -> None:
+    """Brings what the blocks of queries need, then waits until all of it has been used."""
+    stages = static.tiles.stages
+
+    def block_of_queries(place, n, brought):
+        for i in range(static.tiles.consumers):
+            slot = queries_slot(static, x, n, i)
+            if x.plan is not None:
+
+                @pl.when(n >= 2)
+                def _(slot=slot):
+                    plgpu.barrier_wait(shared.q_empty.at[slot])
+
+            rows = pl.ds(place.index * static.block_q + i * static.tiles.rows, static.tiles.rows)
+            queries = x.q.at[place.b, rows, place.head]
+            plgpu.copy_gmem_to_smem(queries, shared.q.at[slot], shared.q_full.at[slot])
+        return bring_keys(static, x, shared, place, brought)
+
+    brought = walk(static, x, together, block_of_queries, jnp.int32(0))
+
+    @pl.loop(jnp.maximum(brought - stages, 0), brought)
+    def _(n):
+        slot = slot_of(static, n)
+        plgpu.barrier_wait(shared.k_empty.at[slot])
+        plgpu.barrier_wait(shared.v_empty.at[slot])
+
+
+def bring_keys(static: Static, x: Operands, shared: Shared, place: Place, brought: jax.Array):
+    """Brings key and value tiles, the last first, as slots become free.
+
+    Args:
+        static, x, shared: the call's.
+        place: whose keys.
+        brought: tiles before these.
+
+    Returns:
+        Tiles brought, these included.
+    """
     row, b, head, index = place
     tiles = key_tiles(static, row, index, (index * static.block_q, static.block_q))
     stages, block_kv = static.tiles.stages, static.tiles.block_kv
     kv_head = lax.div(head, jnp.int32(static.group))
-    for i in range(static.tiles.consumers):
-        rows = pl.ds(index * static.block_q + i * static.tiles.rows, static.tiles.rows)
-        plgpu.copy_gmem_to_smem(x.q.at[b, rows, head], shared.q.at[i], shared.q_full.at[i])
+    after = brought + tiles.stop - tiles.first
 
-    @pl.loop(0, tiles.stop - tiles.first)
+    @pl.loop(brought, after)
     def _(n):
-        tile = tiles.stop - 1 - n
+        tile = tiles.stop - 1 - (n - brought)
         slot = slot_of(static, n)
         keys = pl.ds(tile * block_kv, block_kv)
 
@@ -245,11 +329,7 @@ def produce(static: Static, x: Operands, shared: Shared, place: Place) -> None:
             plgpu.commit_smem()
             plgpu.barrier_arrive(shared.v_full.at[slot])
 
-    @pl.loop(jnp.maximum(tiles.stop - tiles.first - stages, 0), tiles.stop - tiles.first)
-    def _(n):
-        slot = slot_of(static, n)
-        plgpu.barrier_wait(shared.k_empty.at[slot])
-        plgpu.barrier_wait(shared.v_empty.at[slot])
+    return after
 
 
 def clear_unseen(static: Static, v: Any, first_key: Any, tiles: KeyTiles) -> None:
@@ -271,19 +351,43 @@ def clear_unseen(static: Static, v: Any, first_key: Any, tiles: KeyTiles) -> Non
 # The consumers.
 
 
-def consume(static: Static, x: Operands, out, lse, shared: Shared, place: Place, wg) -> None:
+def consume(static: Static, x: Operands, out, lse, shared: Shared, together: int, wg) -> None:
+    """What a consumer computes, and whose turn it is first."""
+    if static.tiles.turns:
+
+        @pl.when(wg == static.tiles.consumers - 1)
+        def _():
+            plgpu.barrier_arrive(shared.turn.at[0])
+
+    def block_of_queries(place, n, slot):
+        slot_q = queries_slot(static, x, n, wg)
+        acc, state, slot = attend(static, x, shared, place, wg, slot_q, slot)
+        store(static, x, acc, state, out, lse, shared, place, wg, slot_q)
+        return slot
+
+    walk(static, x, together, block_of_queries, jnp.int32(0))
+    if static.tiles.turns:
+
+        @pl.when(wg == 0)
+        def _():
+            plgpu.barrier_wait(shared.turn.at[0])
+
+
+def attend(static: Static, x: Operands, shared: Shared, place: Place, wg, slot_q, first_slot):
     """One warpgroup's 64 queries against every key tile of the block, the last first.
 
     The first that it takes is masked; where queries see a causal square, that is all that needs it.
+
+    Returns:
+        (weighted values, softmax, the slot after the last).
     """
     row, b, head, index = place
     first_row = index * static.block_q + wg * CONSUMER_ROWS
     tiles = key_tiles(static, row, index, (first_row, CONSUMER_ROWS))
     consumers = static.tiles.consumers
     turns = static.tiles.turns
-    q = shared.q.at[wg]
     weighted_by = functools.partial(logits, static, x, row, b, head, first_row)
-    plgpu.barrier_wait(shared.q_full.at[wg])
+    plgpu.barrier_wait(shared.q_full.at[slot_q])
 
     def weigh(s, tile, slot, state, masked):
         y, factor = weighted_by(s, tile, _segments_of(shared, slot), masked)
@@ -300,7 +404,7 @@ def consume(static: Static, x: Operands, out, lse, shared: Shared, place: Place,
             plgpu.barrier_wait(shared.turn.at[wg])
 
         def products(o_ref, s_ref):
-            q_here = shared.q.at[tied_to(tile, wg, tied=static.tiles.tied)]
+            q_here = shared.q.at[tied_to(tile, slot_q, tied=static.tiles.tied)]
             plgpu.wgmma(s_ref, q_here, shared.k.at[slot].transpose((1, 0)))
             plgpu.wgmma(o_ref, p, shared.v.at[before])
             if turns:
@@ -320,41 +424,29 @@ def consume(static: Static, x: Operands, out, lse, shared: Shared, place: Place,
         return _with_accumulators(static, acc, no_scores, products)
 
     def first_scores(s_ref):
-        plgpu.barrier_wait(shared.k_full.at[0])
-        plgpu.wgmma(s_ref, q, shared.k.at[0].transpose((1, 0)))
+        plgpu.barrier_wait(shared.k_full.at[first_slot])
+        plgpu.wgmma(s_ref, shared.q.at[slot_q], shared.k.at[first_slot].transpose((1, 0)))
         return s_ref[...]
 
     s = pl.run_scoped(first_scores, plgpu.ACC((CONSUMER_ROWS, static.tiles.block_kv), jnp.float32))
     no_scores = zeros(CONSUMER_ROWS, static.tiles.block_kv)
     state = empty(CONSUMER_ROWS)
-    p, _, state = weigh(s, tiles.stop - 1, 0, state, True)
+    p, _, state = weigh(s, tiles.stop - 1, first_slot, state, True)
     if static.segments:
         plgpu.commit_smem()
-    plgpu.barrier_arrive(shared.k_empty.at[0])
-    plgpu.barrier_wait(shared.v_full.at[0])
+    plgpu.barrier_arrive(shared.k_empty.at[first_slot])
+    plgpu.barrier_wait(shared.v_full.at[first_slot])
     acc = full((CONSUMER_ROWS, static.head_dim_v), 0.0, plgpu.Layout.WGMMA)
-    carry = acc, p.astype(x.q.dtype), state, jnp.int32(0)
+    carry = acc, p.astype(x.q.dtype), state, first_slot
     inner = jnp.maximum(tiles.stop - tiles.inner_stop, 1)
     inner_stop = jnp.maximum(tiles.stop - tiles.inner, 1)
     masked, bare = (functools.partial(step, masked=flag) for flag in (True, False))
-    if turns:
-
-        @pl.when(wg == consumers - 1)
-        def _():
-            plgpu.barrier_arrive(shared.turn.at[0])
-
     carry = lax.fori_loop(1, inner, masked, carry)
     carry = lax.fori_loop(inner, inner_stop, bare, carry)
     acc, p, state, last = lax.fori_loop(inner_stop, tiles.stop - tiles.first, masked, carry)
-    if turns:
-
-        @pl.when(wg == 0)
-        def _():
-            plgpu.barrier_wait(shared.turn.at[0])
-
     acc = pl.run_state(lambda o: plgpu.wgmma(o, p, shared.v.at[last]))(plgpu.ACC.init(acc))
     plgpu.barrier_arrive(shared.v_empty.at[last])
-    epilogue(static, x, acc, state, out, lse, shared, row, b, head, first_row, wg)
+    return acc, state, slot_after(static, last)
 
 
 def _with_accumulators(static: Static, acc: jax.Array, no_scores: jax.Array, products):
@@ -376,16 +468,19 @@ def _segments_of(shared: Shared, slot: Any) -> Any:
     return None if shared.segments is None else shared.segments.at[slot]
 
 
-def epilogue(static, x, acc, state, out, lse, shared, row, b, head, first_row, wg) -> None:
+def store(static, x, acc, state, out, lse, shared, place: Place, wg, slot) -> None:
     """The results of a warpgroup, through shared memory."""
-    staged = shared.q.at[wg, :, pl.ds(0, static.head_dim_v)]  # the queries are done with
-    staged[...], shared.lse[wg, :] = normalised(static, x, acc, state, row, head, first_row)
+    row, b, head, index = place
+    first_row = index * static.block_q + wg * CONSUMER_ROWS
+    staged = shared.q.at[slot, :, pl.ds(0, static.head_dim_v)]  # the queries are done with
+    staged[...], shared.lse[slot, :] = normalised(static, x, acc, state, row, head, first_row)
     plgpu.commit_smem()
-    queries = pl.ds(first_row, CONSUMER_ROWS)
     # Rows of queries longer than the output's lie apart: then only 8 of them are one copy.
     height = CONSUMER_ROWS if static.head_dim == static.head_dim_v else 8
     for i in range(0, CONSUMER_ROWS, height):
         rows_of = pl.ds(first_row + i, height)
         plgpu.copy_smem_to_gmem(staged.at[pl.ds(i, height)], out.at[b, rows_of, head])
-    plgpu.copy_smem_to_gmem(shared.lse.at[wg], lse.at[b, head, queries])
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.copy_smem_to_gmem(shared.lse.at[slot], lse.at[b, head, pl.ds(first_row, CONSUMER_ROWS)])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=x.plan is not None)
+    if x.plan is not None:
+        plgpu.barrier_arrive(shared.q_empty.at[slot])

@@ -24,6 +24,8 @@ class Tiles:
         turns: whether consumers issue their products in turn (Hopper).
         tied: whether the queries' addresses are computed in the loop (Hopper, `gpu_addresses`).
         rows: queries of a consumer: wgmma's M, tcgen05's.
+        walking: stages where a core walks over blocks of queries, with two slots for them; 0 = a
+            block of the grid for each (Hopper, `mosaic_gpu_plan`).
     """
 
     block_kv: int
@@ -32,6 +34,7 @@ class Tiles:
     turns: bool = True
     tied: bool = False
     rows: int = 64
+    walking: int = 0
 
 
 # Shape classes: a soft cap takes registers for its tanh, segment ids take shared memory, a bias and
@@ -49,11 +52,11 @@ TILES = {
         (256, 256): {PLAIN: Tiles(32, 2, 1, turns=False)},
     },
     (9, 0): {
-        (64, 64): {PLAIN: Tiles(128, 4)},
-        (80, 80): {PLAIN: Tiles(128, 4)},
-        (96, 96): {PLAIN: Tiles(128, 4), CROWDED: Tiles(64, 6)},
+        (64, 64): {PLAIN: Tiles(128, 4, walking=4)},
+        (80, 80): {PLAIN: Tiles(128, 4, walking=3)},
+        (96, 96): {PLAIN: Tiles(128, 4, walking=3), CROWDED: Tiles(64, 6)},
         (128, 128): {
-            PLAIN: Tiles(128, 3),
+            PLAIN: Tiles(128, 3, walking=2),
             SEGMENTED: Tiles(128, 2, tied=True),
             ADDED: Tiles(64, 4),
         },

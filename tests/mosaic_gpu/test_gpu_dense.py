@@ -25,6 +25,7 @@ from pallas_kernels.dense import (
     mosaic_gpu,
     mosaic_gpu_forward,
     mosaic_gpu_geometry,
+    mosaic_gpu_plan,
     mosaic_gpu_softmax,
     mosaic_gpu_tiles,
 )
@@ -33,7 +34,16 @@ needs_gpu_interpreter()
 
 KERNEL = MosaicGpuBackend.kernels["dense"]
 CUT = mosaic_gpu_tiles.Tiles(block_kv=64, stages=2)
+WALKING = mosaic_gpu_tiles.Tiles(block_kv=64, stages=2, walking=2)
 SHAPE = {"heads": (2, 1), "head_size": 64, "q_len": 260, "dtype": "bfloat16"}
+
+
+STATIC = mosaic_gpu_geometry.Static(
+    scale=1.0, causal=False, sliding_window=(None, None), attention_chunk_size=None, soft_cap=None,
+    offset=0, lengths=False, group=1, batch=1, num_q_heads=1, q_len=1, kv_len=1, head_dim=64,
+    head_dim_v=64, bias=None, segments=False, alibi=False, sinks=False, tiles=WALKING,
+    capability=(9, 0),
+)  # fmt: skip
 
 
 def problem(name, **options):
@@ -84,6 +94,53 @@ ON_DEMAND = ("window", "lengths", "segments")
 )
 def test_many_tiles_agree_with_the_oracle(case, cut_tiles):
     check(case)
+
+
+def few_cores(monkeypatch, cores=2):
+    """A GPU of few cores: each walks over blocks of queries; False = it is never planned."""
+    planned = mosaic_gpu_plan.plan
+    monkeypatch.setattr(
+        mosaic_gpu_forward,
+        "plan",
+        lambda static, together, _: planned(static, together, cores) if cores else None,
+    )
+    monkeypatch.setattr(mosaic_gpu, "forward_tiles", lambda *_, **__: WALKING)
+
+
+WALKS = (
+    problem("causal", causal=True, q_len=700, kv_len=700, heads=(2, 1), batch=2),
+    problem("full, odd lengths", q_len=257, kv_len=150, heads=(2, 2), batch=2),
+    problem("window, chunks, a sink", causal=True, sliding_window=90, attention_chunk_size=100,
+            sinks=True, q_len=400, kv_len=400, heads=(3, 1)),
+    problem("two-sided window, values nobody sees", sliding_window=(50, 20), q_offset=None,
+            q_len=140, kv_len=300, heads=(2, 1), batch=2),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WALKS, ids=lambda case: case.name)
+def test_a_core_that_walks_computes_the_same_numbers(case, monkeypatch):
+    x = {name: jnp.asarray(v) if hasattr(v, "shape") else v for name, v in case.make().items()}
+    found = []
+    for cores in (2, False):
+        with monkeypatch.context() as patch, gpu_interpreter():
+            few_cores(patch, cores)
+            found.append(mosaic_gpu.dense_attention(**x))
+    for walked, apart in zip(*found, strict=True):
+        np.testing.assert_array_equal(np.asarray(walked), np.asarray(apart))
+    with monkeypatch.context() as patch:
+        few_cores(patch)
+        check(case)
+
+
+def test_a_plan_has_every_block_once_and_balances():
+    static = dataclasses.replace(
+        STATIC, causal=True, batch=2, num_q_heads=4, q_len=4096, kv_len=4096
+    )
+    table = mosaic_gpu_plan.plan(static, 2, 7)
+    walks = [row[1 : 1 + row[0]] for row in table]
+    np.testing.assert_array_equal(np.sort(np.concatenate(walks)), np.arange(2 * 4 * 32))
+    cost = [sum(64 - 2 * int(n // 2 % 32) for n in walk) for walk in walks]
+    assert max(cost) - min(cost) <= 64
 
 
 def as_declared(case):
