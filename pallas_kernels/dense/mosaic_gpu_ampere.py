@@ -19,8 +19,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.dense.mosaic_gpu_forward import Operands, Place
+from pallas_kernels.dense.mosaic_gpu_forward import Operands
 from pallas_kernels.dense.mosaic_gpu_geometry import KeyTiles, Static, key_tiles
+from pallas_kernels.dense.mosaic_gpu_plan import Place
 from pallas_kernels.dense.mosaic_gpu_softmax import (
     along,
     empty,

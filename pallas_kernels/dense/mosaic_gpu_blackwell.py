@@ -16,8 +16,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dense import mosaic_gpu_blackwell_softmax as softmax
 from pallas_kernels.dense import mosaic_gpu_forward as hopper
-from pallas_kernels.dense.mosaic_gpu_forward import Operands, Place
+from pallas_kernels.dense.mosaic_gpu_forward import Operands
 from pallas_kernels.dense.mosaic_gpu_geometry import KeyTiles, Static, key_tiles
+from pallas_kernels.dense.mosaic_gpu_plan import Place
 from pallas_kernels.gpu_addresses import tied_to
 
 # Tiles of queries -> (registers a thread that weighs, of the others). A block is launched with

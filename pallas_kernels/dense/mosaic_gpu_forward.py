@@ -14,15 +14,11 @@ from pallas_kernels import gpu_chip
 from pallas_kernels.dense.mosaic_gpu_geometry import (
     CONSUMER_ROWS,
     KeyTiles,
-    Row,
     Static,
-    head_of_grid,
     heads_together,
     key_tiles,
-    row_of,
-    tiles_of,
 )
-from pallas_kernels.dense.mosaic_gpu_plan import place_in_order, plan
+from pallas_kernels.dense.mosaic_gpu_plan import Place, place_of, plan, walk
 from pallas_kernels.dense.mosaic_gpu_softmax import (
     along,
     empty,
@@ -62,7 +58,7 @@ class Operands(NamedTuple):
 class Shared(NamedTuple):
     """What the warpgroups of a block share: rings of tiles, and barriers.
 
-    Queries and results have a slot for each consumer, two where a core walks over blocks.
+    Queries and results have a slot for each consumer, or two where a core walks over blocks.
     `*_full`: the slot has arrived; `*_empty`: the consumers are done with it. `turn`: whose
     products are issued next, so that one warpgroup's softmax runs beside another's products.
     """
@@ -94,11 +90,12 @@ def forward(static: Static, x: Operands) -> tuple[jax.Array, jax.Array]:
     together = heads_together(static.num_q_heads, of_a_head // static.group)
     grid = {"batch": static.batch, "heads": static.num_q_heads // together}
     grid |= {"block": blocks, "head": together}
+    slots = 1
     walks = plan(static, together, gpu_chip.current().num_cores) if static.tiles.walking else None
     if walks is not None:
         x, grid = x._replace(plan=jnp.asarray(walks)), {"core": len(walks)}
-        tiles = dataclasses.replace(static.tiles, stages=static.tiles.walking)
-        static = dataclasses.replace(static, tiles=tiles)
+        stages, slots = static.tiles.walking
+        static = dataclasses.replace(static, tiles=dataclasses.replace(static.tiles, stages=stages))
     given = Operands(*(field is not None for field in x))
     out_shape = (*x.q.shape[:3], static.head_dim_v)
     lse_shape = (static.batch, static.num_q_heads, blocks * static.block_q)
@@ -115,7 +112,7 @@ def forward(static: Static, x: Operands) -> tuple[jax.Array, jax.Array]:
             jax.ShapeDtypeStruct(out_shape, x.q.dtype),
             jax.ShapeDtypeStruct(lse_shape, jnp.float32),
         ),
-        scratch_types=_scratch(static, x.q.dtype, slots=1 if walks is None else 2),
+        scratch_types=_scratch(static, x.q.dtype, slots),
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
         num_threads=static.tiles.consumers + 1,
@@ -179,55 +176,10 @@ def _shared(static: Static, scratch: list[Any]) -> Shared:
     return Shared(*scratch)
 
 
-class Place(NamedTuple):
-    """What a block of the grid computes: block_q queries of a head, and the keys that they see."""
-
-    row: Row
-    b: Any
-    head: Any
-    index: Any
-
-    @classmethod
-    def here(cls, static: Static, rows: Any, head: jax.Array) -> "Place":
-        """Where this block is; each role asks for itself, for what both hold would be spilled."""
-        b = lax.axis_index("batch")
-        index = place_in_order(static, lax.axis_index("block"))
-        return cls(row_of(static, rows, b), b, head, index)
-
-    @classmethod
-    def numbered(cls, static: Static, rows: Any, number: jax.Array, together: int) -> "Place":
-        """The block of a number in the order of `plan`."""
-        sizes = together, tiles_of(static.q_len, static.block_q), static.num_q_heads // together
-        parts = []
-        for size in sizes:
-            parts.append(lax.rem(number, jnp.int32(size)))
-            number = lax.div(number, jnp.int32(size))
-        head, i, heads = parts
-        index = place_in_order(static, i)
-        return cls(row_of(static, rows, number), number, heads * together + head, index)
-
-
-def walk(static: Static, x: Operands, together: int, compute, carry: Any) -> Any:
-    """What `compute(place, n, carry)` makes of a carry, for each block of queries of this one.
-
-    Where there is no plan, that is the one of the grid. The next number is loaded while the one
-    before is computed.
-    """
-    if x.plan is None:
-        return compute(Place.here(static, x.rows, head_of_grid()), jnp.int32(0), carry)
-    core = lax.axis_index("core")
-
-    def one(n, state):
-        number, carry = state
-        following = x.plan[core, n + 2]
-        return following, compute(Place.numbered(static, x.rows, number, together), n, carry)
-
-    return lax.fori_loop(0, x.plan[core, 0], one, (x.plan[core, 1], carry))[1]
-
-
-def queries_slot(static: Static, x: Operands, n: jax.Array, wg: Any) -> Any:
+def queries_slot(static: Static, shared: Shared, n: jax.Array, wg: Any) -> Any:
     """The slot of a consumer's queries, for the n-th block that is walked over."""
-    return wg if x.plan is None else (n & 1) * static.tiles.consumers + wg
+    consumers = static.tiles.consumers
+    return tied_to(n, wg) if shared.q.shape[0] == consumers else (n & 1) * consumers + wg
 
 
 def block(static: Static, x: Operands, out: Any, lse: Any, shared: Shared, together: int) -> None:
@@ -253,21 +205,12 @@ def produce(static: Static, x: Operands, shared: Shared, together: int) -> None:
     """Brings what the blocks of queries need, then waits until all of it has been used."""
     stages = static.tiles.stages
 
-    def block_of_queries(place, n, brought):
-        for i in range(static.tiles.consumers):
-            slot = queries_slot(static, x, n, i)
-            if x.plan is not None:
+    def block_of_queries(n, brought):
+        place = place_of(static, x, together, n)
+        bring_queries = functools.partial(_bring_queries, static, x, shared, place, n)
+        return bring_keys(static, x, shared, place, brought, bring_queries)
 
-                @pl.when(n >= 2)
-                def _(slot=slot):
-                    plgpu.barrier_wait(shared.q_empty.at[slot])
-
-            rows = pl.ds(place.index * static.block_q + i * static.tiles.rows, static.tiles.rows)
-            queries = x.q.at[place.b, rows, place.head]
-            plgpu.copy_gmem_to_smem(queries, shared.q.at[slot], shared.q_full.at[slot])
-        return bring_keys(static, x, shared, place, brought)
-
-    brought = walk(static, x, together, block_of_queries, jnp.int32(0))
+    brought = walk(x, block_of_queries, jnp.int32(0))
 
     @pl.loop(jnp.maximum(brought - stages, 0), brought)
     def _(n):
@@ -276,13 +219,32 @@ def produce(static: Static, x: Operands, shared: Shared, together: int) -> None:
         plgpu.barrier_wait(shared.v_empty.at[slot])
 
 
-def bring_keys(static: Static, x: Operands, shared: Shared, place: Place, brought: jax.Array):
+def _bring_queries(static: Static, x: Operands, shared: Shared, place: Place, n: jax.Array) -> None:
+    """Brings the queries of the n-th block, once the results of the last in their place are out."""
+    slots = shared.q.shape[0] // static.tiles.consumers
+    for i in range(static.tiles.consumers):
+        slot = queries_slot(static, shared, n, i)
+        if x.plan is not None:
+
+            @pl.when(n >= slots)
+            def _(slot=slot):
+                plgpu.barrier_wait(shared.q_empty.at[slot])
+
+        rows = pl.ds(place.index * static.block_q + i * static.tiles.rows, static.tiles.rows)
+        queries = x.q.at[place.b, rows, place.head]
+        plgpu.copy_gmem_to_smem(queries, shared.q.at[slot], shared.q_full.at[slot])
+
+
+def bring_keys(static: Static, x: Operands, shared: Shared, place: Place, brought, bring_queries):
     """Brings key and value tiles, the last first, as slots become free.
+
+    Queries come after the first keys, which need not wait for the results before them.
 
     Args:
         static, x, shared: the call's.
         place: whose keys.
-        brought: tiles before these.
+        brought: tiles before these, int32 [].
+        bring_queries: brings the place's queries.
 
     Returns:
         Tiles brought, these included.
@@ -309,21 +271,24 @@ def bring_keys(static: Static, x: Operands, shared: Shared, place: Place, brough
                 x.kv_segments.at[b, keys], shared.segments.at[slot], shared.k_full.at[slot]
             )
 
+        @pl.when(n == brought)
+        def _():
+            bring_queries()
+
         @pl.when(n >= stages)
         def _():
             plgpu.barrier_wait(shared.v_empty.at[slot])
 
+        values = functools.partial(plgpu.copy_gmem_to_smem, x.v.at[b, keys, kv_head])
         whole = (tile * block_kv >= tiles.low) & ((tile + 1) * block_kv <= tiles.high)
 
         @pl.when(whole)
         def _():
-            plgpu.copy_gmem_to_smem(
-                x.v.at[b, keys, kv_head], shared.v.at[slot], shared.v_full.at[slot]
-            )
+            values(shared.v.at[slot], shared.v_full.at[slot])
 
         @pl.when(jnp.logical_not(whole))
         def _():
-            plgpu.copy_gmem_to_smem(x.v.at[b, keys, kv_head], shared.v.at[slot], shared.v_raw)
+            values(shared.v.at[slot], shared.v_raw)
             plgpu.barrier_wait(shared.v_raw)
             clear_unseen(static, shared.v.at[slot], tile * block_kv, tiles)
             plgpu.commit_smem()
@@ -359,13 +324,14 @@ def consume(static: Static, x: Operands, out, lse, shared: Shared, together: int
         def _():
             plgpu.barrier_arrive(shared.turn.at[0])
 
-    def block_of_queries(place, n, slot):
-        slot_q = queries_slot(static, x, n, wg)
-        acc, state, slot = attend(static, x, shared, place, wg, slot_q, slot)
-        store(static, x, acc, state, out, lse, shared, place, wg, slot_q)
+    def block_of_queries(n, slot):
+        place = functools.partial(place_of, static, x, together, n)
+        slot_q = queries_slot(static, shared, n, wg)
+        acc, state, slot = attend(static, x, shared, place(), wg, slot_q, slot)
+        store(static, x, acc, state, out, lse, shared, place(), wg, slot_q)
         return slot
 
-    walk(static, x, together, block_of_queries, jnp.int32(0))
+    walk(x, block_of_queries, jnp.int32(0))
     if static.tiles.turns:
 
         @pl.when(wg == 0)

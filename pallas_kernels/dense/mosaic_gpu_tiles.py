@@ -24,7 +24,7 @@ class Tiles:
         turns: whether consumers issue their products in turn (Hopper).
         tied: whether the queries' addresses are computed in the loop (Hopper, `gpu_addresses`).
         rows: queries of a consumer: wgmma's M, tcgen05's.
-        walking: stages where a core walks over blocks of queries, with two slots for them; 0 = a
+        walking: (stages, slots of queries) where a core walks over blocks of queries; None = a
             block of the grid for each (Hopper, `mosaic_gpu_plan`).
     """
 
@@ -34,7 +34,7 @@ class Tiles:
     turns: bool = True
     tied: bool = False
     rows: int = 64
-    walking: int = 0
+    walking: tuple[int, int] | None = None
 
 
 # Shape classes: a soft cap takes registers for its tanh, segment ids take shared memory, a bias and
@@ -52,22 +52,23 @@ TILES = {
         (256, 256): {PLAIN: Tiles(32, 2, 1, turns=False)},
     },
     (9, 0): {
-        (64, 64): {PLAIN: Tiles(128, 4, walking=4)},
-        (80, 80): {PLAIN: Tiles(128, 4, walking=3)},
-        (96, 96): {PLAIN: Tiles(128, 4, walking=3), CROWDED: Tiles(64, 6)},
+        (64, 64): {PLAIN: Tiles(128, 4, walking=(4, 2)), CROWDED: Tiles(128, 4)},
+        (80, 80): {PLAIN: Tiles(128, 4, walking=(3, 2)), CROWDED: Tiles(128, 4)},
+        (96, 96): {PLAIN: Tiles(128, 4, walking=(3, 2)), CROWDED: Tiles(64, 6)},
         (128, 128): {
-            PLAIN: Tiles(128, 3, walking=2),
+            PLAIN: Tiles(128, 3, walking=(2, 2)),
+            CAPPED: Tiles(128, 3),
             SEGMENTED: Tiles(128, 2, tied=True),
             ADDED: Tiles(64, 4),
         },
         (192, 128): {
-            PLAIN: Tiles(128, 2, turns=False),
+            PLAIN: Tiles(128, 2, turns=False, walking=(2, 1)),
             CAPPED: Tiles(64, 2, turns=False),
             SEGMENTED: Tiles(128, 2, turns=False, tied=True),
             ADDED: Tiles(64, 4, turns=False),
         },
         (192, 192): {
-            PLAIN: Tiles(64, 2, turns=False),
+            PLAIN: Tiles(64, 2, turns=False, walking=(2, 2)),
             ADDED: Tiles(64, 2, turns=False, tied=True),
         },
         (256, 256): {
