@@ -17,6 +17,7 @@ from pallas_kernels.dense.mosaic_gpu_geometry import (
     Static,
     heads_together,
     key_tiles,
+    values_are_whole,
 )
 from pallas_kernels.dense.mosaic_gpu_plan import Place, place_of, plan, walk
 from pallas_kernels.dense.mosaic_gpu_softmax import (
@@ -195,7 +196,15 @@ def block(static: Static, x: Operands, out: Any, lse: Any, shared: Shared, toget
     @pl.when(wg == static.tiles.consumers)
     def _():
         plgpu.set_max_registers(of_the_producer, action="decrease")
-        produce(static, x, shared, together)
+        if not values_are_whole(static):  # it takes a warpgroup to clear some
+            produce(static, x, shared, together)
+            return
+
+        @plgpu.warp_map
+        def _(warp):
+            @pl.when(warp == 0)
+            def _():
+                produce(static, x, shared, together)
 
 
 # The producer.
@@ -280,6 +289,10 @@ def bring_keys(static: Static, x: Operands, shared: Shared, place: Place, brough
             plgpu.barrier_wait(shared.v_empty.at[slot])
 
         values = functools.partial(plgpu.copy_gmem_to_smem, x.v.at[b, keys, kv_head])
+        if values_are_whole(static):
+            values(shared.v.at[slot], shared.v_full.at[slot])
+            return
+
         whole = (tile * block_kv >= tiles.low) & ((tile + 1) * block_kv <= tiles.high)
 
         @pl.when(whole)

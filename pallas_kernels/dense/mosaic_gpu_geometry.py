@@ -153,6 +153,17 @@ def key_tiles(static: Static, row: Row, block: jax.Array, rows_of: tuple[Any, in
     return KeyTiles(first, stop, inner, inner_stop, low, high)
 
 
+def values_are_whole(static: Static) -> bool:
+    """Whether it is known that a block sees every key of each tile that is brought to it."""
+    window, chunk = static.sliding_window, static.attention_chunk_size
+    if static.lengths or static.offset is None or window != (None, None) or chunk is not None:
+        return False
+    ends = [static.kv_len]
+    if static.causal:  # of the keys that a block's last query sees
+        ends += [static.q_len % static.block_q, static.block_q, static.offset]
+    return min(ends) >= 0 and not any(end % static.tiles.block_kv for end in ends)
+
+
 # Bytes of keys and values that blocks which run at once should share: a part of Hopper's
 # second-level cache, 50 MB in two halves that each keep what their cores read.
 SHARED_BYTES = 16 << 20
