@@ -21,11 +21,12 @@ from pallas_kernels.dense.mosaic_gpu_geometry import (
 )
 from pallas_kernels.dense.mosaic_gpu_plan import Place, place_of, plan, walk
 from pallas_kernels.dense.mosaic_gpu_softmax import (
-    along,
+    SLACK,
     empty,
     full,
     logits,
     normalised,
+    rescaled,
     softmax_step,
 )
 from pallas_kernels.gpu_addresses import tied_to
@@ -371,7 +372,7 @@ def attend(static: Static, x: Operands, shared: Shared, place: Place, wg, slot_q
     def weigh(s, tile, slot, state, masked):
         y, factor = weighted_by(s, tile, _segments_of(shared, slot), masked)
         hides = masked or static.segments or static.bias is not None
-        return softmax_step(y, factor, state, may_be_empty=hides)
+        return softmax_step(y, factor, state, may_be_empty=hides, slack=SLACK)
 
     def step(n, carry, *, masked):
         """Scores of the n-th tile beside the weighted values of the one before."""
@@ -398,7 +399,7 @@ def attend(static: Static, x: Operands, shared: Shared, place: Place, wg, slot_q
             plgpu.barrier_wait(shared.v_full.at[slot])
             o = plgpu.wgmma_accumulator_load(o_ref, wait_n=0)
             plgpu.barrier_arrive(shared.v_empty.at[before])
-            return o * along(alpha, o), next_p.astype(p.dtype), next_state, slot
+            return rescaled(o, alpha), next_p.astype(p.dtype), next_state, slot
 
         return _with_accumulators(static, acc, no_scores, products)
 

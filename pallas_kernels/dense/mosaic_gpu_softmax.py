@@ -7,13 +7,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.dense.mosaic_gpu_distance import distance
 from pallas_kernels.dense.mosaic_gpu_geometry import LOG2E, seen_interval
 
 ROW = plgpu.Layout.WGMMA.reduce(1)
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
+# Sums are brought to a new maximum only where it is larger by a factor of over 2^8: float16 holds
+# weights up to 2^16, and float32 sums of them.
+SLACK = 8.0
+# A positive float32 is a positive integer.
+VOTE = "{ .reg .pred p; setp.gt.s32 p, $1, 0; vote.sync.any.pred p, p, -1; selp.s32 $0, 1, 0, p; }"
 
 
 class Softmax(NamedTuple):
@@ -96,16 +104,41 @@ def _bias_tile(static, bias, b, head, first_row, first_key, like):
     return tile.astype(jnp.float32)
 
 
-def softmax_step(y, factor: float, state: Softmax, may_be_empty: bool = True):
+def softmax_step(y, factor: float, state: Softmax, may_be_empty: bool = True, slack: float = 0.0):
     """(weights of a tile, what earlier sums are multiplied by, the state after it).
 
-    `may_be_empty`: whether a row may have seen no key yet, this tile's included.
+    `may_be_empty`: whether a row may have seen no key yet, this tile's included; `slack`: by how
+    much (log2) logits may be above what weights are relative to, before that grows.
     """
-    m = jnp.maximum(state.m, y.max(axis=1) * factor)
+    top = y.max(axis=1) * factor
+    m = jnp.where(top > state.m + slack, top, state.m) if slack else jnp.maximum(state.m, top)
     shift = jnp.where(m == -jnp.inf, 0.0, m) if may_be_empty else m  # -inf - -inf is NaN
     alpha = jnp.exp2(state.m - shift)
     p = jnp.exp2(y * factor - along(shift, y))
     return p, alpha, Softmax(m, state.l * alpha + p.sum(axis=1))
+
+
+def rescaled(acc: jax.Array, alpha: jax.Array) -> jax.Array:
+    """Sums times a number of their rows: nothing to do for a warp whose rows all have a 1."""
+    changes = _any_row(jnp.where(alpha == 1.0, 0.0, 1.0))
+    return lax.cond(changes > 0, lambda: acc * along(alpha, acc), lambda: acc)
+
+
+def _any_row(flags: jax.Array) -> jax.Array:
+    """int32 []: 1 where a float32 flag of a row that this warp has is above 0; no barrier."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(ROW,),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(())),
+    )
+    def above_0_in_any_row(_, array):
+        i32 = ir.IntegerType.get_signless(32)
+        bits = [mgpu.utils.bitcast(register, i32) for register in array.registers.flat]
+        either = functools.reduce(arith.ori, bits)
+        vote = llvm.inline_asm(i32, [either], VOTE, "=r,r", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(vote, (), is_signed=True)
+
+    return above_0_in_any_row(plgpu.layout_cast(flags, ROW))
 
 
 def normalised(static, x, acc, state, row, head, first_row) -> tuple[jax.Array, jax.Array]:
