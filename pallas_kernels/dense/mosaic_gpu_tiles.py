@@ -64,7 +64,7 @@ TILES = {
         (192, 128): {
             PLAIN: Tiles(128, 2, turns=False, walking=(2, 1)),
             CAPPED: Tiles(64, 2, turns=False),
-            SEGMENTED: Tiles(128, 2, turns=False, tied=True),
+            SEGMENTED: Tiles(64, 4, turns=False),
             ADDED: Tiles(64, 4, turns=False),
         },
         (192, 192): {
