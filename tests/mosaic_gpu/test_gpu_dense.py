@@ -329,9 +329,10 @@ def compiles(chip, **options):
     compiled_cleanly(chip, KERNEL, arguments)
 
 
-@pytest.mark.parametrize("chip", ["h200"])
-def test_it_compiles_for_a_gpu(chip):
-    compiles(chip)
+@pytest.mark.parametrize("cores", [2, False])
+def test_it_compiles_for_a_gpu(cores, monkeypatch):
+    few_cores(monkeypatch, cores)
+    compiles("h200")
 
 
 SIZES = [
@@ -384,7 +385,8 @@ def features_of(features):
 @pytest.mark.parametrize(
     "features", [*FEATURES, ADDED, ADDED | FEATURES[2], ADDED | FEATURES[9], "all"], ids=str
 )
-def test_every_declared_feature_compiles(features, sizes):
+def test_every_declared_feature_compiles(features, sizes, monkeypatch):
+    few_cores(monkeypatch)  # the sizes above are compiled with a block of the grid for each
     compiles("h200", head_size=sizes[0], head_size_v=sizes[1], **features_of(features))
 
 
