@@ -52,7 +52,7 @@ TILES = {
         (256, 256): {PLAIN: Tiles(32, 2, 1, turns=False)},
     },
     (9, 0): {
-        (64, 64): {PLAIN: Tiles(128, 4, walking=(4, 2)), CROWDED: Tiles(128, 4)},
+        (64, 64): {PLAIN: Tiles(128, 4, walking=(4, 2)), ADDED: Tiles(128, 4)},
         (80, 80): {PLAIN: Tiles(128, 4, walking=(3, 2)), CROWDED: Tiles(128, 4)},
         (96, 96): {PLAIN: Tiles(128, 4, walking=(3, 2)), CROWDED: Tiles(64, 6)},
         (128, 128): {
