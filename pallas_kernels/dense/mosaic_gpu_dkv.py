@@ -43,6 +43,7 @@ from pallas_kernels.dense.mosaic_gpu_weights import (
     weights,
 )
 from pallas_kernels.gpu_addresses import tied_to
+from pallas_kernels.gpu_zeros import zeros
 
 CONSUMERS = 2
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
@@ -282,6 +283,7 @@ class _Block(NamedTuple):
 def together(call: _Block, dv_acc: Any, dk_acc: Any) -> None:
     """A warpgroup that owns dk and dv of its 64 keys."""
     shared, dtype = call.shared, call.x.q.dtype
+    none = zeros(TILE, TILE)
     plgpu.barrier_wait(shared.kv_full)
 
     @pl.loop(0, call.steps.count)
@@ -291,9 +293,8 @@ def together(call: _Block, dv_acc: Any, dk_acc: Any) -> None:
         k, v = (tile.at[tied_to(n, call.owner, tied=call.tied)] for tile in (shared.k, shared.v))
 
         def dlogits(logits_acc, dp_acc):
-            plgpu.barrier_wait(shared.q_full.at[slot])
+            logits_acc[...] = dp_acc[...] = none
             plgpu.wgmma(logits_acc, k, q.transpose((1, 0)))
-            plgpu.barrier_wait(shared.dout_full.at[slot])
             plgpu.wgmma(dp_acc, v, dout.transpose((1, 0)))
             logits = plgpu.wgmma_accumulator_load(logits_acc, wait_n=1)
             w = call.weights(n, slot, logits)
@@ -301,6 +302,8 @@ def together(call: _Block, dv_acc: Any, dk_acc: Any) -> None:
             dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
             return logit_gradients(w, dp, call.delta(slot), queries=1).astype(dtype)
 
+        plgpu.barrier_wait(shared.q_full.at[slot])
+        plgpu.barrier_wait(shared.dout_full.at[slot])
         acc = plgpu.ACC((TILE, TILE), jnp.float32)
         plgpu.wgmma(dk_acc, pl.run_scoped(dlogits, acc, acc), q)
         plgpu.commit_smem()  # lse and delta were read otherwise than they will be written

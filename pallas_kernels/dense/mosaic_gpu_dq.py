@@ -36,6 +36,7 @@ from pallas_kernels.dense.mosaic_gpu_weights import (
     weights,
 )
 from pallas_kernels.gpu_addresses import tied_to
+from pallas_kernels.gpu_zeros import zeros
 
 CONSUMERS = BLOCK // TILE
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
@@ -220,6 +221,8 @@ def _consume(
     for i in (wg,) if shared.sums is None else range(CONSUMERS):
         plgpu.barrier_wait(shared.q_full.at[i])
 
+    none = zeros(TILE, shared.k.shape[1])
+
     def step(n, sums):
         k_slot, v_slot = (
             tied_to(n, lax.rem(n, jnp.int32(tile.shape[0])), tied=tied)
@@ -229,9 +232,8 @@ def _consume(
         q, dout = (tile.at[tied_to(n, wg, tied=tied)] for tile in (shared.q, shared.dout))
 
         def dlogits(logits_acc, dp_acc):
-            plgpu.barrier_wait(shared.k_full.at[k_slot])
+            logits_acc[...] = dp_acc[...] = none
             plgpu.wgmma(logits_acc, q, k.transpose((1, 0)))
-            plgpu.barrier_wait(shared.v_full.at[v_slot])
             plgpu.wgmma(dp_acc, dout, v.transpose((1, 0)))
             logits = plgpu.wgmma_accumulator_load(logits_acc, wait_n=1)
             here = at._replace(key=(keys.first + n) * k.shape[0])
@@ -244,6 +246,8 @@ def _consume(
             ds = ds if w.slope is None else ds * w.slope
             return ds.astype(x.q.dtype), [a + b for a, b in zip(sums, more, strict=True)]
 
+        plgpu.barrier_wait(shared.k_full.at[k_slot])
+        plgpu.barrier_wait(shared.v_full.at[v_slot])
         acc = plgpu.ACC((TILE, k.shape[0]), jnp.float32)
         ds, sums = pl.run_scoped(dlogits, acc, acc)
         plgpu.wgmma(dq_acc, ds, k)
