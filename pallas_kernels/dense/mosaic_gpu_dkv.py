@@ -86,7 +86,7 @@ def key_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> tuple[jax.
         dk, dv, *scratch = refs
         shared, more = Shared(*scratch[: len(Shared._fields)]), scratch[len(Shared._fields) :]
         exchange = Exchange(*more) if split else None
-        block(static, arrays, (dk, dv), shared, exchange, tied=tiles.tied)
+        block(static, arrays, (dk, dv), shared, exchange, tiles)
 
     owners, kv_heads = 1 if split else CONSUMERS, x.k.shape[2]
     of_a_head = static.q_len * (static.head_dim + static.head_dim_v) * x.q.dtype.itemsize
@@ -154,7 +154,7 @@ class Steps(NamedTuple):
 
 def block(
     static: Static, x: Arrays, results: tuple[Any, Any], shared: Shared,
-    exchange: Exchange | None, *, tied: bool,
+    exchange: Exchange | None, tiles: BackwardTiles,
 ) -> None:  # fmt: skip
     """One block of the grid: its keys, and the queries that see them."""
     b, kv_head = lax.axis_index("batch"), head_of_grid()
@@ -167,7 +167,7 @@ def block(
         accumulators = [plgpu.ACC((TILE, width), jnp.float32)]
         if exchange is None:
             accumulators.append(plgpu.ACC((TILE, static.head_dim), jnp.float32))
-        call = _Block(static, x, results, shared, exchange, at, steps, kv_head, wg, tied)
+        call = _Block(static, x, results, shared, exchange, at, steps, kv_head, wg, tiles)
         pl.run_scoped(functools.partial(role, call), *accumulators)
 
     @pl.when(wg < CONSUMERS)
@@ -258,7 +258,17 @@ class _Block(NamedTuple):
     steps: Steps
     kv_head: Any
     owner: Any  # which of the block's keys are this warpgroup's
-    tied: bool
+    tiles: BackwardTiles
+
+    def kept(self, *owned: Any) -> list[jax.Array]:
+        """What this warpgroup owns, in registers, where the tiles say so; else nothing."""
+        if not self.tiles.kv_kept:
+            return []
+        return [plgpu.load(tile.at[self.owner], layout=WGMMA) for tile in owned]
+
+    def mine(self, n: Any, owned: Any) -> Any:
+        """What this warpgroup owns, for step n."""
+        return owned.at[tied_to(n, self.owner, tied=self.tiles.tied)]
 
     def weights(self, n: Any, slot: Any, logits: jax.Array) -> Any:
         """The weights of step n, keys first."""
@@ -285,12 +295,13 @@ def together(call: _Block, dv_acc: Any, dk_acc: Any) -> None:
     shared, dtype = call.shared, call.x.q.dtype
     none = zeros(TILE, TILE)
     plgpu.barrier_wait(shared.kv_full)
+    kept = call.kept(shared.k, shared.v)
 
     @pl.loop(0, call.steps.count)
     def _(n):
         slot = lax.rem(n, jnp.int32(shared.q.shape[0]))
         q, dout = shared.q.at[slot], shared.dout.at[slot]
-        k, v = (tile.at[tied_to(n, call.owner, tied=call.tied)] for tile in (shared.k, shared.v))
+        k, v = kept or (call.mine(n, tile) for tile in (shared.k, shared.v))
 
         def dlogits(logits_acc, dp_acc):
             logits_acc[...] = dp_acc[...] = none
@@ -330,7 +341,7 @@ def value_role(call: _Block, dv_acc: Any) -> None:
 
         def probabilities(logits_acc):
             plgpu.barrier_wait(shared.q_full.at[slot])
-            plgpu.wgmma(logits_acc, shared.k.at[tied_to(n, 0, tied=call.tied)], q.transpose((1, 0)))
+            plgpu.wgmma(logits_acc, call.mine(n, shared.k), q.transpose((1, 0)))
             w = call.weights(n, slot, logits_acc[...])
             pl.when(n >= 2)(functools.partial(plgpu.barrier_wait, exchange.p_empty.at[turn]))
             # What dlogits are a multiple of: the weight, and the soft cap's slope.
@@ -365,7 +376,7 @@ def key_role(call: _Block, dk_acc: Any) -> None:
 
         def dlogits(dp_acc):
             plgpu.barrier_wait(shared.dout_full.at[slot])
-            plgpu.wgmma(dp_acc, shared.v.at[tied_to(n, 0, tied=call.tied)], dout.transpose((1, 0)))
+            plgpu.wgmma(dp_acc, call.mine(n, shared.v), dout.transpose((1, 0)))
             plgpu.barrier_wait(exchange.p_full.at[turn])
             p = plgpu.load(exchange.p.at[turn], layout=WGMMA)
             plgpu.barrier_arrive(exchange.p_empty.at[turn])

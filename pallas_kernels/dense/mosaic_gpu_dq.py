@@ -28,6 +28,7 @@ from pallas_kernels.dense.mosaic_gpu_weights import (
     BLOCK,
     LAYOUTS,
     TILE,
+    WGMMA,
     Arrays,
     Place,
     distances,
@@ -90,7 +91,7 @@ def query_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> QueryGra
         results = [refs.pop(0) for _ in out_type]
         q, dout, *rest = refs
         dout, sums = dout if static.alibi else (dout, None)
-        block(static, arrays, results, Shared(q, dout, *rest, sums), tied=tiles.tied)
+        block(static, arrays, results, Shared(q, dout, *rest, sums), tiles)
 
     dtype = x.q.dtype
     of_a_head = static.kv_len * (static.head_dim + static.head_dim_v) * dtype.itemsize
@@ -141,7 +142,7 @@ class KeyRange(NamedTuple):
     count: jax.Array
 
 
-def block(static: Static, x: Arrays, results: Any, shared: Shared, *, tied: bool) -> None:
+def block(static: Static, x: Arrays, results: Any, shared: Shared, tiles: BackwardTiles) -> None:
     """One block of the grid: BLOCK queries of a head, and the keys that they see."""
     b, head = lax.axis_index("batch"), head_of_grid()
     index, wg = lax.axis_index("block"), lax.axis_index("wg")
@@ -155,7 +156,7 @@ def block(static: Static, x: Arrays, results: Any, shared: Shared, *, tied: bool
         plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
         mine = at._replace(query=at.query + wg * TILE)
         pl.run_scoped(
-            functools.partial(_consume, static, x, results, shared, mine, keys, wg, tied),
+            functools.partial(_consume, static, x, results, shared, mine, keys, wg, tiles),
             plgpu.ACC((TILE, static.head_dim), jnp.float32),
         )
 
@@ -209,7 +210,7 @@ def drain(empty: Any, stages: int, count: Any) -> None:
 
 
 def _consume(
-    static, x: Arrays, results, shared: Shared, at: Place, keys: KeyRange, wg, tied, dq_acc
+    static, x: Arrays, results, shared: Shared, at: Place, keys: KeyRange, wg, tiles, dq_acc
 ):
     """One warpgroup's 64 queries against every key tile of the block."""
     numbers = (at.b, at.head, pl.ds(at.query, TILE))
@@ -222,14 +223,16 @@ def _consume(
         plgpu.barrier_wait(shared.q_full.at[i])
 
     none = zeros(TILE, shared.k.shape[1])
+    owned = shared.q, shared.dout
+    kept = [plgpu.load(tile.at[wg], layout=WGMMA) for tile in owned if tiles.q_kept]
 
     def step(n, sums):
         k_slot, v_slot = (
-            tied_to(n, lax.rem(n, jnp.int32(tile.shape[0])), tied=tied)
+            tied_to(n, lax.rem(n, jnp.int32(tile.shape[0])), tied=tiles.tied)
             for tile in (shared.k, shared.v)
         )
         k, v = shared.k.at[k_slot], shared.v.at[v_slot]
-        q, dout = (tile.at[tied_to(n, wg, tied=tied)] for tile in (shared.q, shared.dout))
+        q, dout = kept or (tile.at[tied_to(n, wg, tied=tiles.tied)] for tile in owned)
 
         def dlogits(logits_acc, dp_acc):
             logits_acc[...] = dp_acc[...] = none
