@@ -270,16 +270,15 @@ class _Block(NamedTuple):
         """What this warpgroup owns, for step n."""
         return owned.at[tied_to(n, self.owner, tied=self.tiles.tied)]
 
-    def weights(self, n: Any, slot: Any, logits: jax.Array) -> Any:
+    def weights(self, n: Any, logits: jax.Array, lse: jax.Array) -> Any:
         """The weights of step n, keys first."""
         head, query = self.steps.where(n)
         at = self.at._replace(query=query, head=head)
-        lse = plgpu.load(self.shared.lse.at[slot], layout=LAYOUTS[1], optimized=False)
         return weights(self.static, self.x, at, logits, lse, queries=1)
 
-    def delta(self, slot: Any) -> jax.Array:
-        """The deltas of a slot's queries."""
-        return plgpu.load(self.shared.delta.at[slot], layout=LAYOUTS[1], optimized=False)
+    def of_queries(self, ring: Any, slot: Any) -> jax.Array:
+        """The lse, or the deltas, of a slot's queries: read before what they go with is awaited."""
+        return plgpu.load(ring.at[slot], layout=LAYOUTS[1], optimized=False)
 
     def leave(self, sums: jax.Array, staging: Any, result: Any) -> None:
         """Sends a gradient of this warpgroup's keys off."""
@@ -307,11 +306,13 @@ def together(call: _Block, dv_acc: Any, dk_acc: Any) -> None:
             logits_acc[...] = dp_acc[...] = none
             plgpu.wgmma(logits_acc, k, q.transpose((1, 0)))
             plgpu.wgmma(dp_acc, v, dout.transpose((1, 0)))
+            lse = call.of_queries(shared.lse, slot)
             logits = plgpu.wgmma_accumulator_load(logits_acc, wait_n=1)
-            w = call.weights(n, slot, logits)
+            w = call.weights(n, logits, lse)
             plgpu.wgmma(dv_acc, w.p.astype(dtype), dout)
+            delta = call.of_queries(shared.delta, slot)
             dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
-            return logit_gradients(w, dp, call.delta(slot), queries=1).astype(dtype)
+            return logit_gradients(w, dp, delta, queries=1).astype(dtype)
 
         plgpu.barrier_wait(shared.q_full.at[slot])
         plgpu.barrier_wait(shared.dout_full.at[slot])
@@ -342,7 +343,8 @@ def value_role(call: _Block, dv_acc: Any) -> None:
         def probabilities(logits_acc):
             plgpu.barrier_wait(shared.q_full.at[slot])
             plgpu.wgmma(logits_acc, call.mine(n, shared.k), q.transpose((1, 0)))
-            w = call.weights(n, slot, logits_acc[...])
+            lse = call.of_queries(shared.lse, slot)
+            w = call.weights(n, logits_acc[...], lse)
             pl.when(n >= 2)(functools.partial(plgpu.barrier_wait, exchange.p_empty.at[turn]))
             # What dlogits are a multiple of: the weight, and the soft cap's slope.
             exchange.p[turn] = w.p if w.slope is None else w.p * w.slope
@@ -377,11 +379,12 @@ def key_role(call: _Block, dk_acc: Any) -> None:
         def dlogits(dp_acc):
             plgpu.barrier_wait(shared.dout_full.at[slot])
             plgpu.wgmma(dp_acc, call.mine(n, shared.v), dout.transpose((1, 0)))
+            delta = call.of_queries(shared.delta, slot)
             plgpu.barrier_wait(exchange.p_full.at[turn])
             p = plgpu.load(exchange.p.at[turn], layout=WGMMA)
             plgpu.barrier_arrive(exchange.p_empty.at[turn])
             dp = dp_acc[...]
-            ds = logit_gradients(Weights(p, None), dp, call.delta(slot), queries=1)
+            ds = logit_gradients(Weights(p, None), dp, delta, queries=1)
             plgpu.commit_smem()  # delta was read otherwise than it will be written
             plgpu.barrier_arrive(shared.dout_empty.at[slot])
             return ds.astype(call.x.q.dtype)

@@ -142,20 +142,27 @@ class BackwardTiles:
 # with a bias, slopes, lengths and a chunk 12 + 16; dq there 16 + 16, at 192 48 + 60, at 256
 # 176 + 188. It costs dk and dv at 64 49 instructions of 566 a tile.
 BACKWARD_TILES = {
+    64: {
+        PLAIN: BackwardTiles(64, 2, 2, 2, split=False, q_kept=True, kv_kept=True),
+        ADDED: BackwardTiles(64, 2, 2, 2, split=False),
+        CROWDED: BackwardTiles(64, 2, 2, 2, split=True),
+    },
     80: {
         PLAIN: BackwardTiles(64, 2, 2, 2, split=False, q_kept=True, kv_kept=True),
-        CROWDED: BackwardTiles(64, 2, 2, 2, split=True, q_kept=True),
+        CAPPED: BackwardTiles(64, 2, 2, 2, split=False, q_kept=True),
+        ADDED: BackwardTiles(64, 2, 2, 2, split=False),
+        CROWDED: BackwardTiles(64, 2, 2, 2, split=True),
     },
     96: {
-        PLAIN: BackwardTiles(64, 2, 2, 2, split=False, q_kept=True, kv_kept=True),
+        PLAIN: BackwardTiles(64, 2, 2, 2, split=False, q_kept=True),
         CAPPED: BackwardTiles(64, 2, 2, 2, split=False, tied=True, q_kept=True),
-        ADDED: BackwardTiles(64, 2, 2, 2, split=False, tied=True, q_kept=True),
-        CROWDED: BackwardTiles(64, 2, 2, 2, split=True, q_kept=True),
+        ADDED: BackwardTiles(64, 2, 2, 2, split=False, tied=True),
+        CROWDED: BackwardTiles(64, 2, 2, 2, split=True),
     },
     128: {
         PLAIN: BackwardTiles(64, 2, 2, 2, split=False, tied=True, q_kept=True),
         CAPPED: BackwardTiles(64, 2, 2, 2, split=True, q_kept=True),
-        ADDED: BackwardTiles(64, 2, 2, 2, split=True, tied=True, q_kept=True),
+        ADDED: BackwardTiles(64, 2, 2, 2, split=True, tied=True),
     },
     192: {
         PLAIN: BackwardTiles(64, 2, 2, 2, split=True, bias_stages=1),
