@@ -8,6 +8,7 @@ The consumers are not in step: one's products run while the other is at its expo
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -209,6 +210,15 @@ def drain(empty: Any, stages: int, count: Any) -> None:
         plgpu.barrier_wait(empty.at[lax.rem(n, jnp.int32(stages))])
 
 
+def owned(tiles: BackwardTiles, shared: Any, name: str, wg: Any) -> Callable[[Any], Any]:
+    """What a warpgroup owns, for a step: in registers where the tiles say so."""
+    tile = getattr(shared, name)
+    if name not in tiles.kept:
+        return lambda n: tile.at[tied_to(n, wg, tied=tiles.tied)]
+    kept = plgpu.load(tile.at[wg], layout=WGMMA)
+    return lambda n: kept
+
+
 def _consume(
     static, x: Arrays, results, shared: Shared, at: Place, keys: KeyRange, wg, tiles, dq_acc
 ):
@@ -223,8 +233,7 @@ def _consume(
         plgpu.barrier_wait(shared.q_full.at[i])
 
     none = zeros(TILE, shared.k.shape[1])
-    owned = shared.q, shared.dout
-    kept = [plgpu.load(tile.at[wg], layout=WGMMA) for tile in owned if tiles.q_kept]
+    q_of, dout_of = (owned(tiles, shared, name, wg) for name in ("q", "dout"))
 
     def step(n, sums):
         k_slot, v_slot = (
@@ -232,7 +241,7 @@ def _consume(
             for tile in (shared.k, shared.v)
         )
         k, v = shared.k.at[k_slot], shared.v.at[v_slot]
-        q, dout = kept or (tile.at[tied_to(n, wg, tied=tiles.tied)] for tile in owned)
+        q, dout = q_of(n), dout_of(n)
 
         def dlogits(logits_acc, dp_acc):
             logits_acc[...] = dp_acc[...] = none
