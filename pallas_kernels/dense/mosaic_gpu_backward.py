@@ -83,6 +83,7 @@ def backward(
     tiles = backward_tiles(
         static.capability,
         static.head_dim,
+        static.head_dim_v,
         capped=static.soft_cap is not None,
         segmented=static.segments,
         added=static.alibi or static.bias is not None,

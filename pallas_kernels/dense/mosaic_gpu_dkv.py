@@ -43,7 +43,6 @@ from pallas_kernels.dense.mosaic_gpu_weights import (
     swizzled,
     weights,
 )
-from pallas_kernels.gpu_addresses import tied_to
 from pallas_kernels.gpu_zeros import zeros
 
 CONSUMERS = 2
@@ -424,7 +423,7 @@ def key_role(call: _Block, dk_acc: Any) -> None:
 
 
 def product(none: jax.Array, a: Any, b: Any, beside: Any = None) -> jax.Array:
-    """a @ b; `beside` issues one product more while this one is computed, and waits for none."""
+    """The product a @ b; `beside` issues one product more while this one is computed, and waits for none."""
 
     def of(acc):
         acc[...] = none

@@ -133,7 +133,7 @@ class BackwardTiles:
     block_q: int = 64
 
 
-# The largest head_dim that they are for -> shape class -> tiles, capability 9.0. Above 128, dk and
+# (head_dim, head_dim_v) -> shape class -> tiles, capability 9.0. Above 128, dk and
 # dv of 64 keys do not fit one warpgroup's registers; at 128 not beside a soft cap's slopes. `tied`
 # is for what spilled without it (bytes stored + loaded, dk and dv): at 96 with everything 12 + 16,
 # or 44 + 40 with it beside a bias and slopes, at 128 beside those 124 + 124,
@@ -141,35 +141,40 @@ class BackwardTiles:
 # with a bias, slopes, lengths and a chunk 12 + 16; dq there 16 + 16, at 192 48 + 60, at 256
 # 176 + 188. It costs dk and dv at 64 49 instructions of 566 a tile.
 BACKWARD_TILES = {
-    64: {
+    (64, 64): {
         PLAIN: BackwardTiles(64, 2, 2, 2, split=False, kept=("q", "dout", "k", "v")),
         CAPPED: BackwardTiles(64, 2, 2, 2, split=False, tied=True, kept=("q", "dout")),
         ADDED: BackwardTiles(64, 2, 2, 2, split=False),
         CROWDED: BackwardTiles(64, 2, 2, 2, split=True),
     },
-    80: {
+    (80, 80): {
         PLAIN: BackwardTiles(64, 2, 2, 2, split=False, kept=("q", "dout", "k", "v")),
         CAPPED: BackwardTiles(64, 2, 2, 2, split=True, kept=("q", "dout")),
         ADDED: BackwardTiles(64, 2, 2, 2, split=False),
         CROWDED: BackwardTiles(64, 2, 2, 2, split=True),
     },
-    96: {
+    (96, 96): {
         PLAIN: BackwardTiles(64, 2, 2, 2, split=False, kept=("q", "dout")),
         CAPPED: BackwardTiles(64, 2, 2, 2, split=False, tied=True, kept=("q", "dout")),
         ADDED: BackwardTiles(64, 2, 2, 2, split=False, tied=True),
         CROWDED: BackwardTiles(64, 2, 2, 2, split=True),
     },
-    128: {
+    (128, 128): {
         PLAIN: BackwardTiles(64, 2, 2, 2, split=False, tied=True, kept=("q", "dout")),
         CAPPED: BackwardTiles(64, 2, 2, 2, split=True, kept=("q", "dout")),
         ADDED: BackwardTiles(64, 2, 2, 2, split=True, tied=True),
     },
-    192: {
-        PLAIN: BackwardTiles(64, 2, 2, 3, split=True, kept=("dout", "k"), bias_stages=1),
+    (192, 128): {
+        PLAIN: BackwardTiles(64, 2, 2, 3, split=True, kept=("dout", "k", "v"), bias_stages=1),
         CAPPED: BackwardTiles(64, 2, 2, 2, split=True, tied=True, bias_stages=1),
         ADDED: BackwardTiles(64, 2, 2, 2, split=True, tied=True, bias_stages=1),
     },
-    256: {PLAIN: BackwardTiles(64, 2, 1, 2, split=True, tied=True, bias_stages=1)},
+    (192, 192): {
+        PLAIN: BackwardTiles(64, 2, 2, 2, split=True, bias_stages=1),
+        CAPPED: BackwardTiles(64, 2, 2, 2, split=True, tied=True, bias_stages=1),
+        ADDED: BackwardTiles(64, 2, 2, 2, split=True, tied=True, bias_stages=1),
+    },
+    (256, 256): {PLAIN: BackwardTiles(64, 2, 1, 2, split=True, tied=True, bias_stages=1)},
 }
 
 
@@ -188,8 +193,8 @@ AMPERE_BACKWARD_TILES = {
 
 
 def backward_tiles(
-    capability: tuple[int, int], head_dim: int, *, capped: bool, segmented: bool,
-    added: bool = False,
+    capability: tuple[int, int], head_dim: int, head_dim_v: int, *, capped: bool,
+    segmented: bool, added: bool = False,
 ) -> BackwardTiles:  # fmt: skip
     """The tiles of the backward for a chip, a head size and a shape class.
 
@@ -204,5 +209,5 @@ def backward_tiles(
                 f"compute_capability 8.0: use CUDNN or XLA"
             )
         return _of_class(AMPERE_BACKWARD_TILES[head_dim], capped, segmented, added)
-    classes = next(tiles for largest, tiles in BACKWARD_TILES.items() if head_dim <= largest)
+    classes = BACKWARD_TILES[head_dim, head_dim_v]
     return _of_class(classes, capped, segmented, added)
