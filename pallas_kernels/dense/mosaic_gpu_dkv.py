@@ -423,7 +423,7 @@ def key_role(call: _Block, dk_acc: Any) -> None:
 
 
 def product(none: jax.Array, a: Any, b: Any, beside: Any = None) -> jax.Array:
-    """The product a @ b; `beside` issues one product more while this one is computed, and waits for none."""
+    """The product a @ b; `beside` issues one more while this one is computed, and awaits none."""
 
     def of(acc):
         acc[...] = none
