@@ -133,9 +133,11 @@ class BackwardTiles:
     block_q: int = 64
 
 
-# (head_dim, head_dim_v) -> shape class -> tiles, capability 9.0. Above 128, dk and
-# dv of 64 keys do not fit one warpgroup's registers; at 128 not beside a soft cap's slopes. `tied`
-# is for what spilled without it (bytes stored + loaded, dk and dv): at 96 with everything 12 + 16,
+# (head_dim, head_dim_v) -> shape class -> tiles, capability 9.0. Above 128, dk and dv of 64 keys do
+# not fit one warpgroup's registers; at 128 not beside a soft cap's slopes, at 80 not beside those
+# and everything else. Three slots: the next step beside this one. `tied` is for what spilled
+# without it (bytes stored + loaded, dk and dv): at 80 with a bias, slopes, lengths and a chunk
+# 4 + 4, at 64 with everything 8 + 8 where k and v are kept, at 96 with everything 12 + 16,
 # or 44 + 40 with it beside a bias and slopes, at 128 beside those 124 + 124,
 # at 128 with a window 8 + 4, with chunks and lengths 36 + 44, at 192 with everything 12 + 20, at 96
 # with a bias, slopes, lengths and a chunk 12 + 16; dq there 16 + 16, at 192 48 + 60, at 256
@@ -150,7 +152,7 @@ BACKWARD_TILES = {
     (80, 80): {
         PLAIN: BackwardTiles(64, 2, 2, 2, split=False, kept=("q", "dout", "k", "v")),
         CAPPED: BackwardTiles(64, 2, 2, 2, split=True, kept=("q", "dout")),
-        ADDED: BackwardTiles(64, 2, 2, 2, split=False),
+        ADDED: BackwardTiles(64, 2, 2, 2, split=False, tied=True),
         CROWDED: BackwardTiles(64, 2, 2, 2, split=True),
     },
     (96, 96): {
