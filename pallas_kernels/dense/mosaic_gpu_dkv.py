@@ -43,6 +43,7 @@ from pallas_kernels.dense.mosaic_gpu_weights import (
     swizzled,
     weights,
 )
+from pallas_kernels.gpu_addresses import tied_to
 from pallas_kernels.gpu_zeros import zeros
 
 CONSUMERS = 2
@@ -365,7 +366,8 @@ def value_role(call: _Block, dv_acc: Any) -> None:
         return product(none, k_of(n), q.transpose((1, 0)), beside)
 
     def add(n, s):
-        slot, turn = lax.rem(n, jnp.int32(stages)), lax.rem(n, jnp.int32(2))
+        tied = call.tiles.tied
+        slot, turn = (tied_to(n, lax.rem(n, jnp.int32(m)), tied=tied) for m in (stages, 2))
         w = call.weights(n, s, call.of_queries(shared.lse, slot))
         pl.when(n >= 2)(functools.partial(plgpu.barrier_wait, exchange.p_empty.at[turn]))
         # What dlogits are a multiple of: the weight, and the soft cap's slope.
@@ -402,10 +404,10 @@ def key_role(call: _Block, dk_acc: Any) -> None:
 
     def add(n, dp):
         slot, turn = lax.rem(n, jnp.int32(stages)), lax.rem(n, jnp.int32(2))
-        delta = call.of_queries(shared.delta, slot)
         plgpu.barrier_wait(exchange.p_full.at[turn])
         p = plgpu.load(exchange.p.at[turn], layout=WGMMA)
         plgpu.barrier_arrive(exchange.p_empty.at[turn])
+        delta = call.of_queries(shared.delta, slot)
         ds = logit_gradients(Weights(p, None), dp, delta, queries=1)
         plgpu.commit_smem()  # delta was read otherwise than it will be written
         plgpu.barrier_arrive(shared.dout_empty.at[slot])
