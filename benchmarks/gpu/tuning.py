@@ -144,8 +144,6 @@ def _forward(work: Work) -> Target:
 
 def _backward(work: Work) -> Target:
     sizes = (work.head_size, work.head_size_v)
-    table = importlib.import_module(DENSE).BACKWARD_TILES
-    largest = next(size for size in table if size >= work.head_size)
     domain = {"k_stages": (2, 3), "v_stages": (1, 2), "split": (False, True),
               "tied": (False, True)}  # fmt: skip
 
@@ -155,9 +153,7 @@ def _backward(work: Work) -> Target:
     def smem(s: Sizes) -> int:
         return keys(s) + 4 * ROWS * sum(sizes)
 
-    return Target(
-        DENSE, ("BACKWARD_TILES", largest, "plain"), "attnsel_dense_d", domain, smem, keys
-    )
+    return Target(DENSE, ("BACKWARD_TILES", sizes, "plain"), "attnsel_dense_d", domain, smem, keys)
 
 
 def _paged(work: Work, phase: str) -> Target:

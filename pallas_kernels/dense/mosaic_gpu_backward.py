@@ -83,6 +83,7 @@ def backward(
     tiles = backward_tiles(
         static.capability,
         static.head_dim,
+        static.head_dim_v,
         capped=static.soft_cap is not None,
         segmented=static.segments,
         added=static.alibi or static.bias is not None,
@@ -155,8 +156,9 @@ def _by_head(static: Static, rows: jax.Array) -> jax.Array:
 def cleared(static: Static, x: Arrays, some: jax.Array) -> Arrays:
     """The arrays with 0 where NaN may be: a weight of 0 does not undo it in a product.
 
-    Costs a pass over k where some key may be unseen, and over q and dout where some query may see
-    none: with lengths, segments, offsets that are not static, windows that end before the keys do.
+    Costs a pass over k and v where some key may be unseen, and over q and dout where some query may
+    see none: with lengths, segments, offsets that are not static, windows that end before the keys
+    do. A select for each of the kernels' logits would do for v, and is an eighth of what they do.
 
     Args:
         static: the call.
@@ -168,8 +170,9 @@ def cleared(static: Static, x: Arrays, some: jax.Array) -> Arrays:
         return jnp.where(where, a, jnp.zeros_like(a))
 
     if not everything_is_seen(static):
-        k = keep(_used(static, x)[:, :, None, None], x.k)
-        x = x._replace(k=k, q=keep(some[..., None], x.q), dout=keep(some[..., None], x.dout))
+        used = _used(static, x)[:, :, None, None]
+        x = x._replace(k=keep(used, x.k), v=keep(used, x.v))
+        x = x._replace(q=keep(some[..., None], x.q), dout=keep(some[..., None], x.dout))
     return x
 
 

@@ -15,6 +15,7 @@ All query heads of a kv head are gone through by the same block, one after anoth
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.dense.mosaic_gpu_dq import drain
+from pallas_kernels.dense.mosaic_gpu_dq import drain, owned
 from pallas_kernels.dense.mosaic_gpu_geometry import (
     Static,
     head_of_grid,
@@ -43,6 +44,7 @@ from pallas_kernels.dense.mosaic_gpu_weights import (
     weights,
 )
 from pallas_kernels.gpu_addresses import tied_to
+from pallas_kernels.gpu_zeros import zeros
 
 CONSUMERS = 2
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
@@ -85,7 +87,7 @@ def key_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> tuple[jax.
         dk, dv, *scratch = refs
         shared, more = Shared(*scratch[: len(Shared._fields)]), scratch[len(Shared._fields) :]
         exchange = Exchange(*more) if split else None
-        block(static, arrays, (dk, dv), shared, exchange, tied=tiles.tied)
+        block(static, arrays, (dk, dv), shared, exchange, tiles)
 
     owners, kv_heads = 1 if split else CONSUMERS, x.k.shape[2]
     of_a_head = static.q_len * (static.head_dim + static.head_dim_v) * x.q.dtype.itemsize
@@ -153,7 +155,7 @@ class Steps(NamedTuple):
 
 def block(
     static: Static, x: Arrays, results: tuple[Any, Any], shared: Shared,
-    exchange: Exchange | None, *, tied: bool,
+    exchange: Exchange | None, tiles: BackwardTiles,
 ) -> None:  # fmt: skip
     """One block of the grid: its keys, and the queries that see them."""
     b, kv_head = lax.axis_index("batch"), head_of_grid()
@@ -166,7 +168,7 @@ def block(
         accumulators = [plgpu.ACC((TILE, width), jnp.float32)]
         if exchange is None:
             accumulators.append(plgpu.ACC((TILE, static.head_dim), jnp.float32))
-        call = _Block(static, x, results, shared, exchange, at, steps, kv_head, wg, tied)
+        call = _Block(static, x, results, shared, exchange, at, steps, kv_head, wg, tiles)
         pl.run_scoped(functools.partial(role, call), *accumulators)
 
     @pl.when(wg < CONSUMERS)
@@ -257,18 +259,47 @@ class _Block(NamedTuple):
     steps: Steps
     kv_head: Any
     owner: Any  # which of the block's keys are this warpgroup's
-    tied: bool
+    tiles: BackwardTiles
 
-    def weights(self, n: Any, slot: Any, logits: jax.Array) -> Any:
+    def owned(self, name: str) -> Callable[[Any], Any]:
+        """What of "k" or "v" is this warpgroup's, for a step."""
+        return owned(self.tiles, self.shared, name, self.owner)
+
+    def weights(self, n: Any, logits: jax.Array, lse: jax.Array) -> Any:
         """The weights of step n, keys first."""
         head, query = self.steps.where(n)
         at = self.at._replace(query=query, head=head)
-        lse = plgpu.load(self.shared.lse.at[slot], layout=LAYOUTS[1], optimized=False)
         return weights(self.static, self.x, at, logits, lse, queries=1)
 
-    def delta(self, slot: Any) -> jax.Array:
-        """The deltas of a slot's queries."""
-        return plgpu.load(self.shared.delta.at[slot], layout=LAYOUTS[1], optimized=False)
+    def of_queries(self, ring: Any, slot: Any) -> jax.Array:
+        """The lse, or the deltas, of a slot's queries."""
+        return plgpu.load(ring.at[slot], layout=LAYOUTS[1], optimized=False)
+
+    def go_through(self, first: Any, add: Any, added: Any) -> None:
+        """Every step: `first` gives a product, `add` issues another of what it gave.
+
+        With three stages the next step's first product is computed beside this one's exponentials:
+        with two its queries would be waited for.
+        """
+        count = self.steps.count
+        if self.tiles.q_stages < 3:
+
+            @pl.loop(0, count)
+            def _(n):
+                add(n, first(n))
+                added(n)
+
+            return
+
+        def step(n, given):
+            after = first(n + 1, functools.partial(add, n, given))
+            added(n)
+            return after
+
+        @pl.when(count > 0)
+        def _():
+            add(count - 1, lax.fori_loop(0, count - 1, step, first(jnp.int32(0))))
+            added(count - 1)
 
     def leave(self, sums: jax.Array, staging: Any, result: Any) -> None:
         """Sends a gradient of this warpgroup's keys off."""
@@ -282,25 +313,32 @@ class _Block(NamedTuple):
 def together(call: _Block, dv_acc: Any, dk_acc: Any) -> None:
     """A warpgroup that owns dk and dv of its 64 keys."""
     shared, dtype = call.shared, call.x.q.dtype
+    none = zeros(TILE, TILE)
     plgpu.barrier_wait(shared.kv_full)
+    k_of, v_of = call.owned("k"), call.owned("v")
 
     @pl.loop(0, call.steps.count)
     def _(n):
         slot = lax.rem(n, jnp.int32(shared.q.shape[0]))
         q, dout = shared.q.at[slot], shared.dout.at[slot]
-        k, v = (tile.at[tied_to(n, call.owner, tied=call.tied)] for tile in (shared.k, shared.v))
+        k, v = k_of(n), v_of(n)
 
         def dlogits(logits_acc, dp_acc):
-            plgpu.barrier_wait(shared.q_full.at[slot])
+            logits_acc[...] = dp_acc[...] = none
             plgpu.wgmma(logits_acc, k, q.transpose((1, 0)))
-            plgpu.barrier_wait(shared.dout_full.at[slot])
             plgpu.wgmma(dp_acc, v, dout.transpose((1, 0)))
+            lse = functools.partial(call.of_queries, shared.lse, slot)
+            # Read before what it goes with is awaited, but beside a cap's slopes there is no room.
+            lse = lse if call.static.soft_cap is not None else lse()
             logits = plgpu.wgmma_accumulator_load(logits_acc, wait_n=1)
-            w = call.weights(n, slot, logits)
+            w = call.weights(n, logits, lse() if callable(lse) else lse)
             plgpu.wgmma(dv_acc, w.p.astype(dtype), dout)
             dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
-            return logit_gradients(w, dp, call.delta(slot), queries=1).astype(dtype)
+            delta = call.of_queries(shared.delta, slot)
+            return logit_gradients(w, dp, delta, queries=1).astype(dtype)
 
+        plgpu.barrier_wait(shared.q_full.at[slot])
+        plgpu.barrier_wait(shared.dout_full.at[slot])
         acc = plgpu.ACC((TILE, TILE), jnp.float32)
         plgpu.wgmma(dk_acc, pl.run_scoped(dlogits, acc, acc), q)
         plgpu.commit_smem()  # lse and delta were read otherwise than they will be written
@@ -317,32 +355,34 @@ def together(call: _Block, dv_acc: Any, dk_acc: Any) -> None:
 def value_role(call: _Block, dv_acc: Any) -> None:
     """The warpgroup of a split block that has dv: it computes the weights, for both."""
     shared, exchange, dtype = call.shared, call.exchange, call.x.q.dtype
+    stages, none = shared.q.shape[0], zeros(TILE, TILE)
     plgpu.barrier_wait(shared.kv_full)
+    k_of = call.owned("k")
 
-    @pl.loop(0, call.steps.count)
-    def _(n):
-        slot = lax.rem(n, jnp.int32(shared.q.shape[0]))
-        turn = lax.rem(n, jnp.int32(2))
-        q, dout = shared.q.at[slot], shared.dout.at[slot]
+    def logits(n, beside=None):
+        slot = lax.rem(n, jnp.int32(stages))
+        plgpu.barrier_wait(shared.q_full.at[slot])
+        q = shared.q.at[slot]
+        return product(none, k_of(n), q.transpose((1, 0)), beside)
 
-        def probabilities(logits_acc):
-            plgpu.barrier_wait(shared.q_full.at[slot])
-            plgpu.wgmma(logits_acc, shared.k.at[tied_to(n, 0, tied=call.tied)], q.transpose((1, 0)))
-            w = call.weights(n, slot, logits_acc[...])
-            pl.when(n >= 2)(functools.partial(plgpu.barrier_wait, exchange.p_empty.at[turn]))
-            # What dlogits are a multiple of: the weight, and the soft cap's slope.
-            exchange.p[turn] = w.p if w.slope is None else w.p * w.slope
-            plgpu.barrier_arrive(exchange.p_full.at[turn])
-            return w.p.astype(dtype)
-
-        p = pl.run_scoped(probabilities, plgpu.ACC((TILE, TILE), jnp.float32))
+    def add(n, s):
+        tied = call.tiles.tied
+        slot, turn = (tied_to(n, lax.rem(n, jnp.int32(m)), tied=tied) for m in (stages, 2))
+        w = call.weights(n, s, call.of_queries(shared.lse, slot))
+        pl.when(n >= 2)(functools.partial(plgpu.barrier_wait, exchange.p_empty.at[turn]))
+        # What dlogits are a multiple of: the weight, and the soft cap's slope.
+        exchange.p[turn] = w.p if w.slope is None else w.p * w.slope
+        plgpu.barrier_arrive(exchange.p_full.at[turn])
         plgpu.barrier_wait(shared.dout_full.at[slot])
-        plgpu.wgmma(dv_acc, p, dout)
+        plgpu.wgmma(dv_acc, w.p.astype(dtype), shared.dout.at[slot])
         plgpu.commit_smem()  # lse was read otherwise than it will be written
         plgpu.barrier_arrive(shared.q_empty.at[slot])
-        plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(shared.dout_empty.at[slot])
 
+    def added(n):
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(shared.dout_empty.at[lax.rem(n, jnp.int32(stages))])
+
+    call.go_through(logits, add, added)
     drain(exchange.p_empty, 2, call.steps.count)
     plgpu.barrier_arrive(exchange.k_free)
     plgpu.barrier_wait(exchange.v_free)
@@ -352,31 +392,46 @@ def value_role(call: _Block, dv_acc: Any) -> None:
 def key_role(call: _Block, dk_acc: Any) -> None:
     """The warpgroup of a split block that has dk."""
     shared, exchange = call.shared, call.exchange
+    stages, none = shared.q.shape[0], zeros(TILE, TILE)
     plgpu.barrier_wait(shared.kv_full)
+    v_of = call.owned("v")
 
-    @pl.loop(0, call.steps.count)
-    def _(n):
-        slot = lax.rem(n, jnp.int32(shared.q.shape[0]))
-        turn = lax.rem(n, jnp.int32(2))
-        q, dout = shared.q.at[slot], shared.dout.at[slot]
+    def weight_gradients(n, beside=None):
+        slot = lax.rem(n, jnp.int32(stages))
+        plgpu.barrier_wait(shared.dout_full.at[slot])
+        dout = shared.dout.at[slot]
+        return product(none, v_of(n), dout.transpose((1, 0)), beside)
 
-        def dlogits(dp_acc):
-            plgpu.barrier_wait(shared.dout_full.at[slot])
-            plgpu.wgmma(dp_acc, shared.v.at[tied_to(n, 0, tied=call.tied)], dout.transpose((1, 0)))
-            plgpu.barrier_wait(exchange.p_full.at[turn])
-            p = plgpu.load(exchange.p.at[turn], layout=WGMMA)
-            plgpu.barrier_arrive(exchange.p_empty.at[turn])
-            dp = dp_acc[...]
-            ds = logit_gradients(Weights(p, None), dp, call.delta(slot), queries=1)
-            plgpu.commit_smem()  # delta was read otherwise than it will be written
-            plgpu.barrier_arrive(shared.dout_empty.at[slot])
-            return ds.astype(call.x.q.dtype)
-
+    def add(n, dp):
+        slot, turn = lax.rem(n, jnp.int32(stages)), lax.rem(n, jnp.int32(2))
+        plgpu.barrier_wait(exchange.p_full.at[turn])
+        p = plgpu.load(exchange.p.at[turn], layout=WGMMA)
+        plgpu.barrier_arrive(exchange.p_empty.at[turn])
+        delta = call.of_queries(shared.delta, slot)
+        ds = logit_gradients(Weights(p, None), dp, delta, queries=1)
+        plgpu.commit_smem()  # delta was read otherwise than it will be written
+        plgpu.barrier_arrive(shared.dout_empty.at[slot])
         plgpu.barrier_wait(shared.q_full.at[slot])
-        plgpu.wgmma(dk_acc, pl.run_scoped(dlogits, plgpu.ACC((TILE, TILE), jnp.float32)), q)
-        plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(shared.q_empty.at[slot])
+        plgpu.wgmma(dk_acc, ds.astype(call.x.q.dtype), shared.q.at[slot])
 
+    def added(n):
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(shared.q_empty.at[lax.rem(n, jnp.int32(stages))])
+
+    call.go_through(weight_gradients, add, added)
     plgpu.barrier_arrive(exchange.v_free)
     plgpu.barrier_wait(exchange.k_free)
     call.leave(dk_acc[...] * call.static.scale, shared.k.at[0], call.results[0])
+
+
+def product(none: jax.Array, a: Any, b: Any, beside: Any = None) -> jax.Array:
+    """The product a @ b; `beside` issues one more while this one is computed, and awaits none."""
+
+    def of(acc):
+        acc[...] = none
+        plgpu.wgmma(acc, a, b)
+        if beside is not None:
+            beside()
+        return plgpu.wgmma_accumulator_load(acc, wait_n=0 if beside is None else 1)
+
+    return pl.run_scoped(of, plgpu.ACC(none.shape, jnp.float32))

@@ -8,6 +8,7 @@ The consumers are not in step: one's products run while the other is at its expo
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +29,7 @@ from pallas_kernels.dense.mosaic_gpu_weights import (
     BLOCK,
     LAYOUTS,
     TILE,
+    WGMMA,
     Arrays,
     Place,
     distances,
@@ -36,6 +38,7 @@ from pallas_kernels.dense.mosaic_gpu_weights import (
     weights,
 )
 from pallas_kernels.gpu_addresses import tied_to
+from pallas_kernels.gpu_zeros import zeros
 
 CONSUMERS = BLOCK // TILE
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
@@ -89,7 +92,7 @@ def query_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> QueryGra
         results = [refs.pop(0) for _ in out_type]
         q, dout, *rest = refs
         dout, sums = dout if static.alibi else (dout, None)
-        block(static, arrays, results, Shared(q, dout, *rest, sums), tied=tiles.tied)
+        block(static, arrays, results, Shared(q, dout, *rest, sums), tiles)
 
     dtype = x.q.dtype
     of_a_head = static.kv_len * (static.head_dim + static.head_dim_v) * dtype.itemsize
@@ -140,7 +143,7 @@ class KeyRange(NamedTuple):
     count: jax.Array
 
 
-def block(static: Static, x: Arrays, results: Any, shared: Shared, *, tied: bool) -> None:
+def block(static: Static, x: Arrays, results: Any, shared: Shared, tiles: BackwardTiles) -> None:
     """One block of the grid: BLOCK queries of a head, and the keys that they see."""
     b, head = lax.axis_index("batch"), head_of_grid()
     index, wg = lax.axis_index("block"), lax.axis_index("wg")
@@ -154,7 +157,7 @@ def block(static: Static, x: Arrays, results: Any, shared: Shared, *, tied: bool
         plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
         mine = at._replace(query=at.query + wg * TILE)
         pl.run_scoped(
-            functools.partial(_consume, static, x, results, shared, mine, keys, wg, tied),
+            functools.partial(_consume, static, x, results, shared, mine, keys, wg, tiles),
             plgpu.ACC((TILE, static.head_dim), jnp.float32),
         )
 
@@ -207,8 +210,17 @@ def drain(empty: Any, stages: int, count: Any) -> None:
         plgpu.barrier_wait(empty.at[lax.rem(n, jnp.int32(stages))])
 
 
+def owned(tiles: BackwardTiles, shared: Any, name: str, wg: Any) -> Callable[[Any], Any]:
+    """What a warpgroup owns, for a step: in registers where the tiles say so."""
+    tile = getattr(shared, name)
+    if name not in tiles.kept:
+        return lambda n: tile.at[tied_to(n, wg, tied=tiles.tied)]
+    kept = plgpu.load(tile.at[wg], layout=WGMMA)
+    return lambda n: kept
+
+
 def _consume(
-    static, x: Arrays, results, shared: Shared, at: Place, keys: KeyRange, wg, tied, dq_acc
+    static, x: Arrays, results, shared: Shared, at: Place, keys: KeyRange, wg, tiles, dq_acc
 ):
     """One warpgroup's 64 queries against every key tile of the block."""
     numbers = (at.b, at.head, pl.ds(at.query, TILE))
@@ -220,18 +232,20 @@ def _consume(
     for i in (wg,) if shared.sums is None else range(CONSUMERS):
         plgpu.barrier_wait(shared.q_full.at[i])
 
+    none = zeros(TILE, shared.k.shape[1])
+    q_of, dout_of = (owned(tiles, shared, name, wg) for name in ("q", "dout"))
+
     def step(n, sums):
         k_slot, v_slot = (
-            tied_to(n, lax.rem(n, jnp.int32(tile.shape[0])), tied=tied)
+            tied_to(n, lax.rem(n, jnp.int32(tile.shape[0])), tied=tiles.tied)
             for tile in (shared.k, shared.v)
         )
         k, v = shared.k.at[k_slot], shared.v.at[v_slot]
-        q, dout = (tile.at[tied_to(n, wg, tied=tied)] for tile in (shared.q, shared.dout))
+        q, dout = q_of(n), dout_of(n)
 
         def dlogits(logits_acc, dp_acc):
-            plgpu.barrier_wait(shared.k_full.at[k_slot])
+            logits_acc[...] = dp_acc[...] = none
             plgpu.wgmma(logits_acc, q, k.transpose((1, 0)))
-            plgpu.barrier_wait(shared.v_full.at[v_slot])
             plgpu.wgmma(dp_acc, dout, v.transpose((1, 0)))
             logits = plgpu.wgmma_accumulator_load(logits_acc, wait_n=1)
             here = at._replace(key=(keys.first + n) * k.shape[0])
@@ -244,6 +258,8 @@ def _consume(
             ds = ds if w.slope is None else ds * w.slope
             return ds.astype(x.q.dtype), [a + b for a, b in zip(sums, more, strict=True)]
 
+        plgpu.barrier_wait(shared.k_full.at[k_slot])
+        plgpu.barrier_wait(shared.v_full.at[v_slot])
         acc = plgpu.ACC((TILE, k.shape[0]), jnp.float32)
         ds, sums = pl.run_scoped(dlogits, acc, acc)
         plgpu.wgmma(dq_acc, ds, k)

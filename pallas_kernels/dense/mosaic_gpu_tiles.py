@@ -120,6 +120,8 @@ class BackwardTiles:
         q_stages: query tiles in flight where keys are owned (dk, dv).
         split: dk and dv of the same keys are two warpgroups'.
         tied: whether addresses of what stays are computed in the loops (`gpu_addresses`).
+        kept: names of what stays in registers where a block owns it: q, dout (dq); k, v (dk, dv). A
+            product of 64 x 64 whose operands both lie in shared memory reads all that it gives.
         bias_stages: steps in flight where a bias's gradient is added up.
         block_q: queries of a tile where keys are owned (Ampere).
     """
@@ -130,39 +132,55 @@ class BackwardTiles:
     q_stages: int
     split: bool
     tied: bool = False
+    kept: tuple[str, ...] = ()
     bias_stages: int = 2
     block_q: int = 64
 
 
-# The largest head_dim that they are for -> shape class -> tiles, capability 9.0. Above 128, dk and
-# dv of 64 keys do not fit one warpgroup's registers; at 128 not beside a soft cap's slopes. `tied`
-# is for what spilled without it (bytes stored + loaded, dk and dv): at 96 with everything 12 + 16,
+# (head_dim, head_dim_v) -> shape class -> tiles, capability 9.0. Above 128, dk and dv of 64 keys do
+# not fit one warpgroup's registers; at 128 not beside a soft cap's slopes, at 80 not beside those
+# and everything else. Three slots: the next step beside this one. `tied` is for what spilled
+# without it (bytes stored + loaded, dk and dv): at 80 with a bias, slopes, lengths and a chunk
+# 4 + 4, at 64 with everything 8 + 8 where k and v are kept, at 96 with everything 12 + 16,
 # or 44 + 40 with it beside a bias and slopes, at 128 beside those 124 + 124,
 # at 128 with a window 8 + 4, with chunks and lengths 36 + 44, at 192 with everything 12 + 20, at 96
 # with a bias, slopes, lengths and a chunk 12 + 16; dq there 16 + 16, at 192 48 + 60, at 256
 # 176 + 188. It costs dk and dv at 64 49 instructions of 566 a tile.
 BACKWARD_TILES = {
-    80: {
-        PLAIN: BackwardTiles(64, 2, 2, 2, split=False),
+    (64, 64): {
+        PLAIN: BackwardTiles(64, 2, 2, 2, split=False, kept=("q", "dout", "k", "v")),
+        CAPPED: BackwardTiles(64, 2, 2, 2, split=False, tied=True, kept=("q", "dout")),
+        ADDED: BackwardTiles(64, 2, 2, 2, split=False),
         CROWDED: BackwardTiles(64, 2, 2, 2, split=True),
     },
-    96: {
-        PLAIN: BackwardTiles(64, 2, 2, 2, split=False),
-        CAPPED: BackwardTiles(64, 2, 2, 2, split=False, tied=True),
+    (80, 80): {
+        PLAIN: BackwardTiles(64, 2, 2, 2, split=False, kept=("q", "dout", "k", "v")),
+        CAPPED: BackwardTiles(64, 2, 2, 2, split=True, kept=("q", "dout")),
         ADDED: BackwardTiles(64, 2, 2, 2, split=False, tied=True),
         CROWDED: BackwardTiles(64, 2, 2, 2, split=True),
     },
-    128: {
-        PLAIN: BackwardTiles(64, 2, 2, 2, split=False, tied=True),
-        CAPPED: BackwardTiles(64, 2, 2, 2, split=True),
+    (96, 96): {
+        PLAIN: BackwardTiles(64, 2, 2, 2, split=False, kept=("q", "dout")),
+        CAPPED: BackwardTiles(64, 2, 2, 2, split=False, tied=True, kept=("q", "dout")),
+        ADDED: BackwardTiles(64, 2, 2, 2, split=False, tied=True),
+        CROWDED: BackwardTiles(64, 2, 2, 2, split=True),
+    },
+    (128, 128): {
+        PLAIN: BackwardTiles(64, 2, 2, 2, split=False, tied=True, kept=("q", "dout")),
+        CAPPED: BackwardTiles(64, 2, 2, 2, split=True, kept=("q", "dout")),
         ADDED: BackwardTiles(64, 2, 2, 2, split=True, tied=True),
     },
-    192: {
+    (192, 128): {
+        PLAIN: BackwardTiles(64, 2, 2, 3, split=True, kept=("dout", "k", "v"), bias_stages=1),
+        CAPPED: BackwardTiles(64, 2, 2, 2, split=True, tied=True, bias_stages=1),
+        ADDED: BackwardTiles(64, 2, 2, 2, split=True, tied=True, bias_stages=1),
+    },
+    (192, 192): {
         PLAIN: BackwardTiles(64, 2, 2, 2, split=True, bias_stages=1),
         CAPPED: BackwardTiles(64, 2, 2, 2, split=True, tied=True, bias_stages=1),
         ADDED: BackwardTiles(64, 2, 2, 2, split=True, tied=True, bias_stages=1),
     },
-    256: {PLAIN: BackwardTiles(64, 2, 1, 2, split=True, tied=True, bias_stages=1)},
+    (256, 256): {PLAIN: BackwardTiles(64, 2, 1, 2, split=True, tied=True, bias_stages=1)},
 }
 
 
@@ -181,8 +199,8 @@ AMPERE_BACKWARD_TILES = {
 
 
 def backward_tiles(
-    capability: tuple[int, int], head_dim: int, *, capped: bool, segmented: bool,
-    added: bool = False,
+    capability: tuple[int, int], head_dim: int, head_dim_v: int, *, capped: bool,
+    segmented: bool, added: bool = False,
 ) -> BackwardTiles:  # fmt: skip
     """The tiles of the backward for a chip, a head size and a shape class.
 
@@ -197,5 +215,5 @@ def backward_tiles(
                 f"compute_capability 8.0: use CUDNN or XLA"
             )
         return _of_class(AMPERE_BACKWARD_TILES[head_dim], capped, segmented, added)
-    classes = next(tiles for largest, tiles in BACKWARD_TILES.items() if head_dim <= largest)
+    classes = BACKWARD_TILES[head_dim, head_dim_v]
     return _of_class(classes, capped, segmented, added)

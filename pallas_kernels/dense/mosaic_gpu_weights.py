@@ -30,7 +30,7 @@ LAYOUTS = (WGMMA.reduce(1), WGMMA.reduce(0))  # of a number for each row, for ea
 class Arrays(NamedTuple):
     """Arrays of both kernels, in GMEM; None = not given.
 
-    q, k, v, dout: the contract's; 0 in rows that nothing sees or that see nothing (v may be NaN).
+    q, k, v, dout: the contract's; 0 in rows that nothing sees or that see nothing.
     lse, delta: float32 [batch, num_q_heads, whole blocks]; lse in units of log2, +inf for a row
     that sees nothing.
     rows: int32 [batch, 3] as `Row`; segment ids int32, padded to whole blocks.
@@ -164,7 +164,7 @@ def _load(numbers: Any, axis: int) -> jax.Array:
 
 
 def logit_gradients(w: Weights, dp: jax.Array, delta: jax.Array, *, queries: int) -> jax.Array:
-    """Gradients of a tile's logits before the scale: 0 where the weight is, whatever v holds.
+    """Gradients of a tile's logits before the scale: 0 where the weight is, if v is finite.
 
     Without the slope they are the gradients of what is added after the soft cap.
 
@@ -174,7 +174,7 @@ def logit_gradients(w: Weights, dp: jax.Array, delta: jax.Array, *, queries: int
         delta: float32 [TILE], along the axis of the queries.
         queries: that axis.
     """
-    ds = jnp.where(w.p > 0.0, w.p * (dp - wide(delta, queries, dp)), 0.0)
+    ds = w.p * (dp - wide(delta, queries, dp))
     return ds if w.slope is None else ds * w.slope
 
 

@@ -50,7 +50,9 @@ BIAS = problem("bias of a head, shared by rows; slopes", batch=2, bias=(False, T
                alibi=True, q_len=20, kv_len=70)  # fmt: skip
 OF_KEYS = problem("bias of keys, lengths", bias=(True, False, False, True), heads=(1, 1), batch=2,
                   q_len=140, kv_len=40, kv_lens=(40, 20))  # fmt: skip
-CASES = (PLAIN, WINDOW, SPLIT, BIAS, OF_KEYS)
+AHEAD = problem("groups of head sizes 192 and 128, the next step beside this one", heads=(2, 1),
+                head_size=192, head_size_v=128, q_len=131, kv_len=137, causal=True)  # fmt: skip
+CASES = (PLAIN, WINDOW, SPLIT, AHEAD, BIAS, OF_KEYS)
 MORE = (
     SEGMENTS,
     problem("offsets, empty rows, float16", batch=2, q_len=40, kv_len=150, q_offset=(-20, 150),
