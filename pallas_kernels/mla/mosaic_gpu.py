@@ -220,9 +220,11 @@ def _walk(tile, split, sizes: Sizes, num_seqs, kv_scale) -> attending.Walk:
     pairs = pl.cdiv(tile.stop, PAIR)
     share = pl.cdiv(pairs, sizes.splits)
     to_tanh = LOG2_E if sizes.soft_cap is None else 2 * LOG2_E / sizes.soft_cap
+    first, mine = split * share, jnp.clip(pairs - split * share, 0, share)
     return attending.Walk(
-        pairs=jnp.clip(pairs - split * share, 0, share),
-        first_pair=split * share,
+        pairs=mine,
+        seen=jnp.clip(jax.lax.div(tile.q_pos + 1, PAIR) - first, 0, mine),
+        first_pair=first,
         q_pos=tile.q_pos,
         kv_len=tile.kv_len,
         zero=jnp.minimum(num_seqs, 0),

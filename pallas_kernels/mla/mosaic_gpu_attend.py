@@ -22,6 +22,7 @@ How weights and maxima pass between the warpgroups, it does not say; this is our
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -91,6 +92,7 @@ class Walk(NamedTuple):
     """What a block of the grid goes through; scalars."""
 
     pairs: Any  # of key blocks
+    seen: Any  # pairs, the first, whose keys all rows see; None: no such are told apart
     first_pair: Any
     q_pos: Any  # position of the tile's first query
     kv_len: Any
@@ -146,7 +148,7 @@ def attend(me: int, sizes: Sizes, shared: Shared, walk: Walk, sees: Sees) -> Run
     plgpu.barrier_wait(shared.q_full)
     no_scores = zeros(ROWS, KEYS)
 
-    def one_pair(i, running):
+    def one_pair(i, running, sees):
         zero = i & walk.zero
         first_key = (walk.first_pair + i) * PAIR + me * KEYS
         scores = own_scores(me, shared, no_scores, zero)
@@ -161,7 +163,12 @@ def attend(me: int, sizes: Sizes, shared: Shared, walk: Walk, sees: Sees) -> Run
         acc, weighed = other_block(me, shared, running, zero, weigh_own)
         return own_block(me, shared, acc, weighed, zero)
 
-    return jax.lax.fori_loop(0, walk.pairs, one_pair, start(sizes))
+    running = start(sizes)
+    if walk.seen is not None:
+        bare = functools.partial(one_pair, sees=None)
+        running = jax.lax.fori_loop(0, walk.seen, bare, running)
+    masked = functools.partial(one_pair, sees=sees)
+    return jax.lax.fori_loop(0 if walk.seen is None else walk.seen, walk.pairs, masked, running)
 
 
 def own_scores(me: int, shared: Shared, no_scores: jax.Array, zero) -> jax.Array:
@@ -188,7 +195,8 @@ def weigh(me, sizes, shared, m, l, scores, first_key, walk, zero, sees) -> Weigh
         # tanh(x) = 1 - 2 / (1 + exp(2 x)), the hardware's own tanh is good to 11 bits only.
         cap = sizes.soft_cap * LOG2_E
         logits = cap - 2 * cap / (1 + jnp.exp2(logits))
-    logits = jnp.where(sees(me, sizes, shared, first_key, walk), logits, -jnp.inf)
+    if sees is not None:
+        logits = jnp.where(sees(me, sizes, shared, first_key, walk), logits, -jnp.inf)
     new = jnp.maximum(m, logits.max(axis=1))
     weights = jnp.exp2(logits - across(new, KEYS))
     shrink = shrink_to(m, new)
@@ -196,7 +204,8 @@ def weigh(me, sizes, shared, m, l, scores, first_key, walk, zero, sees) -> Weigh
     rounded = weights.astype(shared.q.dtype)
     shared.slots.rope(me, zero)[...] = rounded
     shared.maxima[me] = new
-    shared.slots.blank(me, sizes, walk.kv_len - first_key)
+    if sees is not None:
+        shared.slots.blank(me, sizes, walk.kv_len - first_key)
     plgpu.commit_smem()
     plgpu.barrier_arrive(shared.weighed.at[me])
     return Weighed(rounded, new, l, shrink)
