@@ -247,6 +247,12 @@ def other_block(me: int, shared: Shared, running: Running, zero, meanwhile=None)
     return Running(acc, m, l) if meanwhile is None else (acc, done)
 
 
+def seen_pairs(walk: Walk) -> jax.Array:
+    """How many of the first pairs even a tile's first query sees whole."""
+    whole = jax.lax.div(jnp.maximum(walk.q_pos + 1, 0), PAIR)
+    return jnp.clip(whole - walk.first_pair, 0, walk.pairs)
+
+
 def sees_causally(me: int, sizes: Sizes, shared: Shared, first_key, walk: Walk) -> jax.Array:
     """Whether each row's query comes no earlier than each key of a block."""
     row = plgpu.broadcasted_iota(jnp.int32, (ROWS, KEYS), 0, layout=plgpu.Layout.WGMMA)
