@@ -93,11 +93,16 @@ def load_raw_pages(
     pages: [num_pages, page_size, columns / 64, 64]. Positions past the end as in `load_pages`.
     """
     for group in range(KEYS // GROUP):
-        first = (walk.first_pair + i) * 2 * KEYS + slot * KEYS + group * GROUP
-        column = jax.lax.div(jnp.minimum(first, walk.kv_len - 1), sizes.page_size)
-        rows = pl.ds(jax.lax.rem(first, sizes.page_size), GROUP)
-        plgpu.copy_gmem_to_smem(
-            pages.at[page_table[tile.seq, column], rows],
-            slots.raw[slot].at[group, pl.ds(0, GROUP)],
-            slots.arrived.at[slot],
-        )
+        rows = _raw_group(sizes, pages, page_table, tile, walk, i, slot, group)
+        raw = slots.raw[slot].at[group, pl.ds(0, GROUP)]
+        plgpu.copy_gmem_to_smem(rows, raw, slots.arrived.at[slot])
+    for group in range(KEYS // GROUP):
+        plgpu.async_prefetch(_raw_group(sizes, pages, page_table, tile, walk, i + 1, slot, group))
+
+
+def _raw_group(sizes: Sizes, pages, page_table, tile: Tile, walk: Walk, i, slot, group: int) -> Any:
+    """GROUP rows of a block, where the cache has them."""
+    first = (walk.first_pair + i) * 2 * KEYS + slot * KEYS + group * GROUP
+    column = jax.lax.div(jnp.minimum(first, walk.kv_len - 1), sizes.page_size)
+    at = pl.ds(jax.lax.rem(first, sizes.page_size), GROUP)
+    return pages.at[page_table[tile.seq, column], at]
