@@ -82,7 +82,7 @@ def _inferred(patch):
 def loads_that_lose_their_phase(text):
     """Lines that load a slice of what Mosaic decided to swizzle row by row.
 
-    Which of eight rows a row is, is in its address; Mosaic (jax 0.11.2 to 0.12.0.1) computes it from
+    Which of eight rows a row is, is in its address; Mosaic (jax 0.11.2 to 0.12.0.1) takes it from
     the row's place in the slice. Wrong on an H100, right in the interpreter.
     """
     return [
