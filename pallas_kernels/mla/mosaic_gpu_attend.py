@@ -84,7 +84,8 @@ class Shared(NamedTuple):
     sums: Any  # float32 [2, ROWS]
     lse: Any  # float32 [ROWS]
     q_full: Any
-    weighed: Any  # of 2 slots: weights and maximum are there
+    peaked: Any  # of 2 slots: the maximum is there
+    weighed: Any  # of 2 slots: weights are there
     done: Any
 
 
@@ -198,12 +199,13 @@ def weigh(me, sizes, shared, m, l, scores, first_key, walk, zero, sees) -> Weigh
     if sees is not None:
         logits = jnp.where(sees(me, sizes, shared, first_key, walk), logits, -jnp.inf)
     new = jnp.maximum(m, logits.max(axis=1))
+    shared.maxima[me] = new
+    plgpu.barrier_arrive(shared.peaked.at[me])
     weights = jnp.exp2(logits - across(new, KEYS))
     shrink = shrink_to(m, new)
     l = l * shrink + weights.sum(axis=1)
     rounded = weights.astype(shared.q.dtype)
     shared.slots.rope(me, zero)[...] = rounded
-    shared.maxima[me] = new
     if sees is not None:
         shared.slots.blank(me, sizes, walk.kv_len - first_key)
     plgpu.commit_smem()
@@ -224,20 +226,23 @@ def own_block(me: int, shared: Shared, acc: jax.Array, weighed: Weighed, zero) -
 def other_block(me: int, shared: Shared, running: Running, zero, meanwhile=None) -> Any:
     """Values of the block that the other warpgroup owns, with the weights that it left.
 
+    Its maximum comes before its weights: sums are made relative to it while it weighs.
+
     meanwhile: (m, l) -> anything, done while the values are multiplied.
 
     Returns:
         Running, or with `meanwhile` acc and what it returned.
     """
     slot = 1 - me
-    shared.slots.wait_for_values(slot)
-    plgpu.barrier_wait(shared.weighed.at[slot])
+    plgpu.barrier_wait(shared.peaked.at[slot])
     m = plgpu.load(shared.maxima.at[slot], layout=row_layout())
     shrink = shrink_to(running.m, m)
     l = running.l * shrink
 
     def product(ref):
         ref[...] = running.acc * across(shrink, running.acc.shape[1])
+        shared.slots.wait_for_values(slot)
+        plgpu.barrier_wait(shared.weighed.at[slot])
         plgpu.wgmma(ref, shared.slots.rope(slot, zero), shared.slots.values(slot, me, zero))
         done = None if meanwhile is None else meanwhile(m, l)
         return ref[...], done

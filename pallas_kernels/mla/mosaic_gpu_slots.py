@@ -258,6 +258,7 @@ def scratch(sizes: Sizes, slots: Any, q_dtype: Any, out_dtype: Any) -> list[Any]
         plgpu.SMEM((ROWS,), jnp.float32),
         plgpu.Barrier(num_arrivals=3),
         plgpu.Barrier(num_barriers=2),
+        plgpu.Barrier(num_barriers=2),
         plgpu.Barrier(num_arrivals=ATTENDING),
     ]
 
