@@ -154,6 +154,13 @@ def test_latent_ops_and_the_indexer_are_compared(name, backend):
     assert row.verdict == "pass", str(row)
 
 
+def test_an_indexer_is_refused_what_its_op_would_refuse():
+    (row,) = compare(["quick.indexer"], ["MOSAIC_GPU_MLA_SPARSE"]).rows
+    assert row.verdict == "refused"
+    refused = {reason.argument: str(reason.asked) for reason in row.reasons}
+    assert (refused["dtype"], refused["kv_cache_dtype"]) == ("float32", "float32")
+
+
 def test_a_refusal_is_a_row_with_the_backends_own_reasons():
     comparison = compare(["quick.paged.sinks"], ["MOSAIC_TPU", "XLA_MLA"])
     tpu, mla = comparison.rows

@@ -96,7 +96,15 @@ def _paged(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _latent(arguments: Mapping[str, Any]) -> dict[str, Any]:
     q = arguments.get("ql_nope", arguments.get("q_nope"))
     pages = arguments.get("latent_pages")
-    if q is None or pages is None:  # the indexer: its cache is not the latent one
+    if "q_index" in arguments:  # as the op asks: its cache is not the latent one
+        keys = arguments["index_pages"]
+        return {
+            "head_size": DEEPSEEK_LATENT,
+            "dtype": arguments["q_index"].dtype,
+            "kv_cache_dtype": keys.dtype,
+            "block_size": keys.shape[1],
+        }
+    if q is None or pages is None:  # top-k
         return {"head_size": DEEPSEEK_LATENT, "dtype": INDEX_DTYPE}
     is_bytes = np.dtype(pages.dtype) == np.uint8
     return {

@@ -43,7 +43,7 @@ from pallas_kernels.shape_checks import check_positive
 
 # Registers of a thread, by what its warpgroup does: 504 together, in steps of 8.
 REGISTERS = {"attends": 240, "loads": 24}
-REGISTERS_EXPANDED = {"attends": 216, "loads": 72}
+REGISTERS_EXPANDED = {"attends": 224, "loads": 56}
 
 
 def mla_attention(
@@ -194,7 +194,8 @@ def _kernel(*refs, sizes: Sizes, num_tokens, most_keys, row_blocks, converts):
             @pl.when(warpgroup == me)
             def _(me=me):
                 plgpu.set_max_registers(registers["attends"], action="increase")
-                running = attending.attend(me, sizes, shared, walk, attending.sees_causally)
+                mine = walk._replace(seen=attending.seen_pairs(walk))
+                running = attending.attend(me, sizes, shared, mine, attending.sees_causally)
                 results = attending.finish(me, shared, running, kv_scale)
                 write(me, sizes, shared, arrays, results, (split, number), row, tile.count)
 
@@ -222,6 +223,7 @@ def _walk(tile, split, sizes: Sizes, num_seqs, kv_scale) -> attending.Walk:
     to_tanh = LOG2_E if sizes.soft_cap is None else 2 * LOG2_E / sizes.soft_cap
     return attending.Walk(
         pairs=jnp.clip(pairs - split * share, 0, share),
+        seen=None,
         first_pair=split * share,
         q_pos=tile.q_pos,
         kv_len=tile.kv_len,

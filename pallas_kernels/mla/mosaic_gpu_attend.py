@@ -22,6 +22,7 @@ How weights and maxima pass between the warpgroups, it does not say; this is our
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -30,6 +31,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gpu_zeros import zeros
 
 ROWS = 64  # of queries in a block of the grid: wgmma's M
 KEYS = 64  # in a slot
@@ -81,7 +84,8 @@ class Shared(NamedTuple):
     sums: Any  # float32 [2, ROWS]
     lse: Any  # float32 [ROWS]
     q_full: Any
-    weighed: Any  # of 2 slots: weights and maximum are there
+    peaked: Any  # of 2 slots: the maximum is there
+    weighed: Any  # of 2 slots: weights are there
     done: Any
 
 
@@ -89,6 +93,7 @@ class Walk(NamedTuple):
     """What a block of the grid goes through; scalars."""
 
     pairs: Any  # of key blocks
+    seen: Any  # pairs, the first, whose keys all rows see; None: no such are told apart
     first_pair: Any
     q_pos: Any  # position of the tile's first query
     kv_len: Any
@@ -102,6 +107,15 @@ class Running(NamedTuple):
     acc: jax.Array  # float32 [ROWS, half]
     m: jax.Array  # float32 [ROWS], base 2
     l: jax.Array  # float32 [ROWS]: of the blocks that it owns
+
+
+class Weighed(NamedTuple):
+    """What a warpgroup keeps of the weights of its own block."""
+
+    rounded: jax.Array  # [ROWS, KEYS], as they are multiplied
+    m: jax.Array  # float32 [ROWS]: what they are relative to
+    l: jax.Array
+    shrink: jax.Array  # float32 [ROWS]: for sums relative to the maximum before
 
 
 def row_layout() -> Any:
@@ -133,27 +147,40 @@ def attend(me: int, sizes: Sizes, shared: Shared, walk: Walk, sees: Sees) -> Run
     numbers depend on the step, as far as the compiler can see.
     """
     plgpu.barrier_wait(shared.q_full)
+    no_scores = zeros(ROWS, KEYS)
 
-    def one_pair(i, running):
+    def one_pair(i, running, sees):
         zero = i & walk.zero
         first_key = (walk.first_pair + i) * PAIR + me * KEYS
-        scores = own_scores(me, shared, zero)
-        if me == 1:
-            running = other_block(me, sizes, shared, running, zero)
-        running = own_block(me, sizes, shared, running, scores, first_key, walk, zero, sees)
+        scores = own_scores(me, shared, no_scores, zero)
+
+        def weigh_own(m, l):
+            return weigh(me, sizes, shared, m, l, scores, first_key, walk, zero, sees)
+
         if me == 0:
-            running = other_block(me, sizes, shared, running, zero)
-        return running
+            weighed = weigh_own(running.m, running.l)
+            running = own_block(me, shared, running.acc, weighed, zero)
+            return other_block(me, shared, running, zero)
+        acc, weighed = other_block(me, shared, running, zero, weigh_own)
+        return own_block(me, shared, acc, weighed, zero)
 
-    return jax.lax.fori_loop(0, walk.pairs, one_pair, start(sizes))
+    running = start(sizes)
+    if walk.seen is not None:
+        bare = functools.partial(one_pair, sees=None)
+        running = jax.lax.fori_loop(0, walk.seen, bare, running)
+    masked = functools.partial(one_pair, sees=sees)
+    return jax.lax.fori_loop(0 if walk.seen is None else walk.seen, walk.pairs, masked, running)
 
 
-def own_scores(me: int, shared: Shared, zero) -> jax.Array:
+def own_scores(me: int, shared: Shared, no_scores: jax.Array, zero) -> jax.Array:
     """Dot products of all rows and the keys of one's slot, float32 [ROWS, KEYS]."""
+    shared.slots.wait(me, OWN)
 
     def dots(acc):
+        acc[...] = no_scores
         for part, half in enumerate((me, 1 - me)):
-            shared.slots.wait(me, part)
+            if part == OTHER:
+                shared.slots.wait(me, OTHER)
             keys = shared.slots.values(me, half, zero).transpose((1, 0))
             plgpu.wgmma(acc, shared.q.at[half + zero], keys)
         plgpu.wgmma(acc, shared.q_rope, shared.slots.rope(me, zero).transpose((1, 0)))
@@ -162,45 +189,73 @@ def own_scores(me: int, shared: Shared, zero) -> jax.Array:
     return pl.run_scoped(dots, plgpu.ACC((ROWS, KEYS), jnp.float32))
 
 
-def own_block(me, sizes, shared, running, scores, first_key, walk, zero, sees) -> Running:
-    """Weights of one's own block, handed to the other warpgroup; and their values added."""
+def weigh(me, sizes, shared, m, l, scores, first_key, walk, zero, sees) -> Weighed:
+    """Weights of one's own block, handed to the other warpgroup; m and l are of those before."""
     logits = scores * walk.factor
     if sizes.soft_cap is not None:
         # tanh(x) = 1 - 2 / (1 + exp(2 x)), the hardware's own tanh is good to 11 bits only.
         cap = sizes.soft_cap * LOG2_E
         logits = cap - 2 * cap / (1 + jnp.exp2(logits))
-    logits = jnp.where(sees(me, sizes, shared, first_key, walk), logits, -jnp.inf)
-    m = jnp.maximum(running.m, logits.max(axis=1))
-    weights = jnp.exp2(logits - across(m, KEYS))
-    shrink = shrink_to(running.m, m)
-    l = running.l * shrink + weights.sum(axis=1)
+    if sees is not None:
+        logits = jnp.where(sees(me, sizes, shared, first_key, walk), logits, -jnp.inf)
+    new = jnp.maximum(m, logits.max(axis=1))
+    shared.maxima[me] = new
+    plgpu.barrier_arrive(shared.peaked.at[me])
+    weights = jnp.exp2(logits - across(new, KEYS))
+    shrink = shrink_to(m, new)
+    l = l * shrink + weights.sum(axis=1)
     rounded = weights.astype(shared.q.dtype)
     shared.slots.rope(me, zero)[...] = rounded
-    shared.maxima[me] = m
-    shared.slots.blank(me, sizes, walk.kv_len - first_key)
+    if sees is not None:
+        shared.slots.blank(me, sizes, walk.kv_len - first_key)
     plgpu.commit_smem()
     plgpu.barrier_arrive(shared.weighed.at[me])
+    return Weighed(rounded, new, l, shrink)
+
+
+def own_block(me: int, shared: Shared, acc: jax.Array, weighed: Weighed, zero) -> Running:
+    """Adds the values of one's own block."""
     acc = add_product(
-        running.acc * across(shrink, sizes.half),
-        lambda: (rounded, shared.slots.values(me, me, zero)),
+        acc * across(weighed.shrink, acc.shape[1]),
+        lambda: (weighed.rounded, shared.slots.values(me, me, zero)),
     )
     shared.slots.release(me, OWN)
-    return Running(acc, m, l)
+    return Running(acc, weighed.m, weighed.l)
 
 
-def other_block(me: int, sizes: Sizes, shared: Shared, running: Running, zero) -> Running:
-    """Values of the block that the other warpgroup owns, with the weights that it left."""
+def other_block(me: int, shared: Shared, running: Running, zero, meanwhile=None) -> Any:
+    """Values of the block that the other warpgroup owns, with the weights that it left.
+
+    Its maximum comes before its weights: sums are made relative to it while it weighs.
+
+    meanwhile: (m, l) -> anything, done while the values are multiplied.
+
+    Returns:
+        Running, or with `meanwhile` acc and what it returned.
+    """
     slot = 1 - me
-    shared.slots.wait_for_values(slot)
-    plgpu.barrier_wait(shared.weighed.at[slot])
+    plgpu.barrier_wait(shared.peaked.at[slot])
     m = plgpu.load(shared.maxima.at[slot], layout=row_layout())
     shrink = shrink_to(running.m, m)
-    acc = add_product(
-        running.acc * across(shrink, sizes.half),
-        lambda: (shared.slots.rope(slot, zero), shared.slots.values(slot, me, zero)),
-    )
+    l = running.l * shrink
+
+    def product(ref):
+        ref[...] = running.acc * across(shrink, running.acc.shape[1])
+        shared.slots.wait_for_values(slot)
+        plgpu.barrier_wait(shared.weighed.at[slot])
+        plgpu.wgmma(ref, shared.slots.rope(slot, zero), shared.slots.values(slot, me, zero))
+        done = None if meanwhile is None else meanwhile(m, l)
+        return ref[...], done
+
+    acc, done = pl.run_scoped(product, plgpu.ACC(running.acc.shape, jnp.float32))
     shared.slots.release(slot, OTHER)
-    return Running(acc, m, running.l * shrink)
+    return Running(acc, m, l) if meanwhile is None else (acc, done)
+
+
+def seen_pairs(walk: Walk) -> jax.Array:
+    """How many of the first pairs even a tile's first query sees whole."""
+    whole = jax.lax.div(jnp.maximum(walk.q_pos + 1, 0), PAIR)
+    return jnp.clip(whole - walk.first_pair, 0, walk.pairs)
 
 
 def sees_causally(me: int, sizes: Sizes, shared: Shared, first_key, walk: Walk) -> jax.Array:

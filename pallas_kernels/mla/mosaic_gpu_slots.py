@@ -206,9 +206,8 @@ def load_and_expand(
         plgpu.barrier_wait(slots.arrived.at[slot])
         for group in range(KEYS // GROUP):
             pieces = pieces_of(slots.raw[slot].at[group], slot)
-            for column, piece in enumerate(pieces):
-                at = pl.ds(group * GROUP, GROUP), pl.ds(column * LANE_ROW, LANE_ROW)
-                slots.kv[slot][(0, *at)] = piece
+            rows = 0, pl.ds(group * GROUP, GROUP)
+            slots.kv[slot][rows] = jnp.concatenate(pieces, axis=1)
         if keys_of is not None:
             blank_last(slots, slot, keys_of(i, slot))
         plgpu.commit_smem()
@@ -239,11 +238,9 @@ def blank_last(slots: ExpandedSlots, slot: int, keys: Any) -> None:
 
     @pl.when(keys < KEYS)
     def _():
-        for group, column in itertools.product(
-            range(KEYS // GROUP), range(slots.kv[slot].shape[2] // LANE_ROW)
-        ):
-            at = pl.ds(group * GROUP, GROUP), pl.ds(column * LANE_ROW, LANE_ROW)
-            blank_rows(slots.kv[slot].at[(0, *at)], keys - group * GROUP, row_pieces_layout())
+        for first in range(0, slots.kv[slot].shape[2], LANE_ROW):
+            columns = slots.kv[slot].at[0, :, pl.ds(first, LANE_ROW)]
+            blank_rows(columns, keys, plgpu.Layout.WGMMA)
 
 
 def scratch(sizes: Sizes, slots: Any, q_dtype: Any, out_dtype: Any) -> list[Any]:
@@ -260,6 +257,7 @@ def scratch(sizes: Sizes, slots: Any, q_dtype: Any, out_dtype: Any) -> list[Any]
         plgpu.SMEM((2, ROWS), jnp.float32),
         plgpu.SMEM((ROWS,), jnp.float32),
         plgpu.Barrier(num_arrivals=3),
+        plgpu.Barrier(num_barriers=2),
         plgpu.Barrier(num_barriers=2),
         plgpu.Barrier(num_arrivals=ATTENDING),
     ]

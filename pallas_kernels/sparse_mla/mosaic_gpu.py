@@ -204,6 +204,7 @@ def _walk(used, a_row, split, sizes: Sizes, kv_scale) -> attending.Walk:
     to_tanh = LOG2_E if sizes.soft_cap is None else 2 * LOG2_E / sizes.soft_cap
     return attending.Walk(
         pairs=jnp.clip(pairs - split * share, 0, share),
+        seen=None,
         first_pair=split * share,
         q_pos=0,
         kv_len=0,
