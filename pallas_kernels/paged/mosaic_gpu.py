@@ -12,6 +12,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import gpu_chip
 from pallas_kernels.contract_checks import check_logit_numbers, check_paged
@@ -92,10 +93,15 @@ def paged_attention(
     masks = Masks(causal, sliding_window, attention_chunk_size)
     geometry = _geometry(q, kv_pages, page_table, masks, soft_cap, alibi_slopes is not None)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    q, scale, k_scale = _with_positive_factors(q, scale, k_scale, geometry)
     queries, row_factor = _operands(q, geometry)
     heads = _per_head(geometry, scale, soft_cap, k_scale, v_scale, alibi_slopes, sinks, row_factor)
     batch = cu_q_lens, kv_lens, num_seqs, geometry
-    out, lse = _prompts(queries, kv_pages, page_table, schedule_prefill(*batch), heads, geometry)
+    if geometry.num_tokens > geometry.decode_q_len:
+        prompts = schedule_prefill(*batch)
+        out, lse = _prompts(queries, kv_pages, page_table, prompts, heads, geometry)
+    else:  # so few tokens are decoded, whosever they are
+        out, lse = jnp.zeros_like(q), jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
     few = schedule_decode(*batch)
     rows = _packed(queries, row_factor, few, geometry)
     few_out, few_lse = _decoded(*rows, kv_pages, page_table, few, heads, geometry)
@@ -126,6 +132,22 @@ def _geometry(q, kv_pages, page_table, masks, soft_cap, has_slopes) -> Geometry:
     )  # fmt: skip
 
 
+def _with_positive_factors(
+    q: jax.Array, scale: float, k_scale: jax.Array | None, geometry: Geometry
+) -> tuple[jax.Array, float, jax.Array | None]:
+    """(q, scale, k_scale) whose logits are the same; the factors are above 0, as kernels want them.
+
+    A sign, or nothing at all, is q's: the greatest logit is then that of the greatest product.
+    """
+    if scale <= 0:
+        q, scale = q * jnp.sign(scale).astype(q.dtype), abs(scale) or 1.0
+    if k_scale is None:
+        return q, scale, None
+    k_scale = jnp.broadcast_to(jnp.asarray(k_scale, jnp.float32), geometry.num_kv_heads)
+    signs = jnp.repeat(jnp.sign(k_scale), geometry.group).astype(q.dtype)
+    return q * signs[:, None], scale, jnp.where(k_scale == 0, 1, jnp.abs(k_scale))
+
+
 def _operands(q: jax.Array, geometry: Geometry) -> tuple[jax.Array, jax.Array | None]:
     """Queries as they are multiplied, and what each row was divided by (None: by nothing)."""
     if not geometry.has_row_factors:
@@ -147,13 +169,13 @@ def _per_head(
     heads = geometry.num_q_heads
 
     def of_q_heads(x):
-        x = jnp.broadcast_to(
-            jnp.asarray(1.0 if x is None else x, jnp.float32), geometry.num_kv_heads
-        )
+        if x is None:  # numpy's are constants of the program, XLA's a kernel each
+            return np.ones(heads, np.float32)
+        x = jnp.broadcast_to(jnp.asarray(x, jnp.float32), geometry.num_kv_heads)
         return jnp.repeat(x, geometry.group)
 
     unit = LOG2E if soft_cap is None else 1 / float(soft_cap)
-    factor = of_q_heads(k_scale) * jnp.float32(scale * unit)
+    factor = of_q_heads(k_scale) * np.float32(scale * unit)
     by_row = factor
     if row_factor is not None:
         by_row = jnp.pad(factor[:, None] * row_factor.T, ((0, 0), (0, 2 * ROWS)))
@@ -161,7 +183,7 @@ def _per_head(
         row_factor=by_row,
         factor=factor,
         v_factor=of_q_heads(v_scale),
-        sinks=jnp.full(heads, -jnp.inf, jnp.float32) if sinks is None else sinks * LOG2E,
+        sinks=np.full(heads, -np.inf, np.float32) if sinks is None else sinks * LOG2E,
         slopes=None if alibi_slopes is None else alibi_slopes * LOG2E,
     )
 
@@ -206,17 +228,17 @@ def _packed(
 
 def _decoded(rows, row_factor, kv_pages, page_table, schedule, heads, geometry):
     """(out, lse) of tokens that may be decoded."""
-    first_head = jnp.arange(geometry.num_kv_heads) * geometry.group
-    per_unit = jnp.repeat(first_head, geometry.parts)
+    first_head = np.arange(geometry.num_kv_heads) * geometry.group
+    per_unit = np.repeat(first_head, geometry.parts)
     if row_factor is None:
         factor = heads.factor[per_unit]
     else:
         factor = row_factor * heads.factor[per_unit][:, None]
     slopes = None
     if heads.slopes is not None:
-        part = jnp.arange(geometry.units)[:, None] % geometry.parts * geometry.part_heads
-        of_group = part + jnp.arange(ROWS) % geometry.part_heads
-        head = per_unit[:, None] + jnp.minimum(of_group, geometry.group - 1)
+        part = np.arange(geometry.units)[:, None] % geometry.parts * geometry.part_heads
+        of_group = part + np.arange(ROWS) % geometry.part_heads
+        head = per_unit[:, None] + np.minimum(of_group, geometry.group - 1)
         slopes = heads.slopes[head]
     decode, _ = KERNELS[gpu_chip.current().capability]
     partial = decode(rows, kv_pages, page_table, schedule, factor, slopes, geometry)

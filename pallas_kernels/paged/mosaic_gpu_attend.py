@@ -5,6 +5,7 @@ tiles that lie within every row's interval by none.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from pallas_kernels.paged.mosaic_gpu_pages import Ring, Span
 F32 = jnp.float32
 TILE = plgpu.Layout.WGMMA
 ROW = TILE.reduce(1)
+LOADED = plgpu.Layout.WGMMA_UPCAST_2X  # of float8: a thread has 4 columns, a word of 8 bits each
 LOWEST = -1e30  # a running maximum before the first key: finite, so that differences are no NaN
 LOG2E = math.log2(math.e)
 
@@ -33,7 +35,8 @@ class Rows(NamedTuple):
         first_q_pos, last_q_pos: int32 scalars.
         item_q_pos: the first position of the block's rows, the other warpgroup's too: both must
             agree on which tiles have slots that hold no key.
-        factor: float32, scalar or [64]: of the logits, log2(e) included where no soft cap follows.
+        factor: float32, scalar or [64], above 0: of the logits, log2(e) included where no soft cap
+            follows.
         slopes: float32, scalar or [64], in units of log2; or None.
     """
 
@@ -59,8 +62,10 @@ class Tools(NamedTuple):
     Attributes:
         ring: the tiles.
         q: [warpgroups, 64, head_dim].
-        wide: [keys, head_dim], where a float8 tile is converted to; or None.
+        wide: two of [keys, head_dim], where a float8 tile's keys and values are converted to; or
+            None.
         patched: a barrier of both warpgroups, where they share tiles; or None.
+        turn: a barrier for each warpgroup, where they take turns at the tensor cores; or None.
         warpgroup: its index.
         stride: tiles from one that it takes to the next.
         tied: whether the address of q is computed in the loop.
@@ -70,6 +75,7 @@ class Tools(NamedTuple):
     q: Any
     wide: Any
     patched: Any
+    turn: Any
     warpgroup: Any
     stride: int
     tied: bool
@@ -203,16 +209,44 @@ def attend_tile(
 ) -> State:  # fmt: skip
     """One tile: logits, running softmax, product with the values."""
     ring = tools.ring
+    interval, valid = (None, None) if seen is None else seen
     plgpu.barrier_wait(ring.k_full.at[slot])
-    logits = _logits(slot, rows, first_key, tools, geometry)
-    plgpu.barrier_arrive(ring.k_empty.at[slot])
-    p, state = softmax_step(state, logits, first_key, None if seen is None else seen[0])
-    plgpu.barrier_wait(ring.v_full.at[slot])
-    values = _values(slot, first_key, None if seen is None else seen[1], tools, geometry)
+    if geometry.converts:
+        products, values = _converted(slot, first_key, valid, tools, geometry)
+    else:
+        products, values = _products(ring.k.at[slot], first_key, tools), ring.v.at[slot]
+        plgpu.barrier_arrive(ring.k_empty.at[slot])
+    p, fade, m, l = weigh(products, rows, state.m, state.l, first_key, interval, geometry)
+    acc = state.acc * over_columns(fade, state.acc.shape[1])
+    if not geometry.converts:
+        plgpu.barrier_wait(ring.v_full.at[slot])
+        if valid is not None:
+            clear_values(values, first_key, valid, tools)
     weights = p.astype(geometry.dtype)
-    acc = pl.run_state(lambda a: plgpu.wgmma(a, weights, values))(plgpu.ACC.init(state.acc))
-    plgpu.barrier_arrive(ring.v_empty.at[slot])
-    return state._replace(acc=acc)
+    acc = pl.run_state(lambda a: plgpu.wgmma(a, weights, values))(plgpu.ACC.init(acc))
+    if not geometry.converts:
+        plgpu.barrier_arrive(ring.v_empty.at[slot])
+    return State(acc, m, l)
+
+
+def weigh(
+    products: jax.Array, rows: Rows, m: Any, l: Any, first_key: Any, interval: Any,
+    geometry: Geometry,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """A tile's weights [64, keys]; what sums before it are multiplied by; m and l after it.
+
+    Args:
+        products: [64, keys], of queries and keys.
+        rows: the queries.
+        m, l: the running softmax before the tile.
+        first_key: of the tile.
+        interval: each row's keys, as `Seen` has them; None = every row sees the whole tile.
+        geometry: the call's sizes.
+    """
+    logits, factor = products, rows.factor
+    if geometry.soft_cap is not None or rows.slopes is not None:
+        logits, factor = in_log2(products, rows, first_key, geometry), None
+    return _weights(_masked(logits, first_key, interval), factor, m, l)
 
 
 def softmax_step(
@@ -227,29 +261,61 @@ def softmax_step(
         interval: each row's keys, as `Seen` has them; None = every row sees the whole tile.
     """
     if interval is not None:
-        logits = jnp.where(_mask(interval, first_key, logits.shape), logits, -jnp.inf)
-    m = jnp.maximum(state.m, logits.max(axis=1))
-    fade = jnp.exp2(state.m - m)
-    p = jnp.exp2(logits - over_columns(m, logits.shape[1]))
-    acc = state.acc * over_columns(fade, state.acc.shape[1])
-    return p, State(acc, m, state.l * fade + p.sum(axis=1))
+        interval = tuple(None if end is None else end - first_key for end in interval)
+    p, fade, m, l = _weights(_masked(logits, 0, interval), None, state.m, state.l)
+    return p, State(state.acc * over_columns(fade, state.acc.shape[1]), m, l)
 
 
-def _logits(slot: Any, rows: Rows, first_key: Any, tools: Tools, geometry: Geometry) -> jax.Array:
-    """[64, keys] in units of log2."""
-    keys = tools.ring.k.shape[1]
-    k = tools.ring.k.at[slot]
-    if geometry.converts:
-        widen(k, tools.wide, None, first_key, geometry)
-        k = tools.wide
+def _masked(logits: jax.Array, first_key: Any, interval: Any) -> jax.Array:
+    if interval is None:
+        return logits
+    return jnp.where(_mask(interval, first_key, logits.shape), logits, -jnp.inf)
 
+
+def _weights(
+    logits: jax.Array, factor: Any, m: jax.Array, l: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """As `weigh`, of logits times a factor, which joins the difference to m: one instruction."""
+    top = logits.max(axis=1)
+    higher = jnp.maximum(m, top if factor is None else top * factor)
+    fade = jnp.exp2(m - higher)
+    if factor is not None:
+        logits = logits * over_columns(factor, logits.shape[1])
+    p = jnp.exp2(logits - over_columns(higher, logits.shape[1]))
+    return p, fade, higher, l * fade + p.sum(axis=1)
+
+
+def _products(
+    k: Any, first_key: Any, tools: Tools, beside: Callable[[], None] = lambda: None
+) -> jax.Array:
+    """[64, keys], of queries and keys; `beside` is done while they are multiplied."""
     q = tools.q.at[tied_to(first_key, tools.warpgroup, tied=tools.tied)]
 
     def product(acc):
         plgpu.wgmma(acc, q, k.transpose((1, 0)))
+        beside()
         return acc[...]
 
-    return in_log2(pl.run_scoped(product, plgpu.ACC((ROWS, keys), F32)), rows, first_key, geometry)
+    return pl.run_scoped(product, plgpu.ACC((ROWS, k.shape[0]), F32))
+
+
+def _converted(
+    slot: Any, first_key: Any, valid: Any, tools: Tools, geometry: Geometry
+) -> tuple[jax.Array, Any]:
+    """(products of queries and keys, values) of a float8 tile, whose slot becomes free.
+
+    The values are converted while the keys are multiplied.
+    """
+    ring, (k, v) = tools.ring, tools.wide
+    widen(ring.k.at[slot], k, None, first_key, geometry)
+    plgpu.barrier_arrive(ring.k_empty.at[slot])
+
+    def values():
+        plgpu.barrier_wait(ring.v_full.at[slot])
+        widen(ring.v.at[slot], v, valid, first_key, geometry)
+        plgpu.barrier_arrive(ring.v_empty.at[slot])
+
+    return _products(k, first_key, tools, values), v
 
 
 def in_log2(products: jax.Array, rows: Rows, first_key: Any, geometry: Geometry) -> jax.Array:
@@ -270,38 +336,32 @@ def in_log2(products: jax.Array, rows: Rows, first_key: Any, geometry: Geometry)
 def _mask(interval: tuple[Any, Any], first_key: Any, shape: tuple[int, int]) -> jax.Array:
     """Which keys each row sees."""
     start, stop = interval
-    columns = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=TILE)
-    sees = columns < over_columns(stop - first_key, shape[1])
+    # Positions are no invariants of a loop, which the compiler would keep, 32 registers of them.
+    columns = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=TILE) + first_key
+    sees = columns < over_columns(stop, shape[1])
     if start is not None:
-        sees = sees & (columns >= over_columns(start - first_key, shape[1]))
+        sees = sees & (columns >= over_columns(start, shape[1]))
     return sees
 
 
-def _values(slot: Any, first_key: Any, valid: Any, tools: Tools, geometry: Geometry) -> Any:
-    """The tile's values, with 0 in slots that hold no key: 0 times NaN would be NaN."""
-    v = tools.ring.v.at[slot]
-    if geometry.converts:
-        widen(v, tools.wide, valid, first_key, geometry)
-        return tools.wide
-    if valid is not None:
-        keys = tools.ring.v.shape[1]
-        start, stop = valid
+def clear_values(v: Any, first_key: Any, valid: tuple[Any, Any], tools: Tools) -> None:
+    """Puts 0 in slots of a tile that hold no key, where there are any."""
+    keys = v.shape[0]
+    start, stop = valid
 
-        @pl.when((first_key < start) | (first_key + keys > stop))
-        def _():
-            for part in range(keys // ROWS):
-                if tools.patched is None:
-                    _patch(v, part, first_key, valid)
-                else:
-                    pl.when(tools.warpgroup == part % 2)(
-                        lambda part=part: _patch(v, part, first_key, valid)
-                    )
-            plgpu.commit_smem()
-            if tools.patched is not None:
-                plgpu.barrier_arrive(tools.patched)
-                plgpu.barrier_wait(tools.patched)
-
-    return v
+    @pl.when((first_key < start) | (first_key + keys > stop))
+    def _():
+        for part in range(keys // ROWS):
+            if tools.patched is None:
+                _patch(v, part, first_key, valid)
+            else:
+                pl.when(tools.warpgroup == part % 2)(
+                    lambda part=part: _patch(v, part, first_key, valid)
+                )
+        plgpu.commit_smem()
+        if tools.patched is not None:
+            plgpu.barrier_arrive(tools.patched)
+            plgpu.barrier_wait(tools.patched)
 
 
 def _patch(v: Any, part: int, first_key: Any, valid: tuple[Any, Any]) -> None:
@@ -317,8 +377,10 @@ def _patch(v: Any, part: int, first_key: Any, valid: tuple[Any, Any]) -> None:
     lax.fori_loop(0, v.shape[-1] // width, put, None)
 
 
-def _exists(shape: tuple[int, int], first_key: Any, valid: tuple[Any, Any]) -> jax.Array:
-    keys = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=TILE)
+def _exists(
+    shape: tuple[int, int], first_key: Any, valid: tuple[Any, Any], layout: Any = TILE
+) -> jax.Array:
+    keys = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
     return (keys >= valid[0] - first_key) & (keys < valid[1] - first_key)
 
 
@@ -328,9 +390,8 @@ def widen(narrow: Any, wide: Any, valid: Any, first_key: Any, geometry: Geometry
     width = swizzled_columns(geometry.cache_dtype, head_dim)
     for begin in range(0, head_dim, width):
         columns = pl.ds(0, keys), pl.ds(begin, width)
-        values = plgpu.load(narrow.at[columns], layout=plgpu.Layout.WGMMA_UPCAST_2X)
-        values = plgpu.layout_cast(values.astype(geometry.dtype), TILE)
+        values = plgpu.load(narrow.at[columns], layout=LOADED).astype(geometry.dtype)
         if valid is not None:
-            values = jnp.where(_exists(values.shape, first_key, valid), values, 0)
+            values = jnp.where(_exists(values.shape, first_key, valid, LOADED), values, 0)
         wide.at[columns][...] = values
     plgpu.commit_smem()

@@ -77,7 +77,7 @@ def decode(
         partial outputs, float32 [partial_rows, partial_width] (each divided by its own sum), and
         their lse in units of log2, float32 [partial_rows].
     """
-    keys, stages, warpgroups, _ = geometry.tiles.decode
+    keys, stages, warpgroups, *_ = geometry.tiles.decode
     tile = (warpgroups, ROWS, geometry.head_dim)
     wide = (warpgroups, keys, geometry.head_dim)
     transforms = swizzled(geometry.dtype, geometry.head_dim)
@@ -95,7 +95,7 @@ def decode(
         scratch |= {"sum_smem": plgpu.SMEM((ROWS,), F32)}
         scratch |= {"handed": plgpu.Barrier(), "taken": plgpu.Barrier()}
     if geometry.converts:
-        scratch["wide"] = plgpu.SMEM(wide, geometry.dtype, transforms=transforms)
+        scratch["wide"] = (plgpu.SMEM(wide, geometry.dtype, transforms=transforms),) * 2
     arrays = [q, kv_pages, page_table, *schedule[:3], factor]
     arrays += [] if slopes is None else [slopes]
 
@@ -158,7 +158,10 @@ def decode(
         grid_names=("block",),
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            reduction_scratch_bytes=0,  # rows are reduced within a warp
+        ),
         kernel_name="paged_decode",
     )(*arrays)
 
@@ -187,8 +190,9 @@ def _tools(scratch: dict[str, Any], warpgroup: Any, geometry: Geometry) -> Tools
     return Tools(
         ring=scratch["ring"],
         q=scratch["q_smem"],
-        wide=scratch["wide"].at[warpgroup] if geometry.converts else None,
+        wide=[x.at[warpgroup] for x in scratch["wide"]] if geometry.converts else None,
         patched=None,
+        turn=None,
         warpgroup=warpgroup,
         stride=geometry.tiles.decode.warpgroups,
         tied=geometry.tiles.decode.tied,

@@ -19,7 +19,6 @@ from pallas_kernels.paged.mosaic_gpu_attend import (
     State,
     Tools,
     attend_span,
-    fetch_queries,
     over_columns,
     row_index,
 )
@@ -31,6 +30,7 @@ from pallas_kernels.paged.mosaic_gpu_geometry import (
     Geometry,
     swizzled,
 )
+from pallas_kernels.paged.mosaic_gpu_overlap import attend_overlapped
 from pallas_kernels.paged.mosaic_gpu_pages import Span, produce, ring_scratch
 from pallas_kernels.paged.mosaic_gpu_schedule import Prefill
 
@@ -96,21 +96,23 @@ def prefill(
         out [num_tokens, num_q_heads, head_dim], nothing of use for tokens that are decoded; lse
         float32 [num_q_heads, tiles, 64 or 128], natural.
     """
-    keys, stages, warpgroups, _ = geometry.tiles.prefill
+    keys, stages, warpgroups, _, overlapped = geometry.tiles.prefill
     tile = (warpgroups, ROWS, geometry.head_dim)
     transforms = swizzled(geometry.dtype, geometry.head_dim)
     scratch = {
         "ring": ring_scratch(geometry, keys, stages, readers=warpgroups),
-        "q_smem": plgpu.SMEM(tile, geometry.dtype, transforms=transforms),
+        "q_smem": plgpu.SMEM((2, *tile), geometry.dtype, transforms=transforms),  # and the next's
         "q_full": plgpu.Barrier(num_barriers=warpgroups),
         "out_smem": plgpu.SMEM(tile, geometry.out_dtype),
         "lse_smem": plgpu.SMEM(tile[:2], F32),
     }
     if geometry.converts:
         wide = (warpgroups, keys, geometry.head_dim)
-        scratch["wide"] = plgpu.SMEM(wide, geometry.dtype, transforms=transforms)
+        scratch["wide"] = (plgpu.SMEM(wide, geometry.dtype, transforms=transforms),) * 2
     elif warpgroups > 1:
         scratch["patched"] = plgpu.Barrier(num_arrivals=warpgroups)
+        if overlapped:
+            scratch["turn"] = plgpu.Barrier(num_barriers=warpgroups)
     arrays = [q, kv_pages, page_table, schedule.tiles, schedule.num_tiles, *heads[:4]]
     arrays += [] if heads.slopes is None else [heads.slopes]
 
@@ -119,33 +121,57 @@ def prefill(
         per_head = PerHead(*per_head, *[None] * (5 - len(per_head)))
         out, lse = refs[len(arrays) :]
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
-        units = geometry.num_q_heads // geometry.prefill_heads
-        left = num_tiles[0] * units - block + (geometry.num_blocks - 1)
-        num_items = lax.div(left, jnp.int32(geometry.num_blocks))
+
+        def column_of(i):
+            """There and back: who has the longest item of a row has the shortest of the next."""
+            back = geometry.num_blocks - 1 - block
+            return jnp.where(lax.rem(i, jnp.int32(2)) == 0, block, back)
+
+        def num_items():  # each role asks for itself: what both hold would be spilled
+            total = num_tiles[0] * (geometry.num_q_heads // geometry.prefill_heads)
+            rows, left = (of(total, jnp.int32(geometry.num_blocks)) for of in (lax.div, lax.rem))
+            return rows + (column_of(rows) < left).astype(jnp.int32)
 
         def item_of(i):
-            return item_at(block + i * geometry.num_blocks, warpgroup, tiles, geometry)
+            index = i * geometry.num_blocks + column_of(i)
+            return item_at(index, warpgroup, tiles, geometry)
 
         @pl.when(warpgroup < warpgroups)
         def _():
             plgpu.set_max_registers(COMPUTE_REGISTERS[warpgroups], action="increase")
             tools = _tools(scratch, warpgroup, geometry)
 
-            def attend(i, count):
+            def fetch(i):
                 item = item_of(i)
                 queries = q.at[pl.ds(item.token, ROWS), item.head]
-                fetch_queries(queries, tools.q.at[warpgroup], scratch["q_full"].at[warpgroup])
+                there = scratch["q_smem"].at[lax.rem(i, jnp.int32(2)), warpgroup]
+                plgpu.copy_gmem_to_smem(queries, there, scratch["q_full"].at[warpgroup])
+
+            def attend_item(i, count):
+                plgpu.barrier_wait(scratch["q_full"].at[warpgroup])
+                pl.when(i + 1 < items)(lambda: fetch(i + 1))
+                item = item_of(i)
                 rows = rows_of(item, per_head, geometry)
-                state, count = attend_span(item.span, rows, count, tools, geometry)
-                finish(state, item, per_head, out, lse, scratch, warpgroup, geometry)
+                here = tools._replace(q=scratch["q_smem"].at[lax.rem(i, jnp.int32(2))])
+                attend = attend_overlapped if overlapped else attend_span
+                state, count = attend(item.span, rows, count, here, geometry)
+                # Asked for again: kept over the loop, it would be spilled.
+                finish(state, item_of(i), per_head, out, lse, scratch, warpgroup, geometry)
                 return count
 
-            lax.fori_loop(0, num_items, attend, jnp.int32(0))
+            items = num_items()
+            pl.when(items > 0)(lambda: fetch(jnp.int32(0)))
+            if tools.turn is not None:
+                pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(tools.turn.at[0]))
+            lax.fori_loop(0, items, attend_item, jnp.int32(0))
+            if tools.turn is not None:
+                pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(tools.turn.at[0]))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         @pl.when(warpgroup == warpgroups)
         def _():
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-            produce(lambda i: item_of(i).span, num_items, pages, table, scratch["ring"], geometry)
+            produce(lambda i: item_of(i).span, num_items(), pages, table, scratch["ring"], geometry)
 
     lse_shape = (geometry.num_q_heads, schedule.tiles.shape[0], geometry.prefill_tokens)
     return plgpu.kernel(
@@ -159,7 +185,10 @@ def prefill(
         grid_names=("block",),
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            reduction_scratch_bytes=0,  # rows are reduced within a warp
+        ),
         kernel_name="paged_prefill",
     )(*arrays)
 
@@ -186,9 +215,10 @@ def item_at(index: Any, warpgroup: Any, tiles: Any, geometry: Geometry) -> Item:
 def _tools(scratch: dict[str, Any], warpgroup: Any, geometry: Geometry) -> Tools:
     return Tools(
         ring=scratch["ring"],
-        q=scratch["q_smem"],
-        wide=scratch["wide"].at[warpgroup] if geometry.converts else None,
+        q=None,
+        wide=[x.at[warpgroup] for x in scratch["wide"]] if geometry.converts else None,
         patched=scratch.get("patched"),
+        turn=scratch.get("turn"),
         warpgroup=warpgroup,
         stride=1,
         tied=geometry.tiles.prefill.tied,
@@ -232,6 +262,7 @@ def finish(
 ) -> None:  # fmt: skip
     """Stores the rows that are the sequence's."""
     out_smem, lse_smem = scratch["out_smem"].at[warpgroup], scratch["lse_smem"].at[warpgroup]
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the item before has left
     out_smem[...], lse_smem[...] = normalised(state, item, heads, geometry)
     plgpu.commit_smem()
     place = pl.ds(0 if geometry.pairs_heads else warpgroup * ROWS, ROWS)
@@ -247,4 +278,3 @@ def finish(
             plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(begin, size)], there)
 
         size //= 2
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -14,12 +14,15 @@ class Phase(NamedTuple):
         warpgroups: that compute, 1 or 2.
         tied: whether the queries' addresses are computed in the loop (`gpu_addresses`); where
             mma.sync multiplies, whether queries are read in the loop, not kept in registers.
+        overlapped: of prompts: whether a tile's products run beside the softmax of the one before;
+            takes the registers of its weights.
     """
 
     keys: int
     stages: int
     warpgroups: int = 2
     tied: bool = False
+    overlapped: bool = False
 
 
 class Tiles(NamedTuple):
@@ -46,7 +49,7 @@ HOPPER = {
         64: Tiles(Phase(64, 8), Phase(128, 3)),
         80: Tiles(Phase(64, 6), Phase(64, 4)),
         96: Tiles(Phase(64, 4), Phase(64, 4)),  # prompts with 128 keys, pages of 16: 4 + 8 bytes
-        128: Tiles(Phase(64, 4), Phase(128, 2)),
+        128: Tiles(Phase(64, 4), Phase(128, 2, overlapped=True)),
         192: Tiles(Phase(64, 3, 1, tied=True), Phase(64, 3, 1, tied=True)),
         256: Tiles(Phase(64, 2, 1, tied=True), Phase(64, 2, 1, tied=True)),
     },
