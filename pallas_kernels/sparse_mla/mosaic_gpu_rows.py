@@ -38,7 +38,7 @@ def chosen_rows(
     exists = jnp.arange(max_num_seqs, dtype=jnp.int32) < num_seqs
     stops = jnp.where(exists, jnp.clip(cu_q_lens[1:], 0, num_tokens), num_tokens)
     token = jnp.arange(num_tokens, dtype=jnp.int32)
-    seq = jnp.searchsorted(stops, token, side="right").astype(jnp.int32)
+    seq = jnp.searchsorted(stops, token, side="right", method="compare_all").astype(jnp.int32)
     is_real = (seq < num_seqs) & (seq < max_num_seqs)
     seq = jnp.minimum(seq, max_num_seqs - 1)
     kv_len = jnp.clip(kv_lens[seq], 0, pages_per_seq * page_size)
