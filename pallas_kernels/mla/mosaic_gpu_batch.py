@@ -79,7 +79,7 @@ def tiles_of_tokens(batch: Batch, block_q: int) -> tuple[jax.Array, jax.Array]:
     number = jnp.arange(batch.cu_q_lens.shape[0], dtype=jnp.int32)
     starts = jnp.clip(batch.cu_q_lens, 0, batch.num_tokens)
     starts = jnp.where(number <= num_seqs, starts, batch.num_tokens)
-    seq = jnp.searchsorted(starts, token, side="right").astype(jnp.int32) - 1
+    seq = jnp.searchsorted(starts, token, side="right", method="compare_all").astype(jnp.int32) - 1
     seq = jnp.minimum(seq, num_seqs)
     inside = token - starts[seq]
     return first_tile(starts[seq], seq, block_q) + inside // block_q, inside % block_q
