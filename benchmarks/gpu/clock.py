@@ -58,6 +58,6 @@ def wall_seconds(call: Call, *, calls: int, rounds: int = 3) -> float:
     return statistics.median((series(2 * calls) - series(calls)) / calls for _ in range(rounds))
 
 
-def calls_for(seconds: float, *, window: float = 0.03) -> int:
+def calls_for(seconds: float, *, window: float = 0.02) -> int:
     """How many calls fill a window of time: two at least, 200 at most."""
     return max(2, min(200, round(window / max(seconds, 1e-6))))
