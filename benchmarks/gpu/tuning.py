@@ -45,6 +45,7 @@ class Target:
         smem: sizes -> bytes of shared memory that the tiles take.
         in_flight: sizes -> bytes of keys and values that are asked for at once.
         says: whether what the compiler makes of it says anything.
+        differs: sizes -> whether no others among the candidates make the same kernel.
     """
 
     module: str
@@ -54,16 +55,18 @@ class Target:
     smem: Callable[[Sizes], int]
     in_flight: Callable[[Sizes], int]
     says: bool = True
+    differs: Callable[[Sizes], bool] = lambda sizes: True
 
     def candidates(self, chip: GpuChip) -> Iterator[Sizes]:
         """Sizes that fit the chip's shared memory."""
         for values in itertools.product(*self.domain.values()):
             sizes = dict(zip(self.domain, values, strict=True))
-            if self.smem(sizes) <= chip.smem_bytes:
+            if self.differs(sizes) and self.smem(sizes) <= chip.smem_bytes:
                 yield sizes
 
     def use(self, sizes: Sizes) -> None:
-        """Puts sizes in the entry's place, in this process."""
+        """Puts sizes, which may come as JSON has them, in the entry's place, in this process."""
+        sizes = {name: tuple(x) if isinstance(x, list) else x for name, x in sizes.items()}
         table = getattr(importlib.import_module(self.module), self.path[0])
         if len(self.path) == 2:
             table[self.path[1]] = table[self.path[1]]._replace(**sizes)
@@ -129,17 +132,23 @@ def _latent(work: Work, chip: str) -> Target:
 
 def _forward(work: Work) -> Target:
     sizes = (work.head_size, work.head_size_v)
-    domain = {"block_kv": (64, 128, 192), "stages": (2, 3, 4), "turns": (False, True),
-              "tied": (False, True)}  # fmt: skip
+    walks = tuple(itertools.product((2, 3, 4), (1, 2)))
+    domain = {"block_kv": (64, 128, 192), "stages": (2, 3, 4), "walking": (None, *walks),
+              "turns": (False, True), "tied": (False, True)}  # fmt: skip
 
     def ring(s: Sizes) -> int:
         return 2 * s["stages"] * s["block_kv"] * sum(sizes)
 
     def smem(s: Sizes) -> int:
-        return ring(s) + 4 * ROWS * sizes[0]
+        _, slots = s["walking"] or (s["stages"], 1)
+        return ring(s) + slots * 4 * ROWS * sizes[0]
+
+    def differs(s: Sizes) -> bool:
+        """A walk has stages of its own."""
+        return s["walking"] is None or s["stages"] == s["walking"][0]
 
     path = ("TILES", (9, 0), sizes, "plain")
-    return Target(DENSE, path, "attnsel_dense_forward", domain, smem, ring)
+    return Target(DENSE, path, "attnsel_dense_forward", domain, smem, ring, differs=differs)
 
 
 def _backward(work: Work) -> Target:
@@ -162,13 +171,16 @@ def _paged(work: Work, phase: str) -> Target:
     largest = min(size for size in table if size >= work.head_size)
     domain = {"keys": (64, 128), "stages": (2, 3, 4, 6, 8), "warpgroups": (1, 2),
               "tied": (False, True)}  # fmt: skip
+    if phase == "prefill" and itemsize == 2:
+        domain["overlapped"] = (False, True)
 
     def tiles(s: Sizes) -> int:
         return 2 * itemsize * s["stages"] * s["keys"] * work.head_size
 
     def smem(s: Sizes) -> int:
-        queries = 2 * s["warpgroups"] * ROWS * work.head_size
-        wide = 2 * s["warpgroups"] * s["keys"] * work.head_size if itemsize == 1 else 0
+        slots = 2 if phase == "prefill" else 1  # the next queries are fetched ahead
+        queries = 2 * slots * s["warpgroups"] * ROWS * work.head_size
+        wide = 4 * s["warpgroups"] * s["keys"] * work.head_size if itemsize == 1 else 0
         return tiles(s) + queries + wide + 4 * ROWS * work.head_size
 
     path = ("HOPPER", itemsize, largest, phase)

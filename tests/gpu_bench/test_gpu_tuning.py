@@ -1,6 +1,7 @@
 """The tuner of the GPU kernels: what it tries, how it ranks, what it prints."""
 
 import dataclasses
+import json
 
 import pytest
 from typer.testing import CliRunner
@@ -32,7 +33,10 @@ def found(overlapped, alone, faults=(), name="attnsel_dense_forward_0", verdict=
 def test_candidates_fit_shared_memory_and_hold_what_the_table_has():
     tried = list(DENSE.candidates(H200))
     assert all(2 * s["stages"] * s["block_kv"] * 256 <= H200.smem_bytes for s in tried)
-    assert {"block_kv": 128, "stages": 3, "turns": True, "tied": False} in tried
+    more = {"turns": True, "tied": False}
+    assert {"block_kv": 128, "stages": 3, "walking": None} | more in tried
+    assert {"block_kv": 128, "stages": 2, "walking": (2, 2)} | more in tried
+    assert all(s["walking"] is None or s["walking"][0] == s["stages"] for s in tried)
     assert not any(s["block_kv"] == 192 and s["stages"] == 4 for s in tried)
 
 
@@ -58,13 +62,14 @@ def test_decoding_needs_bytes_in_flight_before_a_better_loop():
 
 
 def test_a_row_reads_as_the_table_s_and_is_used_in_its_place(monkeypatch):
-    sizes = {"block_kv": 64, "stages": 2, "turns": False, "tied": True}
+    sizes = {"block_kv": 64, "stages": 2, "walking": (2, 1), "turns": False, "tied": True}
     assert tuning.row(DENSE, sizes) == (
-        "TILES[(9, 0)][(128, 128)]['plain']: Tiles(block_kv=64, stages=2, turns=False, tied=True)"
+        "TILES[(9, 0)][(128, 128)]['plain']: "
+        "Tiles(block_kv=64, stages=2, walking=(2, 1), turns=False, tied=True)"
     )
     classes = dense_tiles.TILES[9, 0][128, 128]
     monkeypatch.setitem(classes, "plain", classes["plain"])
-    DENSE.use(sizes)
+    DENSE.use(json.loads(json.dumps(sizes)))
     used = dense_tiles.forward_tiles(H200, 128, 128, capped=False, segmented=False)
     assert used == dense_tiles.Tiles(**sizes)
     monkeypatch.setitem(paged_tiles.HOPPER[2], 128, paged_tiles.HOPPER[2][128])
