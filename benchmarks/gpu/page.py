@@ -67,7 +67,7 @@ def timed_rows(data: Mapping[str, Any]) -> list[list[str]]:
 
 def _raced(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The cells of one work."""
-    ours = next((row for row in rows if row.get("contender") == OURS), rows[0] if rows else {})
+    ours = next((row for row in rows if row.get("contender", OURS) == OURS), {})
     rivals = sorted(
         (row for row in rows if row["verdict"] == "timed" and row["contender"] != OURS),
         key=lambda row: row["seconds"],

@@ -269,10 +269,10 @@ def _time(runners: list[_Runner], rounds: int) -> dict[int, Exception]:
 
 def _time_once(runner: _Runner, sets: list[tuple[jax.Array, ...]]) -> None:
     """One contender's turn, by both clocks."""
-    turns = itertools.cycle(sets)
+    arguments = itertools.cycle(sets)
 
     def call() -> Any:
-        return runner.compiled(*next(turns))
+        return runner.compiled(*next(arguments))
 
     if not runner.wall:
         runner.first = clock.wall_seconds(call, calls=2, rounds=1)

@@ -163,6 +163,9 @@ def test_a_work_s_row_has_ours_its_best_rival_and_who_failed():
     wrong = timed(OURS, 1e-3) | {"verdict": racing.WRONG, "reason": "out"}
     (row,) = page.timed_rows({"timings": [wrong, timed("a", 1e-3)], "torch": {}})
     assert row[1:2] + row[5:7] == ["WRONG: out", "a 1,000", ""]
+    refused = {"work": "w", "contender": OURS, "verdict": racing.LEFT_OUT}
+    (row,) = page.timed_rows({"timings": [refused, timed("a", 1e-3)], "torch": {}})
+    assert row[1:2] + row[5:7] == ["not run: ", "a 1,000", ""], "a rival's time is not ours"
 
 
 def test_no_time_left_is_said(monkeypatch, tmp_path):
