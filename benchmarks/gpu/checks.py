@@ -1,16 +1,54 @@
 """Whether our kernels are right on this GPU: the whole contract suite, on fresh numbers."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 from attnsel_jax.compare import compare
-from attnsel_jax.problems import DEFAULT, QUICK
+from attnsel_jax.problems import DEFAULT, QUICK, Problem
+from attnsel_jax.problems.dense_inputs import dense_inputs
 from attnsel_jax.registry import AttentionBackendEnum
 from benchmarks.gpu import ours
 from benchmarks.gpu.racing import poison
 
-SETS = {"quick": QUICK, "models": DEFAULT}
 WORKERS = 8
+
+
+def _walking(name: str, *, gradients: bool = False, **options: Any) -> Problem:
+    """More blocks of queries than any GPU has cores, so that a core takes several in turn."""
+    options = {"batch": 2, "q_len": 1005, "heads": (16, 4), "head_size": 128} | options
+    return Problem(f"walking.{name}", "dense", name, dense_inputs, options, gradients)
+
+
+def _in_bfloat16(problem: Problem) -> Problem:
+    """A problem in float32, or with latents that no kernel takes, as GPU kernels take it."""
+    options, other = problem.options, {}
+    if options.get("dtype") == "float32":
+        other["dtype"] = "bfloat16"
+    if options.get("rank") == 32:
+        other |= {"rank": 128, "rope_dim": 64}
+    name = f"{problem.name}.bfloat16" if other else problem.name
+    return dataclasses.replace(problem, name=name, options=options | other)
+
+
+CAUSAL = {"causal": True}
+WALKING = (
+    _walking("causal", **CAUSAL, gradients=True),
+    _walking("full", gradients=True),
+    _walking("window", **CAUSAL, sliding_window=300, sinks=True, gradients=True),
+    _walking("capped", **CAUSAL, soft_cap=8.0, attention_chunk_size=700),
+    _walking("64", **CAUSAL, head_size=64, gradients=True),
+    _walking("192", **CAUSAL, head_size=192, head_size_v=128, gradients=True),
+    _walking("segments", **CAUSAL, segments=3),
+)
+SETS = {
+    "quick": QUICK,
+    "in bfloat16": tuple(
+        other for problem in QUICK if (other := _in_bfloat16(problem)).name != problem.name
+    ),
+    "models": DEFAULT,
+    "walking": WALKING,
+}
 
 
 def _parts() -> list[list[Any]]:
