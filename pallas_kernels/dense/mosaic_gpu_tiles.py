@@ -111,7 +111,8 @@ def forward_tiles(
 ) -> Tiles:
     """The tiles of a shape class on a chip.
 
-    `added`: with a bias or slopes; `bounded`: with a window or chunks, and lengths or offsets that are read.
+    `added`: with a bias or slopes; `bounded`: with a window or chunks beside lengths or offsets
+    that are read.
     """
     classes = TILES[chip.capability][head_dim, head_dim_v]
     return _of_class(classes, capped, segmented, added, bounded)
