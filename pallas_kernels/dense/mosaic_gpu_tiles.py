@@ -123,7 +123,7 @@ def _of_class(
 ) -> Any:
     """What the call's own class has, else what each thing in it asks for, else the plain tiles."""
     asked = [CROWDED] * (added and (capped or segmented))
-    asked += [ADDED] * added + [CAPPED] * capped + [SEGMENTED] * segmented + [BOUNDED] * bounded
+    asked += [ADDED] * added + [SEGMENTED] * segmented + [CAPPED] * capped + [BOUNDED] * bounded
     return next((classes[name] for name in asked if name in classes), classes[PLAIN])
 
 

@@ -374,6 +374,7 @@ FEATURES = (
     {"sliding_window": 300, "q_offset": jax.ShapeDtypeStruct((1,), "int32")},
 )
 ADDED = FEATURES[4] | FEATURES[8]  # a bias and slopes, which spilled where each alone did not
+PAIRS = ADDED, ADDED | FEATURES[2], ADDED | FEATURES[9], FEATURES[2] | FEATURES[9]
 
 
 def features_of(features):
@@ -386,9 +387,7 @@ def features_of(features):
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize(
-    "features", [*FEATURES, ADDED, ADDED | FEATURES[2], ADDED | FEATURES[9], "all"], ids=str
-)
+@pytest.mark.parametrize("features", [*FEATURES, *PAIRS, "all"], ids=str)
 def test_every_declared_feature_compiles(features, sizes, monkeypatch):
     few_cores(monkeypatch)  # the sizes above are compiled with a block of the grid for each
     compiles("h200", head_size=sizes[0], head_size_v=sizes[1], **features_of(features))
