@@ -63,7 +63,11 @@ TILES = {
             BOUNDED: Tiles(128, 4),
         },
         (80, 80): {PLAIN: Tiles(128, 4, walking=(3, 2)), ADDED: Tiles(128, 4)},
-        (96, 96): {PLAIN: Tiles(128, 4, walking=(3, 2)), CROWDED: Tiles(64, 6)},
+        (96, 96): {
+            PLAIN: Tiles(128, 4, walking=(3, 2)),
+            ADDED: Tiles(128, 4),
+            CROWDED: Tiles(64, 6),
+        },
         (128, 128): {
             PLAIN: Tiles(128, 3, walking=(2, 2)),
             CAPPED: Tiles(128, 3),
