@@ -119,6 +119,8 @@ def dense_attention(
     contract_checks.check_logit_numbers(soft_cap, attention_chunk_size, sliding_window)
     scale = float(dims["head_dim"] ** -0.5 if scale is None else scale)
     offset, rows = _rows(dims, q_offset, q_lens, kv_lens)
+    window = masks.window_bounds(sliding_window)
+    bounds = window != (None, None) or attention_chunk_size is not None
     chip = _chip()
     # The kernels' scale is above 0: a sign, or nothing at all, is q's.
     x = given._replace(q=q if scale > 0 else q * jnp.sign(scale).astype(q.dtype))
@@ -128,7 +130,7 @@ def dense_attention(
     static = Static(
         scale=abs(scale) or 1.0,
         causal=causal,
-        sliding_window=masks.window_bounds(sliding_window),
+        sliding_window=window,
         attention_chunk_size=attention_chunk_size,
         soft_cap=soft_cap,
         offset=offset,
@@ -151,6 +153,7 @@ def dense_attention(
             capped=soft_cap is not None,
             segmented=q_segment_ids is not None,
             added=x.bias is not None or alibi_slopes is not None,
+            bounded=bounds and rows is not None,
         ),
         capability=chip.capability,
     )

@@ -60,7 +60,9 @@ class Operands(NamedTuple):
 class Shared(NamedTuple):
     """What the warpgroups of a block share: rings of tiles, and barriers.
 
-    Queries and results have a slot for each consumer, or two where a core walks over blocks.
+    Queries have a slot for each consumer, or two where a core walks over blocks, and results go out
+    through theirs. Where a walk has one, results have `staged`, so that the next queries come while
+    they are made: a part of their columns at a time.
     `*_full`: the slot has arrived; `*_empty`: the consumers are done with it. `turn`: whose
     products are issued next, so that one warpgroup's softmax runs beside another's products.
     """
@@ -69,6 +71,7 @@ class Shared(NamedTuple):
     k: Any
     v: Any
     lse: Any
+    staged: Any
     segments: Any
     q_full: Any
     q_empty: Any
@@ -102,11 +105,14 @@ def forward(static: Static, x: Operands) -> tuple[jax.Array, jax.Array]:
     out_shape = (*x.q.shape[:3], static.head_dim_v)
     lse_shape = (static.batch, static.num_q_heads, blocks * static.block_q)
 
+    shared = _scratch(static, x.q.dtype, slots, apart=walks is not None and slots == 1)
+
     def body(*refs):
         refs = list(refs)
         operands = Operands(*(refs.pop(0) if there else None for there in given))
         out, lse, *scratch = refs
-        block(static, operands, out, lse, _shared(static, scratch), together)
+        here = Shared(*(None if of is None else scratch.pop(0) for of in shared))
+        block(static, operands, out, lse, here, together)
 
     return plgpu.kernel(
         body,
@@ -114,7 +120,7 @@ def forward(static: Static, x: Operands) -> tuple[jax.Array, jax.Array]:
             jax.ShapeDtypeStruct(out_shape, x.q.dtype),
             jax.ShapeDtypeStruct(lse_shape, jnp.float32),
         ),
-        scratch_types=_scratch(static, x.q.dtype, slots),
+        scratch_types=[of for of in shared if of is not None],
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
         num_threads=static.tiles.consumers + 1,
@@ -150,32 +156,28 @@ def tile(*shape: int, dtype) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
 
-def _scratch(static: Static, dtype, slots: int) -> list[Any]:
+def _scratch(static: Static, dtype, slots: int, *, apart: bool) -> Shared:
+    """Types of what is shared; None = there is no such thing. `apart`: results are `staged`."""
     tiles, stages = static.tiles, static.tiles.stages
     of_queries = slots * tiles.consumers
     ring = functools.partial(plgpu.Barrier, num_barriers=stages)
-    segments = plgpu.SMEM((stages, tiles.block_kv), jnp.int32)
-    return [
-        tile(of_queries, CONSUMER_ROWS, static.head_dim, dtype=dtype),
-        tile(stages, tiles.block_kv, static.head_dim, dtype=dtype),
-        tile(stages, tiles.block_kv, static.head_dim_v, dtype=dtype),
-        plgpu.SMEM((of_queries, CONSUMER_ROWS), jnp.float32),
-        *([segments] if static.segments else []),
-        plgpu.Barrier(num_barriers=of_queries),
-        plgpu.Barrier(num_barriers=of_queries),
-        ring(num_arrivals=1 + static.segments),
-        ring(),
-        plgpu.Barrier(),
-        ring(num_arrivals=tiles.consumers),
-        ring(num_arrivals=tiles.consumers),
-        plgpu.Barrier(num_barriers=tiles.consumers),
-    ]
-
-
-def _shared(static: Static, scratch: list[Any]) -> Shared:
-    if not static.segments:
-        scratch = [*scratch[:4], None, *scratch[4:]]
-    return Shared(*scratch)
+    width = plgpu.find_swizzle(static.head_dim_v * 16) // 2
+    return Shared(
+        q=tile(of_queries, CONSUMER_ROWS, static.head_dim, dtype=dtype),
+        k=tile(stages, tiles.block_kv, static.head_dim, dtype=dtype),
+        v=tile(stages, tiles.block_kv, static.head_dim_v, dtype=dtype),
+        lse=plgpu.SMEM((of_queries, CONSUMER_ROWS), jnp.float32),
+        staged=tile(of_queries, CONSUMER_ROWS, width, dtype=dtype) if apart else None,
+        segments=plgpu.SMEM((stages, tiles.block_kv), jnp.int32) if static.segments else None,
+        q_full=plgpu.Barrier(num_barriers=of_queries),
+        q_empty=plgpu.Barrier(num_barriers=of_queries),
+        k_full=ring(num_arrivals=1 + static.segments),
+        v_full=ring(),
+        v_raw=plgpu.Barrier(),
+        k_empty=ring(num_arrivals=tiles.consumers),
+        v_empty=ring(num_arrivals=tiles.consumers),
+        turn=plgpu.Barrier(num_barriers=tiles.consumers),
+    )
 
 
 def queries_slot(static: Static, shared: Shared, n: jax.Array, wg: Any) -> Any:
@@ -230,7 +232,7 @@ def produce(static: Static, x: Operands, shared: Shared, together: int) -> None:
 
 
 def _bring_queries(static: Static, x: Operands, shared: Shared, place: Place, n: jax.Array) -> None:
-    """Brings the queries of the n-th block, once the results of the last in their place are out."""
+    """Brings the queries of the n-th block, once the last in their place, or results, are gone."""
     slots = shared.q.shape[0] // static.tiles.consumers
     for i in range(static.tiles.consumers):
         slot = queries_slot(static, shared, n, i)
@@ -342,10 +344,13 @@ def consume(static: Static, x: Operands, out, lse, shared: Shared, together: int
         place = functools.partial(place_of, static, x, together, n)
         slot_q = queries_slot(static, shared, n, wg)
         acc, state, slot = attend(static, x, shared, place(), wg, slot_q, slot)
-        store(static, x, acc, state, out, lse, shared, place(), wg, slot_q)
+        finish = store if shared.staged is None else store_apart
+        finish(static, x, acc, state, out, lse, shared, place(), wg, slot_q)
         return slot
 
     walk(x, block_of_queries, jnp.int32(0))
+    if shared.staged is not None:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     if static.tiles.turns:
 
         @pl.when(wg == 0)
@@ -424,6 +429,8 @@ def attend(static: Static, x: Operands, shared: Shared, place: Place, wg, slot_q
     carry = lax.fori_loop(1, inner, masked, carry)
     carry = lax.fori_loop(inner, inner_stop, bare, carry)
     acc, p, state, last = lax.fori_loop(inner_stop, tiles.stop - tiles.first, masked, carry)
+    if shared.staged is not None:
+        plgpu.barrier_arrive(shared.q_empty.at[slot_q])
     acc = pl.run_state(lambda o: plgpu.wgmma(o, p, shared.v.at[last]))(plgpu.ACC.init(acc))
     plgpu.barrier_arrive(shared.v_empty.at[last])
     return acc, state, slot_after(static, last)
@@ -464,3 +471,21 @@ def store(static, x, acc, state, out, lse, shared, place: Place, wg, slot) -> No
     plgpu.wait_smem_to_gmem(0, wait_read_only=x.plan is not None)
     if x.plan is not None:
         plgpu.barrier_arrive(shared.q_empty.at[slot])
+
+
+def store_apart(static, x, acc, state, out, lse, shared, place: Place, wg, slot) -> None:
+    """The same by parts of columns, through memory that the next queries are not waiting for."""
+    row, b, head, index = place
+    first_row = index * static.block_q + wg * CONSUMER_ROWS
+    o, log_sum = normalised(static, x, acc, state, row, head, first_row)
+    rows, staged = pl.ds(first_row, CONSUMER_ROWS), shared.staged.at[slot]
+    width = staged.shape[1]
+    for begin in range(0, static.head_dim_v, width):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        staged[...] = o[:, begin : begin + width]
+        if begin == 0:
+            shared.lse[slot, :] = log_sum
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(staged, out.at[b, rows, head, pl.ds(begin, width)])
+        if begin == 0:
+            plgpu.copy_smem_to_gmem(shared.lse.at[slot], lse.at[b, head, rows])

@@ -154,7 +154,13 @@ def key_tiles(static: Static, row: Row, block: jax.Array, rows_of: tuple[Any, in
 
 
 def values_are_whole(static: Static) -> bool:
-    """Whether it is known that a block sees every key of each tile that is brought to it."""
+    """Whether no value that is brought has to be cleared.
+
+    With segment ids what no query sees is 0 before the call; else a block must be known to see
+    every key of each tile that it is brought.
+    """
+    if static.segments:
+        return True
     window, chunk = static.sliding_window, static.attention_chunk_size
     if static.lengths or static.offset is None or window != (None, None) or chunk is not None:
         return False

@@ -199,7 +199,7 @@ def test_tuning_changes_speed_and_never_numbers(tiles, exact, monkeypatch):
     case = problem("window", causal=True, sliding_window=100, q_len=150, heads=(1, 1))
     x = {name: jnp.asarray(v) if hasattr(v, "shape") else v for name, v in case.make().items()}
     block_kv, stages, rows = tiles
-    other = mosaic_gpu_tiles.Tiles(block_kv, stages, 1, turns=False, rows=rows)
+    other = mosaic_gpu_tiles.Tiles(block_kv, stages, 1, rows=rows)
     with gpu_interpreter("a100"):
         wanted = mosaic_gpu.dense_attention(**x)
         monkeypatch.setattr(mosaic_gpu, "forward_tiles", lambda *_, **__: other)

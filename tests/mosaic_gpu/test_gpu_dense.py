@@ -33,7 +33,7 @@ from pallas_kernels.dense import (
 needs_gpu_interpreter()
 
 KERNEL = MosaicGpuBackend.kernels["dense"]
-CUT = mosaic_gpu_tiles.Tiles(block_kv=64, stages=2)
+CUT = mosaic_gpu_tiles.Tiles(block_kv=64, stages=2, turns=True)
 SHAPE = {"heads": (2, 1), "head_size": 64, "q_len": 260, "dtype": "bfloat16"}
 
 
@@ -110,13 +110,15 @@ WALKS = (
     problem("full, odd lengths", q_len=257, kv_len=150, heads=(2, 2)),
     problem("window, chunks, a sink", causal=True, sliding_window=90, attention_chunk_size=100,
             sinks=True, q_len=300, kv_len=300, heads=(3, 1)),
+    problem("values of shorter heads", causal=True, q_len=200, kv_len=130, head_size=192,
+            head_size_v=128),
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize(("slots", "consumers"), [(1, 2), (2, 2), (2, 3)])
 @pytest.mark.parametrize("case", WALKS, ids=lambda case: case.name)
-def test_a_core_that_walks_computes_the_same_numbers(case, slots, monkeypatch):
-    tiles = dataclasses.replace(CUT, walking=(2, slots))
+def test_a_core_that_walks_computes_the_same_numbers(case, slots, consumers, monkeypatch):
+    tiles = dataclasses.replace(CUT, walking=(2, slots), consumers=consumers)
     monkeypatch.setattr(mosaic_gpu, "forward_tiles", lambda *_, **__: tiles)
     x = {name: jnp.asarray(v) if hasattr(v, "shape") else v for name, v in case.make().items()}
     found = []
@@ -293,8 +295,8 @@ def test_a_slot_that_is_still_read_is_not_overwritten(monkeypatch, cut_tiles):
 @pytest.mark.parametrize(
     ("tiles", "exact"),
     [
-        (mosaic_gpu_tiles.Tiles(64, 3, 2, turns=False), True),
-        (mosaic_gpu_tiles.Tiles(64, 4, 3), True),
+        (mosaic_gpu_tiles.Tiles(64, 3, 2), True),
+        (mosaic_gpu_tiles.Tiles(64, 4, 3, turns=True), True),
         (mosaic_gpu_tiles.Tiles(128, 2), False),
     ],
     ids=str,
@@ -368,8 +370,11 @@ FEATURES = (
     {"q_len": 1},
     {"q_len": 33, "kv_len": 3},
     {"kv_len": 20000},
+    {"sliding_window": 300, "kv_lens": jax.ShapeDtypeStruct((1,), "int32")},
+    {"sliding_window": 300, "q_offset": jax.ShapeDtypeStruct((1,), "int32")},
 )
 ADDED = FEATURES[4] | FEATURES[8]  # a bias and slopes, which spilled where each alone did not
+PAIRS = ADDED, ADDED | FEATURES[2], ADDED | FEATURES[9], FEATURES[2] | FEATURES[9]
 
 
 def features_of(features):
@@ -382,9 +387,7 @@ def features_of(features):
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize(
-    "features", [*FEATURES, ADDED, ADDED | FEATURES[2], ADDED | FEATURES[9], "all"], ids=str
-)
+@pytest.mark.parametrize("features", [*FEATURES, *PAIRS, "all"], ids=str)
 def test_every_declared_feature_compiles(features, sizes, monkeypatch):
     few_cores(monkeypatch)  # the sizes above are compiled with a block of the grid for each
     compiles("h200", head_size=sizes[0], head_size_v=sizes[1], **features_of(features))
