@@ -146,6 +146,7 @@ def prefill(
                 item.span, described, pages, table, shared, scratch, sizes, geometry
             )
             mosaic_gpu_prefill.finish(state, item, per_head, out, lse, scratch, one, geometry)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # keys come where results were
 
         lax.fori_loop(0, lax.div(left, jnp.int32(geometry.num_blocks)), attend, None)
 
