@@ -19,10 +19,10 @@ from pallas_kernels.contract_checks import check_logit_numbers, check_paged
 from pallas_kernels.masks import Window
 from pallas_kernels.paged import mosaic_gpu_ampere, mosaic_gpu_blackwell
 from pallas_kernels.paged.mosaic_gpu_decode import decode
-from pallas_kernels.paged.mosaic_gpu_geometry import ROWS, Geometry, Masks, round_up
+from pallas_kernels.paged.mosaic_gpu_geometry import CHUNK, ROWS, Geometry, Masks, round_up
 from pallas_kernels.paged.mosaic_gpu_merge import merge
 from pallas_kernels.paged.mosaic_gpu_prefill import PerHead, prefill
-from pallas_kernels.paged.mosaic_gpu_schedule import Decode, schedule_decode, schedule_prefill
+from pallas_kernels.paged.mosaic_gpu_schedule import Decode, decoded_token, schedule
 from pallas_kernels.paged.mosaic_gpu_tiles import tiles_for_chip
 from pallas_kernels.paged.mosaic_gpu_write import write_kv
 
@@ -96,16 +96,19 @@ def paged_attention(
     q, scale, k_scale = _with_positive_factors(q, scale, k_scale, geometry)
     queries, row_factor = _operands(q, geometry)
     heads = _per_head(geometry, scale, soft_cap, k_scale, v_scale, alibi_slopes, sinks, row_factor)
-    batch = cu_q_lens, kv_lens, num_seqs, geometry
+    few, prompts = schedule(cu_q_lens, kv_lens, num_seqs, geometry)
     if geometry.num_tokens > geometry.decode_q_len:
-        prompts = schedule_prefill(*batch)
         out, lse = _prompts(queries, kv_pages, page_table, prompts, heads, geometry)
     else:  # so few tokens are decoded, whosever they are
-        out, lse = jnp.zeros_like(q), jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
-    few = schedule_decode(*batch)
+        out, lse = jnp.zeros((), q.dtype), -jnp.inf
     rows = _packed(queries, row_factor, few, geometry)
     few_out, few_lse = _decoded(*rows, kv_pages, page_table, few, heads, geometry)
-    token = few.tokens[:, 2]
+    token = jnp.arange(geometry.decode_tokens)
+    place, within, exists = decoded_token(token, few, geometry)
+    if geometry.decode_tokens == geometry.num_tokens:
+        out = jnp.where(exists[:, None, None], few_out, out)
+        return out, jnp.where(exists[:, None], few_lse, lse), kv_pages
+    token = jnp.where(exists, few.seqs[place, 2] + within, geometry.num_tokens)
     out = out.at[token].set(few_out, mode="drop", unique_indices=True)
     lse = lse.at[token].set(few_lse, mode="drop", unique_indices=True)
     return out, lse, kv_pages
@@ -169,7 +172,7 @@ def _per_head(
     heads = geometry.num_q_heads
 
     def of_q_heads(x):
-        if x is None:  # numpy's are constants of the program, XLA's a kernel each
+        if x is None:
             return np.ones(heads, np.float32)
         x = jnp.broadcast_to(jnp.asarray(x, jnp.float32), geometry.num_kv_heads)
         return jnp.repeat(x, geometry.group)
@@ -180,12 +183,17 @@ def _per_head(
     if row_factor is not None:
         by_row = jnp.pad(factor[:, None] * row_factor.T, ((0, 0), (0, 2 * ROWS)))
     return PerHead(
-        row_factor=by_row,
-        factor=factor,
-        v_factor=of_q_heads(v_scale),
-        sinks=np.full(heads, -np.inf, np.float32) if sinks is None else sinks * LOG2E,
+        row_factor=_constant(by_row),
+        factor=_constant(factor),
+        v_factor=_constant(of_q_heads(v_scale)),
+        sinks=_constant(np.full(heads, -np.inf, np.float32)) if sinks is None else sinks * LOG2E,
         slopes=None if alibi_slopes is None else alibi_slopes * LOG2E,
     )
+
+
+def _constant(x):
+    """Equal numbers, known now, with one more: XLA would make each array of equals in a kernel."""
+    return np.append(x, np.float32(0)) if isinstance(x, np.ndarray) else x
 
 
 def _prompts(queries, kv_pages, page_table, schedule, heads, geometry):
@@ -198,30 +206,27 @@ def _prompts(queries, kv_pages, page_table, schedule, heads, geometry):
     out, lse = prefill(queries, kv_pages, page_table, schedule, heads, geometry)
     out = out[: geometry.num_tokens]
     lse = lse.reshape(geometry.num_q_heads, -1)[:, schedule.of_token].T
-    exists = jnp.arange(geometry.num_tokens)[:, None] < schedule.end
-    return out, jnp.where(exists, lse, -jnp.inf)  # a sink is no sequence either
+    # A sink is no sequence either.
+    return out, jnp.where(schedule.is_of_none[:, None], -jnp.inf, lse)
 
 
 def _packed(
     queries: jax.Array, row_factor: jax.Array | None, schedule: Decode, geometry: Geometry
 ) -> tuple[jax.Array, jax.Array | None]:
     """Queries (and their factors) as decoding has them: [units, rows, ...], 64 rows more."""
-    place, within, token = (schedule.tokens[:, column] for column in range(3))
     heads = geometry.part_heads
-    row = (schedule.rows[place, 1] + within * heads)[:, None] + jnp.arange(heads)
-    row = jnp.where(place[:, None] < 0, geometry.decode_rows, row)
-    source = jnp.arange(row.size).reshape(row.shape)
-    of_row = jnp.zeros(geometry.decode_rows, jnp.int32).at[row].set(source, mode="drop")
-    of_row = jnp.pad(of_row, (0, ROWS))
+    row = jnp.minimum(jnp.arange(geometry.decode_rows + ROWS), geometry.decode_rows - 1)
+    place = schedule.place_of_chunk[row // CHUNK]
+    ahead = row - schedule.seqs[place, 7]
+    token, head = schedule.seqs[place, 2] + ahead // heads, ahead % heads
 
     def pack(x):
-        if geometry.decode_tokens < geometry.num_tokens:
-            x = x.at[token].get(mode="clip")
         more = geometry.parts * heads - geometry.group
         x = x.reshape(x.shape[0], geometry.num_kv_heads, geometry.group, -1)
         x = jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0)))
         x = x.reshape(x.shape[0], geometry.units, heads, -1)
-        return jnp.moveaxis(x[of_row // heads, :, of_row % heads], 0, 1)
+        # Rows that do not exist are anybody's.
+        return jnp.moveaxis(x.at[token, :, head].get(mode="clip"), 0, 1)
 
     return pack(queries), None if row_factor is None else pack(row_factor)[..., 0]
 
@@ -231,7 +236,7 @@ def _decoded(rows, row_factor, kv_pages, page_table, schedule, heads, geometry):
     first_head = np.arange(geometry.num_kv_heads) * geometry.group
     per_unit = np.repeat(first_head, geometry.parts)
     if row_factor is None:
-        factor = heads.factor[per_unit]
+        factor = _constant(heads.factor[per_unit])
     else:
         factor = row_factor * heads.factor[per_unit][:, None]
     slopes = None

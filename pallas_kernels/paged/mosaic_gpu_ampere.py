@@ -88,19 +88,17 @@ def decode(
     """Attends to all sequences that are decoded: `mosaic_gpu_decode.decode`, on Ampere."""
     units, rows, head_dim = q.shape
     queries, cache = q.reshape(units * rows, head_dim), kv_pages.reshape(-1, head_dim)
-    arrays = [queries, cache, page_table, *schedule[:3], factor]
+    arrays = [queries, cache, page_table, *schedule[:2], factor]
     arrays += [] if slopes is None else [slopes]
 
     def kernel(*refs):
-        q, cache, table, seqs, of_seq, blocks, factor, *more = refs[: len(arrays)]
+        q, cache, table, seqs, blocks, factor, *more = refs[: len(arrays)]
         out, lse, *shared = refs[len(arrays) :]
         cache, shared = Cache(cache, kv_pages.shape[1], table), _shared(*shared)
         block = lax.axis_index("block")
 
         def attend(i, _):
-            item = mosaic_gpu_decode.item_at(
-                blocks[block, 0] + i, block, seqs, of_seq, blocks, geometry
-            )
+            item = mosaic_gpu_decode.item_at(blocks[block, 0] + i, block, seqs, blocks, geometry)
             bring(q.at[pl.ds(item.unit * rows + item.first_row, ROWS)], shared.q)
             described = mosaic_gpu_decode.rows_of(item, factor, more, geometry)
             state = attend_span(
@@ -136,16 +134,16 @@ def prefill(
     num_tokens, num_q_heads, head_dim = q.shape
     width = _stored_width(geometry.out_dtype, geometry)
     queries, cache = q.reshape(num_tokens, -1), kv_pages.reshape(-1, head_dim)
-    arrays = [queries, cache, page_table, schedule.tiles, schedule.num_tiles, *heads[:4]]
+    arrays = [queries, cache, page_table, schedule.tiles, schedule.before, *heads[:4]]
     arrays += [] if heads.slopes is None else [heads.slopes]
 
     def kernel(*refs):
-        q, cache, table, tiles, num_tiles, *per_head = refs[: len(arrays)]
+        q, cache, table, tiles, before, *per_head = refs[: len(arrays)]
         out, lse, *shared = refs[len(arrays) :]
         per_head = PerHead(*per_head, *[None] * (5 - len(per_head)))
         cache, shared = Cache(cache, kv_pages.shape[1], table), _shared(*shared)
         block = lax.axis_index("block")
-        left = num_tiles[0] * num_q_heads - block + (geometry.num_blocks - 1)
+        left = before[before.shape[0] - 1] * num_q_heads - block + (geometry.num_blocks - 1)
 
         def attend(i, _):
             item = mosaic_gpu_prefill.item_at(

@@ -84,20 +84,18 @@ def decode(
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Attends to all sequences that are decoded: `mosaic_gpu_decode.decode`, on Blackwell."""
     sizes = geometry.tiles.decode
-    arrays = [q, kv_pages, page_table, *schedule[:3], factor]
+    arrays = [q, kv_pages, page_table, *schedule[:2], factor]
     arrays += [] if slopes is None else [slopes]
 
     def kernel(*refs, **scratch):
-        q, pages, table, seqs, of_seq, blocks, factor, *more = refs[: len(arrays)]
+        q, pages, table, seqs, blocks, factor, *more = refs[: len(arrays)]
         out, lse = refs[len(arrays) :]
         shared = _shared(**scratch)
         scratch["out_smem"] = shared.results
         block = lax.axis_index("block")
 
         def attend(i, _):
-            item = mosaic_gpu_decode.item_at(
-                blocks[block, 0] + i, block, seqs, of_seq, blocks, geometry
-            )
+            item = mosaic_gpu_decode.item_at(blocks[block, 0] + i, block, seqs, blocks, geometry)
             queries = q.at[item.unit, pl.ds(item.first_row, ROWS)]
             plgpu.copy_gmem_to_smem(queries, shared.q, scratch["q_full"])
             described = mosaic_gpu_decode.rows_of(item, factor, more, geometry)
@@ -125,17 +123,19 @@ def prefill(
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Attends to all prompts: `mosaic_gpu_prefill.prefill`, on Blackwell."""
     sizes = geometry.tiles.prefill
-    arrays = [q, kv_pages, page_table, schedule.tiles, schedule.num_tiles, *heads[:4]]
+    arrays = [q, kv_pages, page_table, schedule.tiles, schedule.before, *heads[:4]]
     arrays += [] if heads.slopes is None else [heads.slopes]
 
     def kernel(*refs, **scratch):
-        q, pages, table, tiles, num_tiles, *per_head = refs[: len(arrays)]
+        q, pages, table, tiles, before, *per_head = refs[: len(arrays)]
         out, lse = refs[len(arrays) :]
         per_head = PerHead(*per_head, *[None] * (5 - len(per_head)))
         shared = _shared(**scratch)
         scratch["out_smem"] = shared.results
         block, one = lax.axis_index("block"), jnp.int32(0)
-        left = num_tiles[0] * geometry.num_q_heads - block + (geometry.num_blocks - 1)
+        left = (
+            before[before.shape[0] - 1] * geometry.num_q_heads - block + (geometry.num_blocks - 1)
+        )
 
         def attend(i, _):
             item = mosaic_gpu_prefill.item_at(block + i * geometry.num_blocks, one, tiles, geometry)
@@ -146,6 +146,7 @@ def prefill(
                 item.span, described, pages, table, shared, scratch, sizes, geometry
             )
             mosaic_gpu_prefill.finish(state, item, per_head, out, lse, scratch, one, geometry)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # keys come where results were
 
         lax.fori_loop(0, lax.div(left, jnp.int32(geometry.num_blocks)), attend, None)
 

@@ -96,11 +96,11 @@ def decode(
         scratch |= {"handed": plgpu.Barrier(), "taken": plgpu.Barrier()}
     if geometry.converts:
         scratch["wide"] = (plgpu.SMEM(wide, geometry.dtype, transforms=transforms),) * 2
-    arrays = [q, kv_pages, page_table, *schedule[:3], factor]
+    arrays = [q, kv_pages, page_table, *schedule[:2], factor]
     arrays += [] if slopes is None else [slopes]
 
     def kernel(*refs, **scratch):
-        q, pages, table, seqs, rows, blocks, factor, *more = refs[: len(arrays)]
+        q, pages, table, seqs, blocks, factor, *more = refs[: len(arrays)]
         out, lse = refs[len(arrays) :]
         if warpgroups == 1:
             scratch["q_smem"], scratch["out_smem"] = scratch["q_and_out"]
@@ -108,7 +108,7 @@ def decode(
         first_item, num_items = blocks[block, 0], blocks[block, 1]
 
         def item_of(i):
-            return item_at(first_item + i, block, seqs, rows, blocks, geometry)
+            return item_at(first_item + i, block, seqs, blocks, geometry)
 
         @pl.when(warpgroup < warpgroups)
         def _():
@@ -166,12 +166,12 @@ def decode(
     )(*arrays)
 
 
-def item_at(index: Any, block: Any, seqs: Any, rows: Any, blocks: Any, geometry: Geometry) -> Item:
+def item_at(index: Any, block: Any, seqs: Any, blocks: Any, geometry: Geometry) -> Item:
     """A block's part of a tile of queries."""
     units = jnp.int32(geometry.units)
     place, unit = lax.div(index, units), lax.rem(index, units)
-    seq, kv_len, q_pos, tokens, first_tile, count, before = (
-        seqs[place, column] for column in range(7)
+    seq, kv_len, _, tokens, first_tile, count, before, first_row = (
+        seqs[place, column] for column in range(8)
     )
     start = before * units + unit * count
     begin = lax.max(blocks[block, 2] - start, jnp.int32(0))
@@ -179,11 +179,16 @@ def item_at(index: Any, block: Any, seqs: Any, rows: Any, blocks: Any, geometry:
     span = Span(
         seq, lax.div(unit, jnp.int32(geometry.parts)), kv_len, first_tile + begin, end - begin
     )
-    chunks, chunks_before = rows[place, 0], rows[place, 1]
+    num_rows = tokens * geometry.part_heads
     return Item(
-        span, unit, q_pos, pl.multiple_of(chunks_before, CHUNK), tokens * geometry.part_heads,
-        chunks_before * units + unit * chunks + block * ROWS,
+        span, unit, kv_len - tokens, pl.multiple_of(first_row, CHUNK), num_rows,
+        first_row * units + unit * in_chunks(num_rows) + block * ROWS,
     )  # fmt: skip
+
+
+def in_chunks(rows: Any) -> Any:
+    """So many rows, in whole chunks."""
+    return (rows + (CHUNK - 1)) & jnp.int32(-CHUNK)
 
 
 def _tools(scratch: dict[str, Any], warpgroup: Any, geometry: Geometry) -> Tools:

@@ -1,4 +1,4 @@
-"""Puts the partial results of decoding together: one small block for each token and query head."""
+"""Puts the partial results of decoding together: a small block for few heads of each token."""
 
 from typing import Any
 
@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.paged.mosaic_gpu_decode import in_chunks
 from pallas_kernels.paged.mosaic_gpu_geometry import LANES, ROWS, Geometry
-from pallas_kernels.paged.mosaic_gpu_schedule import Decode
+from pallas_kernels.paged.mosaic_gpu_schedule import Decode, decoded_token, tiles_per_block
 
 F32 = jnp.float32
 
@@ -30,32 +31,27 @@ def merge(
         out [decode_tokens, num_q_heads, partial_width] and lse float32 [..., 128] (natural, the
         same in each column); of tokens that are not decoded, nothing of use.
     """
+    at_once = next(n for n in (4, 2, 1) if not geometry.group % n and not geometry.part_heads % n)
 
-    def kernel(partial_out, partial_lse, seqs, rows, tokens, v_factor, sinks, out, lse):
-        token, head = lax.axis_index("token"), lax.axis_index("head")
-        first, last, row = _places(token, head, seqs, rows, tokens, geometry)
+    def kernel(partial_out, partial_lse, seqs, places, seq_of_token, v_factor, sinks, out, lse):
+        token, head = lax.axis_index("token"), lax.axis_index("heads") * at_once
+        found = schedule._replace(seqs=seqs, places=places, seq_of_token=seq_of_token)
+        first, last, row = _places(token, head, found, geometry)
 
-        def add(turn, state):
-            acc, m, total = state
+        def add(turn, states):
             here = row + (first + turn) * ROWS
-            lse = _splat(partial_lse[here], geometry)
-            part = partial_out[here]
-            higher = jnp.maximum(m, lse)
-            weight, fade = jnp.exp2(lse - higher), jnp.exp2(m - higher)
-            return acc * fade + part * weight, higher, total * fade + weight
+            lses = [_splat(partial_lse[here + i], geometry) for i in range(at_once)]
+            parts = [partial_out[here + i] for i in range(at_once)]
+            return tuple(map(_added, states, parts, lses))
 
         zero = _splat(F32(0), geometry)
-        state = (zero, _splat(F32(-1e30), geometry), zero)
-        acc, m, total = lax.fori_loop(0, last - first + 1, add, state)
-        sink = _splat(sinks[head], geometry)
-        higher = jnp.maximum(m, sink)
-        fade = jnp.exp2(m - higher)
-        total = total * fade + jnp.exp2(sink - higher)
-        safe = jnp.where(total > 0, total, 1)
-        scaled = acc * fade * (_splat(v_factor[head], geometry) / safe)
-        out[token, head] = scaled.astype(geometry.out_dtype)
-        natural = jnp.where(total > 0, (higher + jnp.log2(safe)) * jnp.log(2.0), -jnp.inf)
-        lse[token, head] = natural
+        states = ((zero, _splat(F32(-1e30), geometry), zero),) * at_once
+        states = lax.fori_loop(0, last - first + 1, add, states)
+        for i, state in enumerate(states):
+            sink, factor = (_splat(x[head + i], geometry) for x in (sinks, v_factor))
+            result, log_sum = _finished(state, sink, factor)
+            out[token, head + i] = result.astype(geometry.out_dtype)
+            lse[token, head + i] = log_sum
 
     shape = (geometry.decode_tokens, geometry.num_q_heads, geometry.partial_width)
     return plgpu.kernel(
@@ -64,11 +60,37 @@ def merge(
             jax.ShapeDtypeStruct(shape, geometry.out_dtype),
             jax.ShapeDtypeStruct(shape, F32),
         ],
-        grid=shape[:2],
-        grid_names=("token", "head"),
+        grid=(shape[0], shape[1] // at_once),
+        grid_names=("token", "heads"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="paged_merge",
-    )(partial_out, partial_lse, schedule.seqs, schedule.rows, schedule.tokens, v_factor, sinks)
+    )(
+        partial_out, partial_lse, schedule.seqs, schedule.places, schedule.seq_of_token,
+        v_factor, sinks,
+    )  # fmt: skip
+
+
+def _added(
+    state: tuple[jax.Array, ...], part: jax.Array, lse: jax.Array
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """(weighed results, greatest lse, weights) of one more partial result."""
+    acc, m, total = state
+    higher = jnp.maximum(m, lse)
+    weight, fade = jnp.exp2(lse - higher), jnp.exp2(m - higher)
+    return acc * fade + part * weight, higher, total * fade + weight
+
+
+def _finished(
+    state: tuple[jax.Array, ...], sink: jax.Array, factor: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The result and its natural lse, the sink in it."""
+    acc, m, total = state
+    higher = jnp.maximum(m, sink)
+    fade = jnp.exp2(m - higher)
+    total = total * fade + jnp.exp2(sink - higher)
+    safe = jnp.where(total > 0, total, 1)
+    natural = jnp.where(total > 0, (higher + jnp.log2(safe)) * jnp.log(2.0), -jnp.inf)
+    return acc * fade * (factor / safe), natural
 
 
 def _splat(value: Any, geometry: Geometry) -> jax.Array:
@@ -80,13 +102,11 @@ def _splat(value: Any, geometry: Geometry) -> jax.Array:
     )
 
 
-def _places(
-    token: Any, head: Any, seqs: Any, rows: Any, tokens: Any, geometry: Geometry
-) -> tuple[Any, Any, Any]:
+def _places(token: Any, head: Any, schedule: Decode, geometry: Geometry) -> tuple[Any, Any, Any]:
     """(first block, last block, row): partial results are at row + block * 64."""
-    place, within, per_block = tokens[token, 0], tokens[token, 1], tokens[token, 3]
-    exists = place >= 0
-    place = lax.max(place, jnp.int32(0))
+    seqs = schedule.seqs
+    place, within, exists = decoded_token(token, schedule, geometry)
+    per_block = tiles_per_block(seqs[geometry.max_num_seqs, 6], geometry)
     group, part_heads = jnp.int32(geometry.group), jnp.int32(geometry.part_heads)
     of_group = lax.rem(head, group)
     unit = lax.div(head, group) * geometry.parts + lax.div(of_group, part_heads)
@@ -95,6 +115,5 @@ def _places(
     first = lax.div(start, per_block)
     last = lax.div(start + count - 1, per_block)
     last = jnp.where(exists & (count > 0), last, first - 1)
-    chunks, chunks_before = rows[place, 0], rows[place, 1]
-    row = chunks_before * geometry.units + unit * chunks
+    row = seqs[place, 7] * geometry.units + unit * in_chunks(seqs[place, 3] * part_heads)
     return first, last, row + within * geometry.part_heads + lax.rem(of_group, part_heads)

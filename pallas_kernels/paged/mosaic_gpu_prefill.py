@@ -113,11 +113,11 @@ def prefill(
         scratch["patched"] = plgpu.Barrier(num_arrivals=warpgroups)
         if overlapped:
             scratch["turn"] = plgpu.Barrier(num_barriers=warpgroups)
-    arrays = [q, kv_pages, page_table, schedule.tiles, schedule.num_tiles, *heads[:4]]
+    arrays = [q, kv_pages, page_table, schedule.tiles, schedule.before, *heads[:4]]
     arrays += [] if heads.slopes is None else [heads.slopes]
 
     def kernel(*refs, **scratch):
-        q, pages, table, tiles, num_tiles, *per_head = refs[: len(arrays)]
+        q, pages, table, tiles, before, *per_head = refs[: len(arrays)]
         per_head = PerHead(*per_head, *[None] * (5 - len(per_head)))
         out, lse = refs[len(arrays) :]
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
@@ -128,7 +128,7 @@ def prefill(
             return jnp.where(lax.rem(i, jnp.int32(2)) == 0, block, back)
 
         def num_items():  # each role asks for itself: what both hold would be spilled
-            total = num_tiles[0] * (geometry.num_q_heads // geometry.prefill_heads)
+            total = before[before.shape[0] - 1] * (geometry.num_q_heads // geometry.prefill_heads)
             rows, left = (of(total, jnp.int32(geometry.num_blocks)) for of in (lax.div, lax.rem))
             return rows + (column_of(rows) < left).astype(jnp.int32)
 

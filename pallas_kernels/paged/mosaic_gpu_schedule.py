@@ -4,12 +4,16 @@ Sequences with few new tokens are decoded, all others are prompts. Decoding is c
 of keys of all sequences and heads stood in one line: each block has an equal piece of it, and where
 a piece begins or ends within a sequence there are partial results to merge. Prompts are cut into
 tiles of queries; tokens of no sequence are a prompt that sees nothing.
+
+A kernel of XLA's costs more than what it computes here. So all sums and searches compare all with
+all, gathers follow them, and nothing is scattered, scanned or put together from parts.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.paged.mosaic_gpu_geometry import CHUNK, Geometry
 
@@ -18,19 +22,21 @@ class Decode(NamedTuple):
     """Sequences that are decoded, one after another, and the pieces of the blocks.
 
     Attributes:
-        seqs: int32 [max_num_seqs, 8]: sequence, kv_len, position of its first query, its tokens,
-            first tile of keys, tiles, tiles of all sequences before, unused.
-        rows: int32 [max_num_seqs, 2]: its rows (tokens times heads of a unit, in chunks of 8), and
-            those of all sequences before.
+        seqs: int32 [max_num_seqs + 1, 8]: sequence, kv_len, its first token, its tokens, first tile
+            of keys, tiles, tiles of all sequences before, and their rows (tokens times heads of a
+            unit, in chunks of 8). Those that do not exist, the last at least, have only sums.
         blocks: int32 [num_blocks, 4]: first item, items, first tile in the line, end of its piece.
-        tokens: int32 [decode_tokens, 4]: row of `seqs` (-1 = of none), token within the sequence,
-            token of the batch (num_tokens = none), and how many tiles a block has.
+        places: int32 [max_num_seqs + 2]: for each sequence of the batch how many before it are
+            decoded: its row of `seqs`, where the next has one more.
+        seq_of_token: int32 [num_tokens]: each token's sequence; num_seqs = none.
+        place_of_chunk: int32 [decode_rows / 8]: row of `seqs` of each chunk.
     """
 
     seqs: jax.Array
-    rows: jax.Array
     blocks: jax.Array
-    tokens: jax.Array
+    places: jax.Array
+    seq_of_token: jax.Array
+    place_of_chunk: jax.Array
 
 
 class Prefill(NamedTuple):
@@ -40,121 +46,177 @@ class Prefill(NamedTuple):
         tiles: int32 [prefill_tiles, 8]: sequence, kv_len, position less token of its queries, the
             token of the first row, the sequence's first token and its end, first tile of keys,
             tiles.
-        num_tiles: int32 [1].
+        before: int32 [max_num_seqs + 2]: tiles of all sequences before; the last is how many exist.
         of_token: int32 [num_tokens]: which row of all tiles a token is, or anything.
-        end: int32 []: tokens from here on are no sequence's.
+        is_of_none: bool [num_tokens]: whether a token is no sequence's.
     """
 
     tiles: jax.Array
-    num_tiles: jax.Array
+    before: jax.Array
     of_token: jax.Array
-    end: jax.Array
+    is_of_none: jax.Array
 
 
-def query_lengths(cu_q_lens: jax.Array, num_seqs: jax.Array) -> jax.Array:
-    """New tokens of each sequence, 0 for those that do not exist."""
-    exists = jnp.arange(cu_q_lens.shape[0] - 1) < num_seqs
-    return jnp.where(exists, cu_q_lens[1:] - cu_q_lens[:-1], 0)
+class Batch(NamedTuple):
+    """A ragged batch: int32 [max_num_seqs + 1], the last, or what is behind num_seqs, of no use.
+
+    Attributes:
+        begin: first token of each sequence.
+        q_lens, kv_lens: 0 for those that do not exist.
+        num_seqs: how many exist.
+    """
+
+    begin: jax.Array
+    q_lens: jax.Array
+    kv_lens: jax.Array
+    num_seqs: jax.Array
 
 
-def schedule_decode(
+def schedule(
     cu_q_lens: jax.Array, kv_lens: jax.Array, num_seqs: jax.Array, geometry: Geometry
+) -> tuple[Decode, Prefill]:
+    """Who attends to what."""
+    exists = jnp.arange(len(cu_q_lens)) < num_seqs
+    following = jnp.pad(cu_q_lens[1:], (0, 1))
+    q_lens = jnp.where(exists, following - cu_q_lens, 0)
+    batch = Batch(cu_q_lens, q_lens, jnp.where(exists, jnp.pad(kv_lens, (0, 1)), 0), num_seqs)
+    prompts = _prompts(batch, geometry)
+    aligned, of_seq = _tiles_of(prompts, geometry)
+    is_decoded = (q_lens > 0) & (q_lens <= geometry.decode_q_len)
+    places, before = _sums_before(is_decoded.astype(jnp.int32), of_seq)
+    of_place, of_tile = _ended(
+        (places[1:], jnp.arange(len(cu_q_lens))), (before[1:], jnp.arange(geometry.prefill_tiles))
+    )
+    ends = jnp.where(exists, following, geometry.num_tokens)
+    (of_token,) = _ended((ends, jnp.arange(geometry.num_tokens)))
+    return (
+        _decode(batch, places, of_place, of_token, geometry),
+        _prefill(prompts, before, aligned, of_tile, of_token, geometry),
+    )
+
+
+def _decode(
+    batch: Batch, places: jax.Array, of_place: jax.Array, of_token: jax.Array, geometry: Geometry
 ) -> Decode:
     """The sequences that are decoded, and what each block does."""
-    q_lens = query_lengths(cu_q_lens, num_seqs)
-    wanted = (q_lens > 0) & (q_lens <= geometry.decode_q_len)
-    place = jnp.where(wanted, jnp.cumsum(wanted) - 1, len(q_lens))
-    of_place = jnp.zeros_like(q_lens).at[place].set(jnp.arange(len(q_lens)), mode="drop")
-    exists = jnp.arange(len(q_lens)) < jnp.sum(wanted)
-    tokens = jnp.where(exists, q_lens[of_place], 0)
-    kv_len = jnp.where(exists, kv_lens[of_place], 0)
-    q_pos = kv_len - tokens
+    exists = of_place < len(batch.begin)
+    seq = jnp.where(exists, of_place, 0)
+    first_token, tokens, kv_len = (jnp.where(exists, x[seq], 0) for x in batch[:3])
     keys = geometry.tiles.decode.keys
-    start, stop = geometry.masks.bounds(q_pos, kv_len - 1, kv_len)
+    start, stop = geometry.masks.bounds(kv_len - tokens, kv_len - 1, kv_len)
     first = jnp.broadcast_to(start // keys, stop.shape)
     count = jnp.where(exists & (stop > start), -(-stop // keys) - first, 0)
-    before = jnp.cumsum(count) - count
-    chunks = -(-tokens * geometry.part_heads // CHUNK) * CHUNK
-    seqs = jnp.stack([of_place, kv_len, q_pos, tokens, first, count, before, before], axis=1)
-    rows = jnp.stack([chunks, jnp.cumsum(chunks) - chunks], axis=1)
-    blocks, per_block = _pieces(count, before, geometry)
-    return Decode(
-        seqs.astype(jnp.int32), rows.astype(jnp.int32), blocks,
-        _decoded_tokens(cu_q_lens[of_place], tokens, per_block, geometry),
-    )  # fmt: skip
-
-
-def _pieces(count: jax.Array, before: jax.Array, geometry: Geometry) -> tuple[jax.Array, jax.Array]:
-    """The blocks' pieces of the line, and how long one is."""
-    units = geometry.units
-    total = jnp.sum(count) * units
-    per_block = jnp.maximum(-(-total // geometry.num_blocks), 1)
+    chunks = (tokens * geometry.part_heads + (CHUNK - 1)) & -CHUNK
+    before, rows = (sums[:-1] for sums in _sums_before(count, chunks))
+    total, per_block = before[-1] * geometry.units, tiles_per_block(before[-1], geometry)
     begin = jnp.minimum(jnp.arange(geometry.num_blocks) * per_block, total)
     end = jnp.minimum(begin + per_block, total)
+    last = jnp.maximum(end - 1, 0)
+    units_before = before * geometry.units
+    *of_ends, of_chunk = _ended(
+        (units_before, begin), (units_before, last),
+        (rows, jnp.arange(geometry.decode_rows // CHUNK) * CHUNK),
+    )  # fmt: skip
 
-    def item_at(tile):
-        seq = jnp.sum((before * units)[None, :] <= tile[:, None], axis=1) - 1
-        return seq * units + (tile - before[seq] * units) // jnp.maximum(count[seq], 1)
+    def item_at(tile, ended):
+        place = ended - 1
+        within = (tile - units_before[place]) // jnp.maximum(count[place], 1)
+        return place * geometry.units + within
 
-    first, last = item_at(begin), item_at(jnp.maximum(end - 1, 0))
-    items = jnp.where(end > begin, last - first + 1, 0)
-    return jnp.stack([first, items, begin, end], axis=1).astype(jnp.int32), per_block
-
-
-def _decoded_tokens(
-    first_token: jax.Array, tokens: jax.Array, per_block: jax.Array, geometry: Geometry
-) -> jax.Array:
-    """Where each token that may be decoded finds its partial results."""
-    most = jnp.arange(geometry.decode_tokens)
-    if geometry.decode_tokens < geometry.num_tokens:
-        seq, within = most // geometry.decode_q_len, most % geometry.decode_q_len
-        known = within < tokens[seq]
-        token = first_token[seq] + within
-    else:
-        inside = (first_token <= most[:, None]) & (most[:, None] < first_token + tokens)
-        seq, known, token = jnp.argmax(inside, axis=1), jnp.any(inside, axis=1), most
-        within = most - first_token[seq]
-    seq = jnp.where(known, seq, -1)
-    token = jnp.where(known, token, geometry.num_tokens)
-    per_block = jnp.broadcast_to(per_block, seq.shape)
-    return jnp.stack([seq, within, token, per_block], axis=1).astype(jnp.int32)
+    first_item, last_item = map(item_at, (begin, last), of_ends)
+    items = jnp.where(end > begin, last_item - first_item + 1, 0)
+    return Decode(
+        seqs=_table([seq, kv_len, first_token, tokens, first, count, before, rows]),
+        blocks=_table([first_item, items, begin, end]),
+        places=places,
+        seq_of_token=of_token,
+        place_of_chunk=of_chunk - 1,
+    )
 
 
-def schedule_prefill(
-    cu_q_lens: jax.Array, kv_lens: jax.Array, num_seqs: jax.Array, geometry: Geometry
-) -> Prefill:
+def _prompts(batch: Batch, geometry: Geometry) -> Batch:
+    """The sequences that are not decoded, and behind those that exist one more: the padding."""
+    is_padding = jnp.arange(len(batch.begin)) == batch.num_seqs
+    q_lens = jnp.where(batch.q_lens > geometry.decode_q_len, batch.q_lens, 0)
+    return batch._replace(q_lens=jnp.where(is_padding, geometry.num_tokens - batch.begin, q_lens))
+
+
+def _tiles_of(prompts: Batch, geometry: Geometry) -> tuple[jax.Array, jax.Array]:
+    """Where the first tile of queries of each begins, and how many there are."""
+    # Queries are read from multiples of 8 on (TMA): a sequence's first tile may begin before it.
+    aligned = prompts.begin // geometry.tiles.alignment * geometry.tiles.alignment
+    tokens = prompts.begin + prompts.q_lens - aligned
+    return aligned, jnp.where(prompts.q_lens > 0, -(-tokens // geometry.prefill_tokens), 0)
+
+
+def _prefill(
+    prompts: Batch, before: jax.Array, aligned: jax.Array, of_tile: jax.Array,
+    of_token: jax.Array, geometry: Geometry,
+) -> Prefill:  # fmt: skip
     """Tiles of queries of all sequences that are not decoded, and of tokens of none."""
     tokens, keys = geometry.prefill_tokens, geometry.tiles.prefill.keys
-    q_lens = query_lengths(cu_q_lens, num_seqs)
-    end = jnp.max(jnp.where(jnp.arange(len(cu_q_lens)) <= num_seqs, cu_q_lens, 0))
-    is_prompt = q_lens > geometry.decode_q_len
-    # One more sequence: the padding.
-    q_lens = jnp.append(jnp.where(is_prompt, q_lens, 0), geometry.num_tokens - end)
-    begin = jnp.append(cu_q_lens[:-1], end)
-    kv_lens = jnp.append(kv_lens, 0)
-    # Queries are read from multiples of 8 on (TMA): a sequence's first tile may begin before it.
-    aligned = begin // geometry.tiles.alignment * geometry.tiles.alignment
-    of_seq = jnp.where(q_lens > 0, -(-(begin + q_lens - aligned) // tokens), 0)
-    until = jnp.cumsum(of_seq)
-    index = jnp.arange(geometry.prefill_tiles)
-    seq = jnp.minimum(jnp.sum(until[None, :] <= index[:, None], axis=1), len(q_lens) - 1)
+    until = before[1:]
+    seq = jnp.minimum(of_tile, len(until) - 1)
+    begin, q_len, kv_len = (x[seq] for x in prompts[:3])
     # The last tile of a sequence comes first: it sees the most keys.
-    token = aligned[seq] + (until[seq] - 1 - index) * tokens
-    before = kv_lens[seq] - q_lens[seq] - begin[seq]
-    first_row, stop_row = jnp.maximum(token, begin[seq]), (begin + q_lens)[seq]
+    token = aligned[seq] + (until[seq] - 1 - jnp.arange(geometry.prefill_tiles)) * tokens
+    shift = kv_len - q_len - begin
+    first_row, stop_row = jnp.maximum(token, begin), begin + q_len
     last_row = jnp.minimum(token + tokens, stop_row) - 1
-    start, stop = geometry.masks.bounds(before + first_row, before + last_row, kv_lens[seq])
+    start, stop = geometry.masks.bounds(shift + first_row, shift + last_row, kv_len)
     first = jnp.broadcast_to(start // keys, stop.shape)
     of_keys = jnp.where(stop > start, -(-stop // keys) - first, 0)
-    tiles = [seq, kv_lens[seq], before, token, begin[seq], stop_row, first, of_keys]
-    batch_token = jnp.arange(geometry.num_tokens)
-    inside = (begin <= batch_token[:, None]) & (batch_token[:, None] < begin + q_lens)
-    mine = jnp.argmax(inside, axis=1)
-    ahead = batch_token - aligned[mine]
-    row = (until[mine] - 1 - ahead // tokens) * tokens + ahead % tokens
+    ahead = jnp.arange(geometry.num_tokens) - aligned[of_token]
+    row = (until[of_token] - 1 - ahead // tokens) * tokens + ahead % tokens
     return Prefill(
-        jnp.stack(tiles, axis=1).astype(jnp.int32),
-        until[-1:].astype(jnp.int32),
-        jnp.where(jnp.any(inside, axis=1), row, 0).astype(jnp.int32),
-        end,
+        tiles=_table([seq, kv_len, shift, token, begin, stop_row, first, of_keys]),
+        before=before,
+        of_token=jnp.where(prompts.q_lens[of_token] > 0, row, 0),
+        is_of_none=of_token == prompts.num_seqs,
     )
+
+
+def tiles_per_block(total: jax.Array, geometry: Geometry) -> jax.Array:
+    """How long a block's piece is of a line of so many tiles of each unit."""
+    blocks = jnp.int32(geometry.num_blocks)
+    return jnp.maximum(jax.lax.div(total * geometry.units + (blocks - 1), blocks), 1)
+
+
+def decoded_token(token: jax.Array, schedule: Decode, geometry: Geometry) -> tuple[jax.Array, ...]:
+    """(row of `seqs`, token within the sequence, whether it is decoded) of a result of `merge`."""
+    if geometry.decode_tokens < geometry.num_tokens:
+        most = jnp.full_like(token, geometry.decode_q_len)
+        place, within = jax.lax.div(token, most), jax.lax.rem(token, most)
+        return place, within, within < schedule.seqs[place, 3]
+    seq = schedule.seq_of_token[token]
+    place = schedule.places[seq]
+    is_decoded = schedule.places[seq + 1] > place
+    return place, token - schedule.seqs[place, 2], is_decoded
+
+
+def _sums_before(*values: jax.Array) -> list[jax.Array]:
+    """int32 [n + 1] for each int32 [n]: the sums of all values before each, and of all."""
+    size = len(values[0])
+    earlier = jnp.arange(size)[None, :] < jnp.arange(size + 1)[:, None]
+    return jax.lax.reduce(
+        [jnp.where(earlier, x[None, :], 0) for x in values],
+        [jnp.int32(0)] * len(values),
+        lambda a, b: [x + y for x, y in zip(a, b, strict=True)],
+        (1,),
+    )
+
+
+def _ended(*lines: tuple[jax.Array, jax.Array]) -> list[jax.Array]:
+    """For each (ends, places) how many ends are at each place or before it."""
+    is_before = [ends[None, :] <= places[:, None] for ends, places in lines]
+    sums = jnp.sum(jnp.concatenate(is_before), axis=1, dtype=jnp.int32)
+    return jnp.split(sums, np.cumsum([len(places) for _, places in lines])[:-1])
+
+
+def _table(columns: list[jax.Array]) -> jax.Array:
+    """int32 [rows, columns], a choice for each number: XLA concatenates in kernels of its own."""
+    table = jnp.broadcast_to(columns[0][:, None], (len(columns[0]), len(columns)))
+    column = jnp.arange(len(columns))[None, :]
+    for i, values in enumerate(columns[1:], 1):
+        table = jnp.where(column == i, values[:, None], table)
+    return table.astype(jnp.int32)
