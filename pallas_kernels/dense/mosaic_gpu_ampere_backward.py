@@ -59,7 +59,7 @@ def query_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> QueryGra
     """dq, and the same dlogits' sums: `mosaic_gpu_dq.query_gradients`, on Ampere."""
     ring, like = (tiles.k_stages, tiles.block_kv), [x.lse] * static.alibi
     dq, *found = _launched(static, x, _dq_block, (x.q,), ring, "attnsel_dense_dq_ampere", like)
-    return QueryGradients(dq, found[0] if static.alibi else None)
+    return QueryGradients(dq, x.delta, found[0] if static.alibi else None)
 
 
 def key_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> tuple[jax.Array, jax.Array]:

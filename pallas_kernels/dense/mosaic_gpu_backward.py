@@ -1,6 +1,6 @@
 """The backward of dense attention on GPUs: what surrounds its kernels.
 
-    delta = sum(out * dout) - dlse                       one pass of XLA's
+    delta = sum(out * dout) - dlse                       with dq; on Ampere, a pass of XLA's
     dq           a block owns queries and goes through the keys       `mosaic_gpu_dq`
     dk, dv       a block owns keys and goes through the queries       `mosaic_gpu_dkv`
     dbias        a block owns a tile of the bias                      `mosaic_gpu_dbias`
@@ -69,15 +69,15 @@ def backward(
     """
     some = jnp.isfinite(lse)
     x = cleared(static, x, some)
-    product = jnp.einsum("bthd,bthd->bth", out, x.dout, preferred_element_type=jnp.float32)
-    delta = product - jnp.where(some, dlse.astype(jnp.float32), 0.0)
+    delta = -jnp.where(some, dlse.astype(jnp.float32), 0.0)
+    if static.capability == (9, 0):
+        missing = -static.q_len % BLOCK
+        x = x._replace(out=jnp.pad(out, ((0, 0), (0, missing), (0, 0), (0, 0))))
+    else:
+        delta += jnp.einsum("bthd,bthd->bth", out, x.dout, preferred_element_type=jnp.float32)
     # A row that sees nothing has weights of 0, whatever its logits.
     log2_sum = jnp.where(some, lse * LOG2E, jnp.inf)
     x = x._replace(lse=_by_head(static, log2_sum), delta=_by_head(static, delta))
-    dsinks = None
-    if sinks is not None:
-        share = jnp.where(some, jnp.exp(sinks - lse), 0.0)
-        dsinks = -jnp.sum(share * delta, axis=(0, 1))
     padded = {name: in_whole_tiles_of_rows(getattr(x, name)) for name in ("q", "k", "v", "dout")}
     x = x._replace(**padded)
     tiles = backward_tiles(
@@ -92,6 +92,11 @@ def backward(
     bias = x.bias
     x = x._replace(bias=_in_whole_blocks(static, bias))
     mine = of_queries(static, x, tiles)
+    x = x._replace(delta=mine.delta, out=None)
+    dsinks = None
+    if sinks is not None:
+        share = jnp.where(some, jnp.exp(sinks - lse), 0.0)
+        dsinks = -jnp.sum(_by_head(static, share) * x.delta, axis=(0, 2))
     across = None if bias is None else jnp.swapaxes(x.bias, 2, 3)
     dk, dv = of_keys(static, x._replace(bias=across), tiles)
     dk, dv = (gradient[:, : static.kv_len] for gradient in (dk, dv))

@@ -4,7 +4,9 @@
     a consumer  | q k.T, dout v.T | weights from lse | dlogits | dq += dlogits k
                                                                    and sums over keys
 
-The consumers are not in step: one's products run while the other is at its exponentials.
+The consumers are not in step: one's products run while the other is at its exponentials. Before
+its keys a consumer computes delta of its queries, for which dout is there anyway, and leaves it for
+who comes after.
 """
 
 import functools
@@ -56,17 +58,18 @@ class Shared(NamedTuple):
     v_full: Any
     k_empty: Any
     v_empty: Any
-    sums: Any = None  # float32 [CONSUMERS, as much memory as dout]; at the end, in its place
 
 
 class QueryGradients(NamedTuple):
-    """dq, like q; and what slopes' gradients are made of, None = there are none.
+    """dq, like q; delta, for the other gradients; and what slopes' are made of, None = there are none.
 
+    delta: float32 [batch, num_q_heads, whole blocks].
     by_distance: float32 [batch, num_q_heads, whole blocks], sums over keys of dlogits * distance:
         each query's part of minus the slopes' gradient.
     """
 
     q: jax.Array
+    delta: jax.Array
     by_distance: jax.Array | None
 
 
@@ -90,29 +93,23 @@ def query_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> QueryGra
         refs = list(refs)
         arrays = Arrays(*(refs.pop(0) if there else None for there in given))
         results = [refs.pop(0) for _ in out_type]
-        q, dout, *rest = refs
-        dout, sums = dout if static.alibi else (dout, None)
-        block(static, arrays, results, Shared(q, dout, *rest, sums), tiles)
+        block(static, arrays, results, Shared(*refs), tiles)
 
     dtype = x.q.dtype
     of_a_head = static.kv_len * (static.head_dim + static.head_dim_v) * dtype.itemsize
     together = heads_together(static.num_q_heads, of_a_head // static.group)
     out_type = [
         jax.ShapeDtypeStruct(x.q.shape, dtype),
-        *[jax.ShapeDtypeStruct(x.lse.shape, jnp.float32)] * static.alibi,
+        *[jax.ShapeDtypeStruct(x.lse.shape, jnp.float32)] * (1 + static.alibi),
     ]
-    dout = swizzled(CONSUMERS, TILE, static.head_dim_v, dtype=dtype)
-    if static.alibi:
-        numbers = TILE * static.head_dim_v * jnp.dtype(dtype).itemsize // 4
-        dout = plgpu.RefUnion(dout, plgpu.SMEM((CONSUMERS, numbers), jnp.float32))
     ring = functools.partial(plgpu.Barrier, num_arrivals=1)
     read = functools.partial(plgpu.Barrier, num_arrivals=CONSUMERS)
-    dq, *sums = plgpu.kernel(
+    dq, delta, *sums = plgpu.kernel(
         body,
         out_type=out_type,
         scratch_types=[
             swizzled(CONSUMERS, TILE, static.head_dim, dtype=dtype),
-            dout,
+            swizzled(CONSUMERS, TILE, static.head_dim_v, dtype=dtype),
             swizzled(k_stages, block_kv, static.head_dim, dtype=dtype),
             swizzled(v_stages, block_kv, static.head_dim_v, dtype=dtype),
             plgpu.Barrier(num_barriers=CONSUMERS, num_arrivals=2),
@@ -133,7 +130,7 @@ def query_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> QueryGra
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="attnsel_dense_dq",
     )(*(field for field in x if field is not None))
-    return QueryGradients(dq, sums[0] if static.alibi else None)
+    return QueryGradients(dq, delta, sums[0] if static.alibi else None)
 
 
 class KeyRange(NamedTuple):
@@ -223,17 +220,18 @@ def _consume(
     static, x: Arrays, results, shared: Shared, at: Place, keys: KeyRange, wg, tiles, dq_acc
 ):
     """One warpgroup's 64 queries against every key tile of the block."""
-    numbers = (at.b, at.head, pl.ds(at.query, TILE))
+    staging, (dq, deltas, *wholes) = shared.q.at[wg], results
+    rows, numbers = (at.b, pl.ds(at.query, TILE), at.head), (at.b, at.head, pl.ds(at.query, TILE))
     lse, delta = (
-        plgpu.load(rows.at[numbers], layout=LAYOUTS[0], optimized=False)
-        for rows in (x.lse, x.delta)
+        plgpu.load(of_rows.at[numbers], layout=LAYOUTS[0], optimized=False)
+        for of_rows in (x.lse, x.delta)
     )
-    # Sums lie in dout's place: both consumers' dout has arrived before either leaves any there.
-    for i in (wg,) if shared.sums is None else range(CONSUMERS):
-        plgpu.barrier_wait(shared.q_full.at[i])
-
+    out = plgpu.load(x.out.at[rows], layout=WGMMA, optimized=False)
+    plgpu.barrier_wait(shared.q_full.at[wg])
     none = zeros(TILE, shared.k.shape[1])
     q_of, dout_of = (owned(tiles, shared, name, wg) for name in ("q", "dout"))
+    delta = delta + _sums_of_rows(out, plgpu.load(shared.dout.at[wg], layout=WGMMA))
+    deltas[numbers] = delta
 
     def step(n, sums):
         k_slot, v_slot = (
@@ -269,13 +267,14 @@ def _consume(
 
     nothing = plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), LAYOUTS[0])
     sums = lax.fori_loop(0, keys.count, step, [nothing] * static.alibi)
-    staging, (dq, *wholes) = shared.q.at[wg], results
     staging[...] = (dq_acc[...] * static.scale).astype(x.q.dtype)
-    places = [shared.sums.at[wg, pl.ds(i * TILE, TILE)] for i in range(len(sums))]
-    for place, part in zip(places, sums, strict=True):
-        place[...] = part
+    for whole, part in zip(wholes, sums, strict=True):
+        whole[numbers] = part
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(staging, dq.at[at.b, pl.ds(at.query, TILE), at.head])
-    for place, whole in zip(places, wholes, strict=True):
-        plgpu.copy_smem_to_gmem(place, whole.at[numbers])
+    plgpu.copy_smem_to_gmem(staging, dq.at[rows])
     plgpu.wait_smem_to_gmem(0)
+
+
+def _sums_of_rows(a: jax.Array, b: jax.Array) -> jax.Array:
+    """sum(a * b) of each row, float32."""
+    return (a.astype(jnp.float32) * b.astype(jnp.float32)).sum(axis=1)

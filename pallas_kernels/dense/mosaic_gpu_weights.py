@@ -33,6 +33,8 @@ class Arrays(NamedTuple):
     q, k, v, dout: the contract's; 0 in rows that nothing sees or that see nothing.
     lse, delta: float32 [batch, num_q_heads, whole blocks]; lse in units of log2, +inf for a row
     that sees nothing.
+    out: the forward's, its rows padded to whole blocks, for who computes delta; `delta` then is
+    what sum(out * dout) is added to.
     rows: int32 [batch, 3] as `Row`; segment ids int32, padded to whole blocks.
     bias: its full dimensions padded to whole blocks, its last two in the order of the kernel's
         logits: queries first for dq, keys first for dk and dv; slopes float32 [num_q_heads].
@@ -49,6 +51,7 @@ class Arrays(NamedTuple):
     kv_segments: Any = None
     bias: Any = None
     slopes: Any = None
+    out: Any = None
 
 
 class Place(NamedTuple):
