@@ -55,6 +55,7 @@ class Shared(NamedTuple):
     sums: Any  # [CONSUMERS, TILE, TILE] in the result's dtype; or float32 [CONSUMERS, TILE]
     full: Any
     empty: Any
+    added: Any  # a consumer's sums of keys alone are there
 
 
 def bias_gradient(static: Static, x: Arrays, dtype: Any, tiles: BackwardTiles) -> jax.Array:
@@ -98,6 +99,7 @@ def bias_gradient(static: Static, x: Arrays, dtype: Any, tiles: BackwardTiles) -
             sums,
             plgpu.Barrier(num_barriers=stages, num_arrivals=4 * CONSUMERS + 2),
             plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),
+            plgpu.Barrier(num_barriers=CONSUMERS),
         ],
         grid=(*owned, query_blocks if by_query else 1, key_blocks),
         grid_names=("batch", "head", "query", "key"),
@@ -242,8 +244,21 @@ def _consume(static: Static, x: Arrays, result, shared: Shared, steps: Steps, ke
         staging[...] = sums.astype(shared.sums.dtype)
         mine = result.at[b, head, pl.ds(index * BLOCK + wg * TILE, TILE), keys]
     else:
-        staging[...] = sums.sum(axis=0)
+        for i in range(CONSUMERS):
+            pl.when(wg == i)(functools.partial(_add_up, sums, staging, shared.added, i))
         mine = result.at[b, head, wg, keys]
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(staging, mine)
     plgpu.wait_smem_to_gmem(0)
+
+
+def _add_up(sums: jax.Array, staging: Any, added: Any, i: int) -> None:
+    """Sums over queries, one warpgroup after another.
+
+    Its four warps add through memory that Mosaic keeps for all warpgroups together; two at once
+    gave each other's sums on an H100.
+    """
+    if i > 0:
+        plgpu.barrier_wait(added.at[i - 1])
+    staging[...] = sums.sum(axis=0)
+    plgpu.barrier_arrive(added.at[i])

@@ -261,9 +261,9 @@ class _Block(NamedTuple):
     owner: Any  # which of the block's keys are this warpgroup's
     tiles: BackwardTiles
 
-    def owned(self, name: str) -> Callable[[Any], Any]:
-        """What of "k" or "v" is this warpgroup's, for a step."""
-        return owned(self.tiles, self.shared, name, self.owner)
+    def owned(self, tile: Any) -> Callable[[Any], Any]:
+        """What of k or v is this warpgroup's, for a step."""
+        return owned(self.tiles, tile, self.owner)
 
     def weights(self, n: Any, logits: jax.Array, lse: jax.Array) -> Any:
         """The weights of step n, keys first."""
@@ -315,7 +315,7 @@ def together(call: _Block, dv_acc: Any, dk_acc: Any) -> None:
     shared, dtype = call.shared, call.x.q.dtype
     none = zeros(TILE, TILE)
     plgpu.barrier_wait(shared.kv_full)
-    k_of, v_of = call.owned("k"), call.owned("v")
+    k_of, v_of = call.owned(shared.k), call.owned(shared.v)
 
     @pl.loop(0, call.steps.count)
     def _(n):
@@ -357,7 +357,7 @@ def value_role(call: _Block, dv_acc: Any) -> None:
     shared, exchange, dtype = call.shared, call.exchange, call.x.q.dtype
     stages, none = shared.q.shape[0], zeros(TILE, TILE)
     plgpu.barrier_wait(shared.kv_full)
-    k_of = call.owned("k")
+    k_of = call.owned(shared.k)
 
     def logits(n, beside=None):
         slot = lax.rem(n, jnp.int32(stages))
@@ -394,7 +394,7 @@ def key_role(call: _Block, dk_acc: Any) -> None:
     shared, exchange = call.shared, call.exchange
     stages, none = shared.q.shape[0], zeros(TILE, TILE)
     plgpu.barrier_wait(shared.kv_full)
-    v_of = call.owned("v")
+    v_of = call.owned(shared.v)
 
     def weight_gradients(n, beside=None):
         slot = lax.rem(n, jnp.int32(stages))

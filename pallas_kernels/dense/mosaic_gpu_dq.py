@@ -61,7 +61,7 @@ class Shared(NamedTuple):
 
 
 class QueryGradients(NamedTuple):
-    """dq, like q; delta, for the other gradients; and what slopes' are made of, None = there are none.
+    """dq, like q; delta, for the other gradients; and what slopes' are made of, None = no slopes.
 
     delta: float32 [batch, num_q_heads, whole blocks].
     by_distance: float32 [batch, num_q_heads, whole blocks], sums over keys of dlogits * distance:
@@ -207,13 +207,13 @@ def drain(empty: Any, stages: int, count: Any) -> None:
         plgpu.barrier_wait(empty.at[lax.rem(n, jnp.int32(stages))])
 
 
-def owned(tiles: BackwardTiles, shared: Any, name: str, wg: Any) -> Callable[[Any], Any]:
-    """What a warpgroup owns, for a step: in registers where the tiles say so."""
-    tile = getattr(shared, name)
-    if name not in tiles.kept:
-        return lambda n: tile.at[tied_to(n, wg, tied=tiles.tied)]
-    kept = plgpu.load(tile.at[wg], layout=WGMMA)
-    return lambda n: kept
+def owned(tiles: BackwardTiles, tile: Any, wg: Any) -> Callable[[Any], Any]:
+    """What a warpgroup owns of a tile, for a step.
+
+    In shared memory: ptxas takes registers that a product reads in every turn of a loop for others
+    within it (13.0, wrong at head size 64 on an H100).
+    """
+    return lambda n: tile.at[tied_to(n, wg, tied=tiles.tied)]
 
 
 def _consume(
@@ -229,7 +229,7 @@ def _consume(
     out = plgpu.load(x.out.at[rows], layout=WGMMA, optimized=False)
     plgpu.barrier_wait(shared.q_full.at[wg])
     none = zeros(TILE, shared.k.shape[1])
-    q_of, dout_of = (owned(tiles, shared, name, wg) for name in ("q", "dout"))
+    q_of, dout_of = (owned(tiles, tile, wg) for tile in (shared.q, shared.dout))
     delta = delta + _sums_of_rows(out, plgpu.load(shared.dout.at[wg], layout=WGMMA))
     deltas[numbers] = delta
 

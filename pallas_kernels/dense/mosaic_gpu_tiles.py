@@ -141,9 +141,6 @@ class BackwardTiles:
         q_stages: query tiles in flight where keys are owned (dk, dv).
         split: dk and dv of the same keys are two warpgroups'.
         tied: whether addresses of what stays are computed in the loops (`gpu_addresses`).
-        kept: names of what stays in registers where a block owns it: q, dout (dq); k, v (dk, dv). A
-            product of 64 x 64 whose operands both lie in shared memory reads all that it gives.
-        bias_stages: steps in flight where a bias's gradient is added up.
         block_q: queries of a tile where keys are owned (Ampere).
     """
 
@@ -153,7 +150,6 @@ class BackwardTiles:
     q_stages: int
     split: bool
     tied: bool = False
-    kept: tuple[str, ...] = ()
     bias_stages: int = 2
     block_q: int = 64
 
@@ -169,30 +165,30 @@ class BackwardTiles:
 # 176 + 188. It costs dk and dv at 64 49 instructions of 566 a tile.
 BACKWARD_TILES = {
     (64, 64): {
-        PLAIN: BackwardTiles(64, 2, 2, 2, split=False, kept=("q", "dout", "k", "v")),
-        CAPPED: BackwardTiles(64, 2, 2, 2, split=False, tied=True, kept=("q", "dout")),
+        PLAIN: BackwardTiles(64, 2, 2, 2, split=False),
+        CAPPED: BackwardTiles(64, 2, 2, 2, split=False, tied=True),
         ADDED: BackwardTiles(64, 2, 2, 2, split=False),
         CROWDED: BackwardTiles(64, 2, 2, 2, split=True),
     },
     (80, 80): {
-        PLAIN: BackwardTiles(64, 2, 2, 2, split=False, kept=("q", "dout", "k", "v")),
-        CAPPED: BackwardTiles(64, 2, 2, 2, split=True, kept=("q", "dout")),
+        PLAIN: BackwardTiles(64, 2, 2, 2, split=False),
+        CAPPED: BackwardTiles(64, 2, 2, 2, split=True),
         ADDED: BackwardTiles(64, 2, 2, 2, split=False, tied=True),
         CROWDED: BackwardTiles(64, 2, 2, 2, split=True),
     },
     (96, 96): {
-        PLAIN: BackwardTiles(64, 2, 2, 2, split=False, kept=("q", "dout")),
-        CAPPED: BackwardTiles(64, 2, 2, 2, split=False, tied=True, kept=("q", "dout")),
+        PLAIN: BackwardTiles(64, 2, 2, 2, split=False),
+        CAPPED: BackwardTiles(64, 2, 2, 2, split=False, tied=True),
         ADDED: BackwardTiles(64, 2, 2, 2, split=False, tied=True),
         CROWDED: BackwardTiles(64, 2, 2, 2, split=True),
     },
     (128, 128): {
-        PLAIN: BackwardTiles(64, 2, 2, 2, split=False, tied=True, kept=("q", "dout")),
-        CAPPED: BackwardTiles(64, 2, 2, 2, split=True, kept=("q", "dout")),
+        PLAIN: BackwardTiles(64, 2, 2, 2, split=False, tied=True),
+        CAPPED: BackwardTiles(64, 2, 2, 2, split=True),
         ADDED: BackwardTiles(64, 2, 2, 2, split=True, tied=True),
     },
     (192, 128): {
-        PLAIN: BackwardTiles(64, 2, 2, 3, split=True, kept=("dout", "k", "v"), bias_stages=1),
+        PLAIN: BackwardTiles(64, 2, 2, 3, split=True, bias_stages=1),
         CAPPED: BackwardTiles(64, 2, 2, 2, split=True, tied=True, bias_stages=1),
         ADDED: BackwardTiles(64, 2, 2, 2, split=True, tied=True, bias_stages=1),
     },
