@@ -23,6 +23,7 @@ from benchmarks.work import Work
 ROUNDS = 3
 # Outputs of two right answers in bfloat16 differ by less than this share of their norm.
 AGREEMENT = 2e-2
+AGAINST_OURS = "against ours"
 TIMED, WRONG, FAILED, LEFT_OUT = "timed", "WRONG", "failed", "left out"
 
 
@@ -162,8 +163,12 @@ def _result(work, name, options, future) -> _Runner | Timing:
 
 
 def _held_to_the_oracle(work: Work, runners: list[_Runner]) -> tuple[list[_Runner], list[Timing]]:
-    """Runs everybody once on the same numbers, us first; who is wrong is not timed."""
+    """Runs everybody once on the same numbers, us first; who is wrong is not timed.
+
+    Gradients are held to ours: where two rivals differ from ours and not from each other, we are.
+    """
     right, wrong, answer = [], [], None
+    apart: list[tuple[_Runner, list[jax.Array]]] = []
     for runner in sorted(runners, key=lambda r: r.name != contenders.OURS):
         try:
             arguments = runner.made(1)
@@ -179,10 +184,20 @@ def _held_to_the_oracle(work: Work, runners: list[_Runner]) -> tuple[list[_Runne
             answer = results
         else:
             fault = _rival_fault(work, runner, arguments, results, answer)
+            if fault.endswith(AGAINST_OURS):
+                apart.append((runner, results))
         if fault:
             wrong.append(Timing(work.name, runner.name, runner.options, WRONG, fault))
         else:
             right.append(runner)
+    if len(apart) > 1 and _furthest(apart[0][1], apart[1][1]) <= AGREEMENT:
+        (mine,) = (runner for runner in right if runner.name == contenders.OURS)
+        rivals = [runner for runner, _ in apart]
+        names = [runner.name for runner in rivals]
+        wrong = [timing for timing in wrong if timing.contender not in names]
+        said = f"{' and '.join(names)} agree with each other, and not with it"
+        wrong.append(Timing(work.name, mine.name, mine.options, WRONG, said))
+        right = [runner for runner in right if runner is not mine] + rivals
     return right, wrong
 
 
@@ -210,8 +225,13 @@ def _rival_fault(work, runner, arguments, results, answer) -> str:
         return ""  # in another layout: its own tests hold it, not ours
     if runner.program.arguments[0].dtype != jnp.bfloat16 or work.op != "dense":
         return ""  # other numbers: another dtype, or a cache of another shape
-    apart = max(_apart(mine, theirs) for mine, theirs in zip(answer, results, strict=True))
-    return "" if apart <= AGREEMENT else f"relative error {apart:.2g} against ours"
+    apart = _furthest(answer, results)
+    return "" if apart <= AGREEMENT else f"relative error {apart:.2g} {AGAINST_OURS}"
+
+
+def _furthest(mine: list[jax.Array], theirs: list[jax.Array]) -> float:
+    """How far two answers are apart, in the array where they are furthest."""
+    return max(_apart(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
 def _apart(mine: jax.Array, theirs: jax.Array) -> float:

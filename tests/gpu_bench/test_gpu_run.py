@@ -107,6 +107,21 @@ def test_a_wrong_gradient_shows_against_a_rival_s(monkeypatch):
     assert "against ours" in timings["jax.nn xla"].reason
 
 
+def test_ours_is_wrong_where_rivals_agree_with_each_other(monkeypatch):
+    kernel = XlaBackend.get_kernel("dense")
+
+    def spoilt(q, k, v, **more):
+        out, lse = kernel(q=q, k=k, v=v, **more)
+        return out + 0.1 * (k - jax.lax.stop_gradient(k)).sum(), lse
+
+    monkeypatch.setattr(XlaBackend, "get_kernel", lambda op: spoilt)
+    monkeypatch.setitem(racing.contenders.CONTENDERS, "another", CONTENDERS["jax.nn xla"])
+    timings = raced(WORKS["gradients"], [OURS, "jax.nn xla", "another"])
+    assert timings[OURS].verdict == racing.WRONG
+    assert "jax.nn xla and another agree with each other" in timings[OURS].reason
+    assert {timings[name].verdict for name in ("jax.nn xla", "another")} == {racing.TIMED}
+
+
 def test_bits_that_change_are_a_fault(monkeypatch):
     answers = iter(np.float32([1, 1, 2]))
     runner = racing._Runner(OURS, {}, None, lambda: None, lambda seed: (), 0.0)
@@ -186,6 +201,7 @@ import json, os, sys, time
 name = json.loads(sys.stdin.readline()).get("work", {}).get("name")
 print(json.dumps({"place": "timings", "value": [name, os.getpid()]}), flush=True)
 print("noise of a library")
+print("{not: json}")
 if name == "hangs":
     time.sleep(60)
 if name == "crashes":
