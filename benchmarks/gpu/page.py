@@ -132,6 +132,7 @@ def measured_sections(folder: pathlib.Path = FOLDER) -> str:
         sections += [
             f"### {data['device'].get('kind', 'no device')}",
             f"{_made(data)} Calibration: {best} a second.",
+            *(f"- {remark}" for remark in data.get("remarks", [])),
             markdown(CHECK_COLUMNS, check_rows(data)),
             markdown(TIMED_COLUMNS, timed_rows(data)),
         ]
