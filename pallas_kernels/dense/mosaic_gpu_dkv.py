@@ -116,7 +116,7 @@ def key_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> tuple[jax.
 def _scratch(static: Static, dtype: Any, stages: int, owners: int) -> list[Any]:
     numbers = plgpu.SMEM((stages, TILE), jnp.float32)
     full = plgpu.Barrier(num_barriers=stages, num_arrivals=2)
-    # Together, both warpgroups read q and dout; split, dout only.
+    # Both warpgroups read q and dout, together or split.
     empty = plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS)
     return [
         swizzled(owners, TILE, static.head_dim, dtype=dtype),

@@ -226,11 +226,13 @@ def _consume(
         plgpu.load(of_rows.at[numbers], layout=LAYOUTS[0], optimized=False)
         for of_rows in (x.lse, x.delta)
     )
-    out = plgpu.load(x.out.at[rows], layout=WGMMA, optimized=False)
+    adds = x.out is not None
+    out = plgpu.load(x.out.at[rows], layout=WGMMA, optimized=False) if adds else None
     plgpu.barrier_wait(shared.q_full.at[wg])
     none = zeros(TILE, shared.k.shape[1])
     q_of, dout_of = (owned(tiles, tile, wg) for tile in (shared.q, shared.dout))
-    delta = delta + _sums_of_rows(out, plgpu.load(shared.dout.at[wg], layout=WGMMA))
+    if adds:
+        delta = delta + _sums_of_rows(out, plgpu.load(shared.dout.at[wg], layout=WGMMA))
     deltas[numbers] = delta
 
     def step(n, sums):

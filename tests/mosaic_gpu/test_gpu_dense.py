@@ -115,8 +115,19 @@ WALKS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("slots", "consumers"), [(1, 2), (2, 2), (2, 3)])
-@pytest.mark.parametrize("case", WALKS, ids=lambda case: case.name)
+# One slot for queries, or two, with each kind of call; the others are swept.
+WALKED = [(case, *sizes) for case in WALKS for sizes in ((1, 2), (2, 2), (2, 3))]
+ON_EACH_PUSH = (0, 5, 7, 9)
+
+
+@pytest.mark.parametrize(
+    ("case", "slots", "consumers"),
+    [
+        pytest.param(*each, marks=() if at in ON_EACH_PUSH else pytest.mark.sweep)
+        for at, each in enumerate(WALKED)
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
 def test_a_core_that_walks_computes_the_same_numbers(case, slots, consumers, monkeypatch):
     tiles = dataclasses.replace(CUT, walking=(2, slots), consumers=consumers)
     monkeypatch.setattr(mosaic_gpu, "forward_tiles", lambda *_, **__: tiles)
