@@ -178,7 +178,7 @@ BACKWARD_TILES = {
     },
     (96, 96): {
         PLAIN: BackwardTiles(64, 2, 2, 2, split=False),
-        CAPPED: BackwardTiles(64, 2, 2, 2, split=False, tied=True),
+        CAPPED: BackwardTiles(64, 2, 2, 2, split=True),
         ADDED: BackwardTiles(64, 2, 2, 2, split=False, tied=True),
         CROWDED: BackwardTiles(64, 2, 2, 2, split=True),
     },
