@@ -27,6 +27,8 @@ def _in_bfloat16(problem: Problem) -> Problem:
         other["dtype"] = "bfloat16"
     if options.get("rank") == 32:
         other |= {"rank": 128, "rope_dim": 64}
+    if options.get("index_head_dim") == 16:
+        other["index_head_dim"] = 64
     name = f"{problem.name}.bfloat16" if other else problem.name
     return dataclasses.replace(problem, name=name, options=options | other)
 

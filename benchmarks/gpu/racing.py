@@ -181,7 +181,7 @@ def _held_to_the_oracle(work: Work, runners: list[_Runner]) -> tuple[list[_Runne
             continue
         if runner.name == contenders.OURS:
             fault = _own_fault(work, runner, arguments, results, again)
-            answer = results
+            answer = None if fault else results  # a wrong answer judges nobody
         else:
             fault = _rival_fault(work, runner, arguments, results, answer)
             if fault.endswith(AGAINST_OURS):

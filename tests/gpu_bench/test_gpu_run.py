@@ -94,7 +94,8 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch, work, fault):
     assert "out" in timing.reason
 
 
-def test_a_wrong_gradient_shows_against_a_rival_s(monkeypatch):
+def spoil_gradients(monkeypatch):
+    """Ours: the output is right, k's gradient is not."""
     kernel = XlaBackend.get_kernel("dense")
 
     def spoilt(q, k, v, **more):
@@ -102,24 +103,30 @@ def test_a_wrong_gradient_shows_against_a_rival_s(monkeypatch):
         return out + 0.1 * (k - jax.lax.stop_gradient(k)).sum(), lse
 
     monkeypatch.setattr(XlaBackend, "get_kernel", lambda op: spoilt)
+
+
+def test_a_wrong_gradient_shows_against_a_rival_s(monkeypatch):
+    spoil_gradients(monkeypatch)
     timings = raced(WORKS["gradients"], [OURS, "jax.nn xla"])
     assert timings["jax.nn xla"].verdict == racing.WRONG
     assert "against ours" in timings["jax.nn xla"].reason
 
 
 def test_ours_is_wrong_where_rivals_agree_with_each_other(monkeypatch):
-    kernel = XlaBackend.get_kernel("dense")
-
-    def spoilt(q, k, v, **more):
-        out, lse = kernel(q=q, k=k, v=v, **more)
-        return out + 0.1 * (k - jax.lax.stop_gradient(k)).sum(), lse
-
-    monkeypatch.setattr(XlaBackend, "get_kernel", lambda op: spoilt)
+    spoil_gradients(monkeypatch)
     monkeypatch.setitem(racing.contenders.CONTENDERS, "another", CONTENDERS["jax.nn xla"])
     timings = raced(WORKS["gradients"], [OURS, "jax.nn xla", "another"])
     assert timings[OURS].verdict == racing.WRONG
     assert "jax.nn xla and another agree with each other" in timings[OURS].reason
     assert {timings[name].verdict for name in ("jax.nn xla", "another")} == {racing.TIMED}
+
+
+def test_a_wrong_answer_of_ours_judges_no_rival(monkeypatch):
+    monkeypatch.setattr(racing, "_own_fault", lambda *args: "wrong")
+    spoil_gradients(monkeypatch)
+    timings = raced(WORKS["gradients"], [OURS, "jax.nn xla"])
+    verdicts = {name: timing.verdict for name, timing in timings.items()}
+    assert verdicts == {OURS: racing.WRONG, "jax.nn xla": racing.TIMED}
 
 
 def test_bits_that_change_are_a_fault(monkeypatch):
