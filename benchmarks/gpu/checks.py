@@ -9,7 +9,7 @@ from attnsel_jax.problems import DEFAULT, QUICK, Problem
 from attnsel_jax.problems.dense_inputs import dense_inputs
 from attnsel_jax.registry import AttentionBackendEnum
 from benchmarks.gpu import ours
-from benchmarks.gpu.racing import poison
+from benchmarks.gpu.judging import poison
 
 WORKERS = 8
 

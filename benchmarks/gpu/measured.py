@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from benchmarks.gpu import contenders, racing, results, steps, watching
+from benchmarks.gpu import contenders, results, steps, watching
+from benchmarks.gpu.runners import FAILED, WRONG
 from benchmarks.work import Work
 
 NAME = "gpu"
@@ -97,6 +98,6 @@ def failed(data: dict[str, Any]) -> bool:
     wrong += [
         row for row in data["timings"]
         if row.get("contender") == contenders.OURS
-        and row["verdict"] in (racing.WRONG, racing.FAILED)
+        and row["verdict"] in (WRONG, FAILED)
     ]  # fmt: skip
     return bool(wrong)

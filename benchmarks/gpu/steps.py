@@ -14,8 +14,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from attnsel_jax.compare.comparing import RAISED
 from benchmarks.gpu import calibration, checks, racing, results, turns
 from benchmarks.gpu.contenders import OURS
+from benchmarks.gpu.runners import FAILED
 from benchmarks.work import Work
 
 COMPILERS = 8
@@ -50,7 +52,7 @@ def broken(step: Step, reason: str) -> list[Found]:
     if step["kind"] == "race":
         return [
             ("timings", {"work": step["work"]["name"], "contender": name,
-                         "verdict": racing.FAILED, "reason": reason})
+                         "verdict": FAILED, "reason": reason})
             for name in step["names"]
         ]  # fmt: skip
     if step["kind"] == "check":
@@ -109,7 +111,7 @@ def main() -> None:
     try:
         for place, value in take(step):
             say(place=place, value=value)
-    except (*racing.RAISED, ImportError, OSError, MemoryError) as error:
+    except (*RAISED, ImportError, OSError, MemoryError) as error:
         for place, value in broken(step, f"{type(error).__name__}: {error}"[:500]):
             say(place=place, value=value)
     say(done=True)

@@ -19,10 +19,12 @@ from benchmarks.gpu import (
     cli,
     clock,
     inputs,
+    judging,
     measured,
     ours,
     page,
     racing,
+    runners,
     steps,
     watching,
 )
@@ -47,7 +49,7 @@ STAND_INS = {"dense": "XLA", "paged": "XLA", "mla": "XLA_MLA", "sparse_mla": "XL
 def _rehearsal(monkeypatch):
     monkeypatch.setattr(ours, "BACKENDS", STAND_INS)
     monkeypatch.setattr(clock, "calls_for", lambda seconds, window=0: 2)
-    monkeypatch.setattr(racing, "poison", lambda: None)
+    monkeypatch.setattr(judging, "poison", lambda: None)
     monkeypatch.setattr(inputs, "PAST_CACHE", 0)
 
 
@@ -59,7 +61,7 @@ def raced(work, names=(OURS,)):
 @pytest.mark.parametrize("work", WORKS.values(), ids=WORKS)
 def test_ours_is_held_to_the_oracle_and_timed(work):
     timing = raced(work)[OURS]
-    assert timing.verdict == racing.TIMED, timing.reason
+    assert timing.verdict == runners.TIMED, timing.reason
     assert timing.samples == 2
     assert 0 < timing.error < 1e-2
     assert timing.tflops == pytest.approx(work.flops / timing.seconds / 1e12)
@@ -68,9 +70,9 @@ def test_ours_is_held_to_the_oracle_and_timed(work):
 @pytest.mark.parametrize("work", [WORKS["dense"], WORKS["gradients"]], ids=lambda work: work.name)
 def test_rivals_are_timed_beside_it_or_say_why_not(work):
     timings = raced(work, CONTENDERS)
-    assert timings["jax.nn xla"].verdict == racing.TIMED, timings["jax.nn xla"].reason
-    assert timings["jax.nn cudnn"].verdict == racing.FAILED
-    assert timings["jax paged (triton)"].verdict == racing.LEFT_OUT
+    assert timings["jax.nn xla"].verdict == runners.TIMED, timings["jax.nn xla"].reason
+    assert timings["jax.nn cudnn"].verdict == runners.FAILED
+    assert timings["jax paged (triton)"].verdict == runners.LEFT_OUT
     assert "must be" in timings["jax paged (triton)"].reason
 
 
@@ -90,7 +92,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch, work, fault):
 
     monkeypatch.setattr(backend, "get_kernel", lambda op: spoilt)
     timing = raced(WORKS[work])[OURS]
-    assert timing.verdict == racing.WRONG
+    assert timing.verdict == runners.WRONG
     assert "out" in timing.reason
 
 
@@ -108,7 +110,7 @@ def spoil_gradients(monkeypatch):
 def test_a_wrong_gradient_shows_against_a_rival_s(monkeypatch):
     spoil_gradients(monkeypatch)
     timings = raced(WORKS["gradients"], [OURS, "jax.nn xla"])
-    assert timings["jax.nn xla"].verdict == racing.WRONG
+    assert timings["jax.nn xla"].verdict == runners.WRONG
     assert "against ours" in timings["jax.nn xla"].reason
 
 
@@ -116,24 +118,24 @@ def test_ours_is_wrong_where_rivals_agree_with_each_other(monkeypatch):
     spoil_gradients(monkeypatch)
     monkeypatch.setitem(racing.contenders.CONTENDERS, "another", CONTENDERS["jax.nn xla"])
     timings = raced(WORKS["gradients"], [OURS, "jax.nn xla", "another"])
-    assert timings[OURS].verdict == racing.WRONG
+    assert timings[OURS].verdict == runners.WRONG
     assert "jax.nn xla and another agree with each other" in timings[OURS].reason
-    assert {timings[name].verdict for name in ("jax.nn xla", "another")} == {racing.TIMED}
+    assert {timings[name].verdict for name in ("jax.nn xla", "another")} == {runners.TIMED}
 
 
 def test_a_wrong_answer_of_ours_judges_no_rival(monkeypatch):
-    monkeypatch.setattr(racing, "_own_fault", lambda *args: "wrong")
+    monkeypatch.setattr(judging, "_own_fault", lambda *args: "wrong")
     spoil_gradients(monkeypatch)
     timings = raced(WORKS["gradients"], [OURS, "jax.nn xla"])
     verdicts = {name: timing.verdict for name, timing in timings.items()}
-    assert verdicts == {OURS: racing.WRONG, "jax.nn xla": racing.TIMED}
+    assert verdicts == {OURS: runners.WRONG, "jax.nn xla": runners.TIMED}
 
 
 def test_bits_that_change_are_a_fault(monkeypatch):
     answers = iter(np.float32([1, 1, 2]))
-    runner = racing._Runner(OURS, {}, None, lambda: None, lambda seed: (), 0.0)
+    runner = runners.Runner(OURS, {}, None, lambda: None, lambda seed: (), 0.0)
     one, two = jax.numpy.full(3, next(answers)), jax.numpy.full(3, 2.0)
-    assert "other bits" in racing._own_fault(DENSE, runner, (), [one], [two])
+    assert "other bits" in judging._own_fault(DENSE, runner, (), [one], [two])
 
 
 def in_this_process(todo, ends, say):
@@ -167,8 +169,8 @@ def test_a_work_s_row_has_ours_its_best_rival_and_who_failed():
         row = {"work": "w", "contender": who, "verdict": "timed", "seconds": seconds}
         return row | {"tflops": 1.0, "gbytes": 2.0, "error": 3e-3} | more
 
-    failed = {"work": "w", "contender": "slow", "verdict": racing.FAILED}
-    left_out = {"work": "w", "contender": "other", "verdict": racing.LEFT_OUT}
+    failed = {"work": "w", "contender": "slow", "verdict": runners.FAILED}
+    left_out = {"work": "w", "contender": "other", "verdict": runners.LEFT_OUT}
     data = {"timings": [timed(OURS, 2e-3, clocks_differ=True), timed("a", 4e-4), failed, left_out],
             "torch": {"rows": [timed("torch", 1e-3)]}}  # fmt: skip
     (row,) = page.timed_rows(data)
@@ -182,10 +184,10 @@ def test_a_work_s_row_has_ours_its_best_rival_and_who_failed():
         "0.20",
         "torch 1,000, slow failed",
     ]
-    wrong = timed(OURS, 1e-3) | {"verdict": racing.WRONG, "reason": "out"}
+    wrong = timed(OURS, 1e-3) | {"verdict": runners.WRONG, "reason": "out"}
     (row,) = page.timed_rows({"timings": [wrong, timed("a", 1e-3)], "torch": {}})
     assert row[1:2] + row[5:7] == ["WRONG: out", "a 1,000", ""]
-    refused = {"work": "w", "contender": OURS, "verdict": racing.LEFT_OUT}
+    refused = {"work": "w", "contender": OURS, "verdict": runners.LEFT_OUT}
     (row,) = page.timed_rows({"timings": [refused, timed("a", 1e-3)], "torch": {}})
     assert row[1:2] + row[5:7] == ["not run: ", "a 1,000", ""], "a rival's time is not ours"
 
@@ -234,8 +236,8 @@ def test_a_step_that_crashes_or_hangs_costs_itself_only():
     named, (crashed, hung, late) = [rows[at] for at in (0, 1, 3, 4, 6)], [rows[2], rows[5], rows[7]]
     assert [name for name, _ in named] == ["one", "crashes", "two", "hangs", "three"]
     assert len({process for _, process in named}) == 5, "a process for each"
-    assert (crashed["verdict"], crashed["reason"]) == (racing.FAILED, "its process ended with 3")
-    assert (hung["verdict"], hung["reason"]) == (racing.FAILED, "hung: stopped after 2 s")
+    assert (crashed["verdict"], crashed["reason"]) == (runners.FAILED, "its process ended with 3")
+    assert (hung["verdict"], hung["reason"]) == (runners.FAILED, "hung: stopped after 2 s")
     assert late == {"work": "late", "verdict": "not run: no time was left"}
     assert measured.failed({"checks": [], "timings": [crashed]})
 
@@ -274,7 +276,7 @@ def test_the_processes_take_steps_and_say_what_raised():
     assert [place for place, _ in found] == ["device", "timings", "timings"]
     assert found[0][1]["kind"] == "cpu"
     assert "contender is 'nobody', must be one of" in found[1][1]["reason"]
-    assert found[2][1]["verdict"] == racing.TIMED
+    assert found[2][1]["verdict"] == runners.TIMED
 
 
 def test_a_contender_that_fails_while_it_is_timed_stops_nobody_else(monkeypatch):
@@ -287,7 +289,7 @@ def test_a_contender_that_fails_while_it_is_timed_stops_nobody_else(monkeypatch)
 
     monkeypatch.setattr(racing, "_time_once", once)
     timings = raced(DENSE, [OURS, "jax.nn xla"])
-    assert timings["jax.nn xla"].verdict == racing.TIMED
+    assert timings["jax.nn xla"].verdict == runners.TIMED
     assert (timings[OURS].verdict, "out of memory" in timings[OURS].reason) == ("failed", True)
 
 
@@ -306,7 +308,7 @@ def test_the_first_works_have_one_of_each_kind():
 
 
 def test_something_wrong_of_ours_fails_the_run():
-    row = {"work": "w", "contender": OURS, "verdict": racing.WRONG}
+    row = {"work": "w", "contender": OURS, "verdict": runners.WRONG}
     assert measured.failed({"checks": [], "timings": [row]})
     assert measured.failed({"checks": [{"verdict": "fail"}], "timings": []})
     assert not measured.failed({"checks": [{"verdict": "refused"}], "timings": []})

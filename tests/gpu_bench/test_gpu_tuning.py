@@ -6,7 +6,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.gpu import cli, clock, ours, racing, steps, tuning
+from benchmarks.gpu import cli, clock, judging, ours, steps, tuning
 from benchmarks.gpu.static.measuring import COMPILED, REFUSED, Compiled
 from benchmarks.gpu.static.ptxas import Resources
 from benchmarks.gpu.static.reading import KernelFigures
@@ -157,7 +157,7 @@ def test_one_call_is_timed_with_the_sizes_that_are_asked_for(monkeypatch):
     monkeypatch.setattr(ours, "BACKENDS", {"paged": "XLA"})
     monkeypatch.setattr(type(fake), "use", lambda target, sizes: asked.append(sizes))
     monkeypatch.setattr(tuning, "target_of", lambda work, phase: fake)
-    monkeypatch.setattr(racing, "poison", lambda: None)
+    monkeypatch.setattr(judging, "poison", lambda: None)
     monkeypatch.setattr(clock, "wall_seconds", lambda call, calls, rounds: (call(), 0.25)[1])
     monkeypatch.setattr(clock, "calls_for", lambda seconds: 2)
     (step,) = steps.tuning_steps(work, [{"keys": 64}], "decode")
