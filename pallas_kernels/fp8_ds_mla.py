@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import bitcast_convert_type
 
-from pallas_kernels.quotients import divide
+from pallas_kernels.stored_values import divide
 
 NAME = "fp8_ds_mla"
 KV_LORA_RANK, ROPE_DIM, GROUP = 512, 64, 128

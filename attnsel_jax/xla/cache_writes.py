@@ -1,8 +1,7 @@
 """How this step's rows get into a paged cache: scaled, saturated, and put at their slots.
 
-Both halves know nothing of attention: `quantise` turns true values into stored ones, `write_rows`
-puts rows of any shape at slots of a cache `[num_pages, page_size, *row]`. `write_kv` joins them for
-the stacked cache of `paged`; a latent cache `[num_pages, page_size, width]` calls them itself.
+`write_rows` puts rows of any shape at slots of a cache `[num_pages, page_size, *row]`: a latent
+cache's, for one. `write_kv` is for the stacked cache of `paged`, and quantises.
 """
 
 import functools
@@ -10,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quotients import divide
+from pallas_kernels.stored_values import quantise
 
 
 def write_kv(
@@ -48,7 +47,7 @@ def write_rows(pages: jax.Array, rows: jax.Array, slot_mapping: jax.Array) -> ja
 
     Args:
         pages: [num_pages, page_size, *row].
-        rows: [num_tokens, *row], in pages' dtype (see `quantise`).
+        rows: [num_tokens, *row], in pages' dtype (see `pallas_kernels.stored_values.quantise`).
         slot_mapping: int32 [num_tokens]: page * page_size + offset; outside the cache (-1) =
             written nowhere. Where two tokens name one slot, either may win.
 
@@ -56,30 +55,6 @@ def write_rows(pages: jax.Array, rows: jax.Array, slot_mapping: jax.Array) -> ja
         pages with the rows written; in place where the argument is donated.
     """
     return _put(pages, rows, slot_mapping, axis=0)
-
-
-def quantise(values: jax.Array, scale: jax.Array | None, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """True values as a cache stores them: `values / scale`, saturated into `dtype`.
-
-    Args:
-        values: float array.
-        scale: float32, broadcastable to values; None = 1.
-        dtype: float32, bfloat16, float16, float8_e4m3fn, float8_e5m2 or int8.
-
-    Returns:
-        values' shape, in dtype. What is past the largest finite number becomes that number (a bare
-        cast of JAX gives NaN or inf there); NaN stays NaN, and is 0 in int8, which has none. int8
-        rounds to nearest even.
-    """
-    dtype = jnp.dtype(dtype)
-    stored = values.astype(jnp.float32)
-    if scale is not None:
-        stored = divide(stored, scale)
-    if dtype == jnp.int8:
-        stored = jnp.where(jnp.isnan(stored), 0, stored)
-        return jnp.clip(jnp.round(stored), -128, 127).astype(dtype)
-    largest = float(jnp.finfo(dtype).max)
-    return jnp.clip(stored, -largest, largest).astype(dtype)
 
 
 def _put(pages: jax.Array, rows: jax.Array, slots: jax.Array, *, axis: int) -> jax.Array:

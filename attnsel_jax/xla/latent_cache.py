@@ -9,11 +9,12 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from attnsel_jax.xla.cache_writes import quantise, write_rows
+from attnsel_jax.xla.cache_writes import write_rows
 from attnsel_jax.xla.page_reads import read_pages
 from pallas_kernels import fp8_ds_mla
 from pallas_kernels.contract_checks import Arrays, Kind, check_latents
 from pallas_kernels.shape_checks import FLOATS
+from pallas_kernels.stored_values import quantise
 
 LATENT_DTYPES = (*FLOATS, "float8_e4m3fn", "float8_e5m2")
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import fp8_ds_mla
-from pallas_kernels.quotients import divide
+from pallas_kernels.stored_values import quantise
 
 
 def write_latents(
@@ -20,17 +20,8 @@ def write_latents(
     if latent_pages.dtype == jnp.uint8:
         rows = fp8_ds_mla.pack(kv_c, k_pe)
     else:
-        rows = quantised(jnp.concatenate([kv_c, k_pe], axis=-1), kv_scale, latent_pages.dtype)
+        rows = quantise(jnp.concatenate([kv_c, k_pe], axis=-1), kv_scale, latent_pages.dtype)
     num_pages, page_size, _ = latent_pages.shape
     # Left alone, a negative index would wrap round to the cache's end.
     page = jnp.where(slot_mapping >= 0, slot_mapping // page_size, num_pages)
     return latent_pages.at[page, slot_mapping % page_size].set(rows, mode="drop")
-
-
-def quantised(values: jax.Array, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
-    """True values as the cache stores them: divided, saturated, rounded; NaN stays NaN."""
-    stored = values.astype(jnp.float32)
-    if scale is not None:
-        stored = divide(stored, scale)
-    largest = float(jnp.finfo(dtype).max)
-    return jnp.clip(stored, -largest, largest).astype(dtype)

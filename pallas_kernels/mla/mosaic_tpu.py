@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_chip
-from pallas_kernels.mla.mosaic_tpu_arguments import check_striped, quantised
+from pallas_kernels.mla.mosaic_tpu_arguments import check_striped
 from pallas_kernels.mla.mosaic_tpu_attend import attend_tiles
 from pallas_kernels.mla.mosaic_tpu_batch import Batch, blank_padding, list_tiles
 from pallas_kernels.mla.mosaic_tpu_scratch import Arrays, Sizes, Tiles
@@ -28,6 +28,7 @@ from pallas_kernels.mla.mosaic_tpu_tiles import Tiles as TileSizes
 from pallas_kernels.mla.mosaic_tpu_tiles import tiles_for
 from pallas_kernels.mla.mosaic_tpu_writes import Writes, stored_rows, write_rows
 from pallas_kernels.shape_checks import check_positive
+from pallas_kernels.stored_values import quantise
 
 
 class _Passes(NamedTuple):
@@ -78,7 +79,7 @@ def mla_attention(
     kv_scale_or_1 = jnp.ones((1,), jnp.float32) if kv_scale is None else kv_scale.reshape(1)
     rows = None
     if kv_c is not None:
-        stored = (quantised(x, kv_scale, latent_pages.dtype) for x in (kv_c, k_pe))
+        stored = (quantise(x, kv_scale, latent_pages.dtype) for x in (kv_c, k_pe))
         rows = stored_rows(*stored)
     # Heads are sublanes: a packed register of bfloat16 has 16.
     ql_nope, q_pe = (_heads_padded(x) for x in (ql_nope, q_pe))

@@ -3,10 +3,8 @@
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels.contract_checks import check_latents
-from pallas_kernels.quotients import divide
 from pallas_kernels.tpu_chip import LANES
 
 QUERY_DTYPES = ("float32", "bfloat16")
@@ -69,12 +67,3 @@ def _check_sizes(dims: Mapping[str, int]) -> None:
         raise ValueError(
             f"page_size is {page_size}, must be one of {', '.join(map(str, PAGE_SIZES))}"
         )
-
-
-def quantised(values: jax.Array, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
-    """True values as the cache stores them: divided, saturated, rounded."""
-    stored = values.astype(jnp.float32)
-    if scale is not None:
-        stored = divide(stored, scale)
-    largest = float(jnp.finfo(dtype).max)
-    return jnp.clip(stored, -largest, largest).astype(dtype)

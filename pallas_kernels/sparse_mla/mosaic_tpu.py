@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import fp8_ds_mla, tpu_chip
 from pallas_kernels.shape_checks import check_positive
-from pallas_kernels.sparse_mla.mosaic_tpu_arguments import check_tiled, quantised
+from pallas_kernels.sparse_mla.mosaic_tpu_arguments import check_tiled
 from pallas_kernels.sparse_mla.mosaic_tpu_attend import Arrays, Sizes, attend_tokens
 from pallas_kernels.sparse_mla.mosaic_tpu_masked import (
     MaskedArrays,
@@ -36,6 +36,7 @@ from pallas_kernels.sparse_mla.mosaic_tpu_positions import (
 from pallas_kernels.sparse_mla.mosaic_tpu_rows import Row, scaled_rows, stored_rows, write_rows
 from pallas_kernels.sparse_mla.mosaic_tpu_softmax import factors_of
 from pallas_kernels.sparse_mla.mosaic_tpu_tiles import Tiles, tiles
+from pallas_kernels.stored_values import quantise
 from pallas_kernels.tpu_chip import LANES
 
 MOST_BLOCK_Q = 16  # tokens of a masked tile, whose heads may be few
@@ -108,7 +109,7 @@ def sparse_mla_attention(
     if kv_c is not None and row.scaled:
         rows = scaled_rows(kv_c, k_pe)
     elif kv_c is not None:
-        rows = stored_rows(*(quantised(x, kv_scale, latent_pages.dtype) for x in (kv_c, k_pe)))
+        rows = stored_rows(*(quantise(x, kv_scale, latent_pages.dtype) for x in (kv_c, k_pe)))
     lists = jnp.pad(topk_indices, ((0, 0), (0, -dims["topk"] % LANES)), constant_values=-1)
     scalars = {
         "groups": gathered.groups, "tokens": shared.gathered, "num_tokens": shared.num_gathered,

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from pallas_kernels import fp8_ds_mla
 from pallas_kernels.contract_checks import check_latents
 from pallas_kernels.mla.mosaic_tpu_arguments import CACHE_DTYPES, QUERY_DTYPES, ROPE_DIM
-from pallas_kernels.mla.mosaic_tpu_arguments import quantised as quantised
 from pallas_kernels.shape_checks import INT32
 from pallas_kernels.tpu_chip import LANES
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from attnsel_jax import oracle
-from attnsel_jax.xla.cache_writes import quantise, write_kv, write_rows
+from attnsel_jax.xla.cache_writes import write_kv, write_rows
+from pallas_kernels.stored_values import quantise
 
 CACHE_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8")
 QUANTISE = jax.jit(quantise, static_argnames="dtype")
