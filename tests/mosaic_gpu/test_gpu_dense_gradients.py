@@ -216,9 +216,9 @@ def one_tile_less(*args):
 mosaic_gpu_dkv_steps = mosaic_gpu_dkv.steps_of
 FAULTS = {
     "segments": (SEGMENTS, mosaic_gpu_backward, "backward", forgetting(segments=False)),
-    "a tile of queries": (PLAIN, mosaic_gpu_dkv, "steps_of", one_tile_less),
-}  # fmt: skip
+}
 MORE_FAULTS = {
+    "a tile of queries": (PLAIN, mosaic_gpu_dkv, "steps_of", one_tile_less),
     "the cap's slope, of queries": (WINDOW, mosaic_gpu_dq, "weights", without_slope),
     "a row that shares the bias": (BIAS, mosaic_gpu_dbias, "steps_of", one_row_less),
     "the slopes' distance": (BIAS, mosaic_gpu_dq, "distances", without_distance),

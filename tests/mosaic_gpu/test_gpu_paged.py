@@ -112,7 +112,7 @@ def test_large_and_small_queries_over_a_float8_cache(of_queries, scale):
 @pytest.mark.parametrize(
     ("decode", "prefill"),
     [
-        ((64, 2, 1), (64, 2, 1)),
+        sweep((64, 2, 1), (64, 2, 1)),
         ((64, 4), (128, 2, 2, False, True)),
         sweep((64, 4), (64, 3, 1, True, True)),
         sweep((128, 4, 2), (128, 3, 2)),

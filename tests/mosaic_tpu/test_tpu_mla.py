@@ -83,6 +83,7 @@ def tabled_but_small(*key, is_decode):
     )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("generation", "cache_dtype"),
     [TABLED[0], *(pytest.param(*key, marks=pytest.mark.sweep) for key in TABLED[1:])],
