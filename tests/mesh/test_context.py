@@ -211,7 +211,13 @@ BOUNDED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("features", BOUNDED)
+ON_EVERY_JAX = ("window", "chunks and a window", "alibi, window, sinks")
+
+
+@pytest.mark.parametrize(
+    "features",
+    [pytest.param(n, marks=() if n in ON_EVERY_JAX else pytest.mark.once) for n in BOUNDED],
+)
 def test_windows_chunks_and_alibi_over_spread_pages(features):
     """NaN stands in every slot that is not seen, and pages are shuffled."""
     options = PAGED | BOUNDED[features]

@@ -192,6 +192,7 @@ FAULTS = {
 }  # fmt: skip
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_seen(fault, monkeypatch):
     module, name, wrong, run = FAULTS[fault]
