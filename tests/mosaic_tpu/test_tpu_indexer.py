@@ -11,17 +11,19 @@ from attnsel_jax.compare import compare
 from attnsel_jax.compare.comparison import FAIL, PASS
 from attnsel_jax.problems import Problem
 from attnsel_jax.problems.indexer_inputs import indexer_inputs
-from pallas_kernels.sparse_mla import mosaic_tpu_indexer
+from pallas_kernels.sparse_mla import mosaic_tpu_indexer, mosaic_tpu_scoring
 from pallas_kernels.sparse_mla.mosaic_tpu_indexer import indexer_scores
 from pallas_kernels.sparse_mla.mosaic_tpu_topk import topk_positions
 
 # A chunk, a decode, nothing, a prompt over two octets, and one that ends in an octet of others.
 SHAPE = {"q_lens": (3, 1, 0, 14, 2), "kv_lens": (70, 200, 3, 130, 2), "num_index_heads": 8,
          "dtype": "bfloat16"}  # fmt: skip
+# Runs of two steps in the second octet; steps alone where octets begin and at the end.
+DECODES = {"q_lens": (1,) * 11, "kv_lens": (1, 130, 64, 65, 128, 2, 7, 129, 600, 256, 700)}
 CASES = {
     "bfloat16": {},
     "float32-padded": {"dtype": "float32", "pad_tokens": 20},
-    "decode": {"q_lens": (1,) * 9, "kv_lens": (1, 300, 64, 65, 128, 2, 7, 129, 256)},
+    "decode": DECODES,
 }
 MORE = {
     "deepseek": {"num_index_heads": 64, "page_size": 64},
@@ -39,9 +41,9 @@ def _small_blocks(monkeypatch):
     monkeypatch.setattr(mosaic_tpu_indexer, "BLOCK_KV", 128)
 
 
-def interpreted(**options):
+def interpreted(generation="v5e", **options):
     problem = Problem("interpreted", "indexer_scores", "", indexer_inputs, SHAPE | options)
-    with tpu_interpreter():
+    with tpu_interpreter(generation):
         (row,) = compare([problem], {"kernel": indexer_scores}).rows
     return row
 
@@ -52,6 +54,15 @@ def test_it_agrees_with_the_oracle(options):
     assert row.verdict == PASS, str(row)
 
 
+@pytest.mark.parametrize(
+    "options", [DECODES, pytest.param({}, marks=pytest.mark.sweep)], ids=["decode", "mixed"]
+)
+def test_two_keys_may_share_a_column(monkeypatch, options):
+    monkeypatch.setattr(mosaic_tpu_indexer, "BLOCK_KV", 256)
+    row = interpreted("v6e", **options)
+    assert row.verdict == PASS, str(row)
+
+
 @pytest.mark.sweep
 @pytest.mark.parametrize("options", MORE.values(), ids=MORE)
 def test_it_agrees_with_the_oracle_on_more_shapes(options):
@@ -59,35 +70,62 @@ def test_it_agrees_with_the_oracle_on_more_shapes(options):
     assert row.verdict == PASS, str(row)
 
 
-def _every_position(self, step, q, spread, keys):
-    for columns, unseen, found in _STRIPS(self, step, q, spread, keys):
-        yield columns, jnp.zeros_like(unseen), found
+def _unsigned(dots, spread):
+    return _SUMMED(dots, jnp.abs(spread))
 
 
-def _negative_dots_too(self, step, q, spread, keys):
-    return _STRIPS(self, step, q, jnp.abs(spread), keys)
+def _of_the_step_before(self, step, k, parity):
+    return _PRODUCTS(self, step, k - 2, parity)
 
 
-_STRIPS = mosaic_tpu_indexer._Scoring._strips
-SCORING = mosaic_tpu_indexer._Scoring
+def _of_each_other(self, at, dots, beside):
+    return ((first ^ 128, these) for first, these in _BY_REGISTER(self, at, dots, beside))
+
+
+SCORING = mosaic_tpu_scoring.Scoring
+_PRODUCTS, _BY_REGISTER = SCORING._products, SCORING._by_register
+_SUMMED = mosaic_tpu_scoring._summed
 FAULTS = {
-    "every position is seen": (SCORING, "_strips", _every_position),
-    "weights without their sign": (SCORING, "_strips", _negative_dots_too),
+    "every position is seen": (mosaic_tpu_scoring, "_seen", lambda scores, past: scores),
+    "weights without their sign": (mosaic_tpu_scoring, "_summed", _unsigned),
     "no waiting for keys": (SCORING, "_wait_keys", lambda self, k: None),
-    "octets not blank at first": (mosaic_tpu_indexer, "_fill", lambda scores: None),
+    "keys of the step but one before": (SCORING, "_products", _of_the_step_before),
+    "octets not blank at first": (mosaic_tpu_scoring, "fill", lambda scores: None),
     "padding as it was": (mosaic_tpu_indexer, "_blank_padding", lambda *_: None),
 }
+
+
+def found_faulty(*of, **options):
+    try:
+        row = interpreted(*of, **options)
+    except (AssertionError, RuntimeError) as error:  # a race, or semaphores left full
+        said = str(error)
+    else:
+        if row.verdict == FAIL:
+            return
+        said = str(row)
+    assert "race" in said.lower() or "semaphore" in said.lower(), said
 
 
 @pytest.mark.once
 @pytest.mark.parametrize(("owner", "name", "fault"), FAULTS.values(), ids=FAULTS)
 def test_a_planted_fault_is_found(monkeypatch, owner, name, fault):
     monkeypatch.setattr(owner, name, fault)
-    try:
-        row = interpreted(pad_tokens=20)
-    except (AssertionError, RuntimeError):  # a race, or semaphores left full
-        return
-    assert row.verdict == FAIL or "race" in str(row).lower(), str(row)
+    found_faulty(pad_tokens=20)
+
+
+SHARED_FAULTS = {
+    "scores change places": ("_by_register", _of_each_other),
+    "what nobody sees is left": ("_take_keys", lambda self, step, k, _: self._wait_keys(k)),
+}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("name", "fault"), SHARED_FAULTS.values(), ids=SHARED_FAULTS)
+def test_a_fault_where_keys_share_a_column_is_found(monkeypatch, name, fault):
+    monkeypatch.setattr(mosaic_tpu_indexer, "BLOCK_KV", 256)
+    monkeypatch.setattr(SCORING, name, fault)
+    found_faulty("v6e", **DECODES)
 
 
 def arguments_of(**options):
