@@ -191,7 +191,8 @@ class Scoring:
         @pl.when(together)
         def _():
             for n in range(TOGETHER):
-                self._take_keys((*steps, after)[n + 1], k + n + 1, (n + 1) % 2)
+                self._wait_keys(k + n + 1)
+                self._clean_keys((*steps, after)[n + 1], k + n + 1, (n + 1) % 2)
             for n, step in enumerate(steps):
                 following = self._products((*steps, after)[n + 1], k + n + 1, (n + 1) % 2)
                 self._start_keys(coming[n], k + n + BUFFERS, n % 2)
@@ -216,8 +217,13 @@ class Scoring:
             before = self._octet(jnp.maximum(current.tile - 1, 0))
             begins = (current.block == 0) & ((current.tile == 0) | (before != octet))
             pl.when(begins)(lambda: self._begin(octet))
-            self._take_keys(current, k, parity)
-            pl.when(alone)(lambda: _exhaust(self._products(current, k, parity)))
+            self._wait_keys(k)
+
+            @pl.when(alone)
+            def _():
+                self._clean_keys(current, k, parity)
+                _exhaust(self._products(current, k, parity))
+
             pl.when(~alone)(lambda: self._score(current, k, parity))
 
         self._call_for(coming, k + BUFFERS, parity)  # where step k's keys were
@@ -225,7 +231,8 @@ class Scoring:
 
         @pl.when(self._goes_on(k, current, after))
         def _():
-            self._take_keys(after, k + 1, 1 - parity)
+            self._wait_keys(k + 1)
+            self._clean_keys(after, k + 1, 1 - parity)
             _exhaust(self._products(after, k + 1, 1 - parity))
 
         pl.when(alone)(lambda: _exhaust(self._weighed(current, parity)))
@@ -292,12 +299,11 @@ class Scoring:
         keys = self.scratch.even_keys.at[0]  # as many bytes as any step's
         pltpu.make_async_copy(keys, keys, self.scratch.keys_arrived.at[k % BUFFERS]).wait()
 
-    def _take_keys(self, step: Cursor, k: jax.Array, parity: int) -> None:
-        """Waits for step k's keys; whatever follows what its tile sees becomes 0.
+    def _clean_keys(self, step: Cursor, k: jax.Array, parity: int) -> None:
+        """Makes 0 of whatever follows the keys that step k's one token sees.
 
-        It would be no matter but where keys share a column: there 0 times NaN is a seen key's.
+        It matters where keys share a column: there 0 times NaN is a seen key's.
         """
-        self._wait_keys(k)
         if self.sizes.beside == 1:
             return
         keys, block_kv = self._keys(k, parity), self.sizes.block_kv
