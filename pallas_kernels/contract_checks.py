@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import masks
+from pallas_kernels.empty_calls import MAY_BE_EMPTY
 from pallas_kernels.shape_checks import (
     BOOL,
     FLOAT32,
@@ -86,6 +87,15 @@ def check_offset(q_offset: int | jax.Array, batch: int) -> jax.Array:
     return offset
 
 
+def check_sizes(dims: Mapping[str, int]) -> None:
+    """Refuses nothing where there must be something; a call may lack queries, or keys."""
+    for name, size in dims.items():
+        if size < 1 and name not in MAY_BE_EMPTY:
+            raise ValueError(
+                f"{name} is {size}, must be at least 1: only {', '.join(MAY_BE_EMPTY)} may be 0"
+            )
+
+
 def check_logit_numbers(
     soft_cap: float | None,
     attention_chunk_size: int | None = None,
@@ -127,9 +137,6 @@ def check_paged(arrays: Arrays, *, dtypes: Collection[str], cache: Kind) -> dict
     for name in ("k_scale", "v_scale"):
         kinds[name] = ("num_kv_heads" if getattr(arrays[name], "ndim", 0) else "", FLOAT32)
     dims = _of_batch(arrays, kinds, required=("q", "kv_pages"))
-    for name in ("max_num_seqs", "pages_per_seq", "num_pages", "page_size"):
-        if dims[name] < 1:
-            raise ValueError(f"{name} is 0, must be above 0: a cache holds at least one page")
     check_groups(dims["num_q_heads"], dims["num_kv_heads"])
     check_same_dtype(**{name: arrays[name] for name in "qkv"})
     return dims
@@ -212,4 +219,6 @@ def _of_batch(arrays, kinds: Mapping[str, Kind], required: Collection[str]) -> d
 
 def _checked(arrays, kinds: Mapping[str, Kind], required: Collection[str]) -> dict[str, int]:
     table = {name: (arrays.get(name), *kind) for name, kind in kinds.items()}
-    return check_arguments(table, required=required)
+    dims = check_arguments(table, required=required)
+    check_sizes(dims)
+    return dims

@@ -12,7 +12,6 @@ from attnsel_jax.ops.dense_arguments import (
     check_dense,
     four_dimensions,
     lengths,
-    no_key_seen,
     own_key_included,
     tokens,
     with_batch,
@@ -20,6 +19,7 @@ from attnsel_jax.ops.dense_arguments import (
 from attnsel_jax.selector import BackendLike, DeviceLike, get_attn_backend
 from attnsel_jax.static_arguments import count, flag, number
 from attnsel_jax.value_checks import check_lengths
+from pallas_kernels import empty_calls
 
 _IMPLEMENTATIONS = {"xla": "XLA", "cudnn": "CUDNN"}
 
@@ -122,7 +122,7 @@ def dot_product_attention(
         **head_counts(plan, q.shape[2], k.shape[2]), **_asked(plan, static, arrays),
     )  # fmt: skip
     if 0 in (q.shape[0], q.shape[1], k.shape[1]):
-        out, lse = no_key_seen(q, v, arrays["sinks"], arrays["q_lens"])
+        out, lse = empty_calls.dense(q, v, arrays["sinks"], arrays["q_lens"])
     else:
         out, lse = kernel_over_mesh(chosen, "dense", plan)(q, k, v, **arrays, **static)
     if not has_batch:

@@ -132,20 +132,6 @@ def check_dense(
         raise ValueError(f"{given} is given alone, must come with the other: pass both, or neither")
 
 
-def no_key_seen(
-    q: jax.Array, v: jax.Array, sinks: jax.Array | None, q_lens: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """Out and lse where there is nothing to attend from or to, as the contract has empty rows."""
-    out = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype)
-    lse = jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
-    if sinks is None:
-        return out, lse
-    exists = jnp.arange(q.shape[1], dtype=jnp.int32) < (
-        jnp.full(q.shape[:1], q.shape[1], jnp.int32) if q_lens is None else q_lens
-    )[:, None]  # fmt: skip
-    return out, jnp.where(exists[..., None], sinks, lse)
-
-
 def _table(q, k, v, arrays):
     """The arguments' dimensions and dtypes, as `check_arguments` reads them."""
     logits = "~batch ~num_heads ~q_len ~kv_len"

@@ -10,6 +10,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import empty_calls
+from pallas_kernels.contract_checks import check_sizes
 from pallas_kernels.masks import Window, window_bounds
 from pallas_kernels.shape_checks import FLOATS, check_arguments
 
@@ -56,7 +58,10 @@ def dense_attention(
         "k": (k, "batch kv_len num_kv_heads head_dim", FLOATS),
         "v": (v, "batch kv_len num_kv_heads head_dim", FLOATS),
     }
-    check_arguments(table, required=table)
+    dims = check_arguments(table, required=table)
+    check_sizes(dims)
+    if empty_calls.is_empty(dims):
+        return empty_calls.dense(q, v, None, q_lens)[0], None
     return attend(q, k, v, scale, causal, sliding_window, bias, q_lens, kv_lens, "cudnn"), None
 
 

@@ -35,7 +35,7 @@ from attnsel_jax.xla.dense_tiles import (
     split_scale,
     zero_unless,
 )
-from pallas_kernels import contract_checks, masks, shape_checks
+from pallas_kernels import contract_checks, empty_calls, masks, shape_checks
 
 
 class Largest(NamedTuple):
@@ -105,6 +105,8 @@ def dense_attention(
     floats = Floats(q, k, v, bias, alibi_slopes, sinks)
     dims = _check(floats, mask, q_segment_ids, kv_segment_ids, q_lens, kv_lens)
     contract_checks.check_logit_numbers(soft_cap, attention_chunk_size, sliding_window)
+    if empty_calls.is_empty(dims):
+        return empty_calls.dense(q, v, sinks, q_lens)
     batch = dims["batch"]
     who = Masks(mask, q_segment_ids, kv_segment_ids, _offsets(q_offset, batch), q_lens, kv_lens)
     static = Static(

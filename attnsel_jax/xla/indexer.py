@@ -12,6 +12,7 @@ from attnsel_jax.xla import online_softmax
 from attnsel_jax.xla.latent_cache import LATENT_DTYPES, read_latents
 from attnsel_jax.xla.query_tiles import Tiles, query_tiles
 from attnsel_jax.xla.tile_loop import over_tiles, tile_widths
+from pallas_kernels import empty_calls
 from pallas_kernels.contract_checks import check_indexer
 from pallas_kernels.shape_checks import FLOAT32, FLOATS, check_arguments
 
@@ -41,6 +42,8 @@ def indexer_scores(
         ValueError: a shape or dtype is not the contract's.
     """
     dims = check_indexer(locals(), dtypes=FLOATS, key_dtypes=LATENT_DTYPES)
+    if empty_calls.is_empty(dims):
+        return empty_calls.scores(dims)
     q_index, weights, index_pages, page_table = map(
         jnp.asarray, (q_index, weights, index_pages, page_table)
     )  # tiles index them by traced numbers, which NumPy's arrays refuse

@@ -17,6 +17,7 @@ from attnsel_jax.xla.latent_cache import check_rows, read_latents, write_latents
 from attnsel_jax.xla.mla_materialized import mla_attention_materialized
 from attnsel_jax.xla.query_tiles import query_tiles
 from attnsel_jax.xla.tile_loop import over_tiles, tile_widths
+from pallas_kernels import empty_calls
 from pallas_kernels.shape_checks import FLOATS, check_positive
 
 __all__ = ["mla_attention", "mla_attention_materialized"]
@@ -60,12 +61,14 @@ def mla_attention(
         ValueError: a shape or dtype is not the contract's; fp8_ds_mla with sizes other than 512 and
             64 or with kv_scale; some of kv_c, k_pe and slot_mapping given and some not.
     """
-    check_rows(
+    dims = check_rows(
         locals(),
         _QUERIES,
         kv_cache_dtype,
     )
     check_positive("soft_cap", soft_cap)
+    if empty_calls.is_empty(dims):
+        return empty_calls.ragged(ql_nope, latent_pages)
     cache = {"kv_scale": kv_scale, "kv_cache_dtype": kv_cache_dtype}
     latent_pages = write_latents(latent_pages, kv_c, k_pe, slot_mapping, **cache)
     num_tokens, num_heads, rank = ql_nope.shape

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from attnsel_jax.xla import online_softmax
 from attnsel_jax.xla.latent_cache import check_rows, read_latents, write_latents
+from pallas_kernels import empty_calls
 from pallas_kernels.shape_checks import FLOATS, check_positive
 
 # Queries of a tile, keys of a block. Intel Xeon, family 6 model 207, 2 cores, jax 0.10.2,
@@ -82,12 +83,14 @@ def mla_attention_materialized(
     Raises:
         ValueError: as `mla_attention`.
     """
-    check_rows(
+    dims = check_rows(
         locals(),
         _QUERIES,
         kv_cache_dtype,
     )
     check_positive("soft_cap", soft_cap)
+    if empty_calls.is_empty(dims):
+        return empty_calls.ragged(q_nope, latent_pages, w_uv.shape[2])
     cache = {"kv_scale": kv_scale, "kv_cache_dtype": kv_cache_dtype}
     latent_pages = write_latents(latent_pages, kv_c, k_pe, slot_mapping, **cache)
     num_tokens, num_heads, _ = q_nope.shape

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from attnsel_jax.xla.cache_writes import write_kv
 from attnsel_jax.xla.paged_tile import PerHead, Static, attend_tile
 from attnsel_jax.xla.query_tiles import Tiles, query_tiles
+from pallas_kernels import empty_calls
 from pallas_kernels.contract_checks import check_logit_numbers, check_paged
 from pallas_kernels.masks import Window
 from pallas_kernels.shape_checks import CACHE_DTYPES, FLOATS
@@ -80,12 +81,14 @@ def paged_attention(
         ValueError: a shape or dtype is not the contract's, or some of k, v and slot_mapping are
             given and some are not.
     """
-    check_paged(
+    dims = check_paged(
         locals(),
         dtypes=FLOATS,
         cache=("2 num_pages page_size num_kv_heads head_dim", CACHE_DTYPES),
     )
     check_logit_numbers(soft_cap, attention_chunk_size, sliding_window)
+    if empty_calls.is_empty(dims):
+        return empty_calls.ragged(q, kv_pages)
     if k is not None:
         kv_pages = write_kv(kv_pages, k, v, slot_mapping, k_scale=k_scale, v_scale=v_scale)
     static = Static(

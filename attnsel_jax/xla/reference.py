@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from attnsel_jax.xla.cache_writes import write_kv
-from pallas_kernels import masks
+from pallas_kernels import empty_calls, masks
 from pallas_kernels.contract_checks import (
     check_dense,
     check_logit_numbers,
@@ -48,6 +48,8 @@ def dense_attention(
     """
     dims = check_dense(locals(), FLOATS)
     check_logit_numbers(soft_cap, attention_chunk_size, sliding_window)
+    if empty_calls.is_empty(dims):
+        return empty_calls.dense(q, v, sinks, q_lens)
     batch, q_len, kv_len = dims["batch"], dims["q_len"], dims["kv_len"]
     rows, kv_pos = jnp.arange(q_len, dtype=jnp.int32), jnp.arange(kv_len, dtype=jnp.int32)
     offset = check_offset(0 if q_offset is None else q_offset, batch).astype(jnp.int32)
@@ -105,8 +107,10 @@ def paged_attention(
     Numerics: float32 throughout, dots at the highest precision.
     """
     cache = ("2 num_pages page_size num_kv_heads head_dim", CACHE_DTYPES)
-    check_paged(locals(), dtypes=FLOATS, cache=cache)
+    dims = check_paged(locals(), dtypes=FLOATS, cache=cache)
     check_logit_numbers(soft_cap, attention_chunk_size, sliding_window)
+    if empty_calls.is_empty(dims):
+        return empty_calls.ragged(q, kv_pages)
     if k is not None:
         kv_pages = write_kv(kv_pages, k, v, slot_mapping, k_scale=k_scale, v_scale=v_scale)
     num_tokens, num_q_heads, _ = q.shape

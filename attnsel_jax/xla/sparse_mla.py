@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from attnsel_jax.xla import online_softmax
 from attnsel_jax.xla.latent_cache import check_rows, read_latents, write_latents
 from attnsel_jax.xla.query_tiles import query_tiles
+from pallas_kernels import empty_calls
 from pallas_kernels.shape_checks import FLOATS, INT32, check_positive
 
 # Float32 numbers gathered at once: 4 MiB; DeepSeek's 2048 positions of 576 come alone. Intel Xeon,
@@ -62,6 +63,8 @@ def sparse_mla_attention(
         kv_cache_dtype,
     )
     check_positive("soft_cap", soft_cap)
+    if empty_calls.is_empty(dims):
+        return empty_calls.ragged(ql_nope, latent_pages)
     cache = {"kv_scale": kv_scale, "kv_cache_dtype": kv_cache_dtype}
     latent_pages = write_latents(latent_pages, kv_c, k_pe, slot_mapping, **cache)
     num_tokens, num_heads, rank = ql_nope.shape

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import contract_checks, gpu_chip, masks
+from pallas_kernels import contract_checks, empty_calls, gpu_chip, masks
 from pallas_kernels.dense import (
     mosaic_gpu_ampere,
     mosaic_gpu_backward,
@@ -117,6 +117,8 @@ def dense_attention(
         raise ValueError("mask is given, must be None: give a bias of 0 and -inf, or use XLA")
     dims = _check(given, q_segment_ids, kv_segment_ids, q_lens, kv_lens)
     contract_checks.check_logit_numbers(soft_cap, attention_chunk_size, sliding_window)
+    if empty_calls.is_empty(dims):
+        return empty_calls.dense(q, v, sinks, q_lens)
     scale = float(dims["head_dim"] ** -0.5 if scale is None else scale)
     offset, rows = _rows(dims, q_offset, q_lens, kv_lens)
     window = masks.window_bounds(sliding_window)

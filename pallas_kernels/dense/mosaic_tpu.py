@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import contract_checks, masks, tpu_chip
+from pallas_kernels import contract_checks, empty_calls, masks, tpu_chip
 from pallas_kernels.dense import mosaic_tpu_backward, mosaic_tpu_forward
 from pallas_kernels.dense.mosaic_tpu_forward import Operands
 from pallas_kernels.dense.mosaic_tpu_logits import LOG2E
@@ -88,6 +88,8 @@ def dense_attention(
         raise ValueError("mask is given, must be None: give a bias of 0 and -inf, or use XLA")
     dims = _check(x, q_segment_ids, kv_segment_ids, q_lens, kv_lens)
     contract_checks.check_logit_numbers(soft_cap, attention_chunk_size, sliding_window)
+    if empty_calls.is_empty(dims):
+        return empty_calls.dense(q, v, sinks, q_lens)
     first, offsets = _offsets(q_offset, dims["batch"])
     scale = float(dims["head_dim"] ** -0.5 if scale is None else scale)
     group = dims["num_q_heads"] // dims["num_kv_heads"]

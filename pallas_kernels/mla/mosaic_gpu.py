@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import gpu_chip
+from pallas_kernels import empty_calls, gpu_chip
 from pallas_kernels.mla import mosaic_gpu_attend as attending
 from pallas_kernels.mla.mosaic_gpu_arguments import check_latent
 from pallas_kernels.mla.mosaic_gpu_attend import ATTENDING, KEYS, LOG2_E, PAIR, ROWS, Sizes
@@ -75,11 +75,13 @@ def mla_attention(
             512, a rope_dim other than 64, a 16-bit cache of another dtype than the queries,
             fp8_ds_mla; or the chip is no Hopper.
     """
-    check_latent(
+    dims = check_latent(
         locals(),
         kv_cache_dtype,
     )
     check_positive("soft_cap", soft_cap)
+    if empty_calls.is_empty(dims):
+        return empty_calls.ragged(ql_nope, latent_pages)
     latent_pages = write_latents(latent_pages, kv_c, k_pe, slot_mapping, kv_scale)
     num_heads = ql_nope.shape[1]
     most_keys = page_table.shape[1] * latent_pages.shape[1]

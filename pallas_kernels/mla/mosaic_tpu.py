@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import tpu_chip
+from pallas_kernels import empty_calls, tpu_chip
 from pallas_kernels.mla.mosaic_tpu_arguments import check_striped
 from pallas_kernels.mla.mosaic_tpu_attend import attend_tiles
 from pallas_kernels.mla.mosaic_tpu_batch import Batch, blank_padding, list_tiles
@@ -70,11 +70,13 @@ def mla_attention(
             size other than 64, 128 and 256, a kv_lora_rank that is no multiple of 128, a rope_dim
             other than 64, fp8_ds_mla.
     """
-    check_striped(
+    dims = check_striped(
         locals(),
         kv_cache_dtype,
     )
     check_positive("soft_cap", soft_cap)
+    if empty_calls.is_empty(dims):
+        return empty_calls.ragged(ql_nope, latent_pages)
     num_heads = ql_nope.shape[1]
     kv_scale_or_1 = jnp.ones((1,), jnp.float32) if kv_scale is None else kv_scale.reshape(1)
     rows = None

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import gpu_chip
+from pallas_kernels import empty_calls, gpu_chip
 from pallas_kernels.contract_checks import check_logit_numbers, check_paged
 from pallas_kernels.masks import Window
 from pallas_kernels.paged import mosaic_gpu_ampere, mosaic_gpu_blackwell
@@ -88,6 +88,8 @@ def paged_attention(
     )
     check_logit_numbers(soft_cap, attention_chunk_size, sliding_window)
     _check_limits(dims, q, kv_pages)
+    if empty_calls.is_empty(dims):
+        return empty_calls.ragged(q, kv_pages)
     if k is not None:
         kv_pages = write_kv(kv_pages, k, v, slot_mapping, k_scale=k_scale, v_scale=v_scale)
     masks = Masks(causal, sliding_window, attention_chunk_size)

@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import tpu_chip
+from pallas_kernels import empty_calls, tpu_chip
 from pallas_kernels.contract_checks import check_logit_numbers, check_paged
 from pallas_kernels.masks import Window
 from pallas_kernels.paged import mosaic_tpu_prompt
@@ -74,6 +74,8 @@ def paged_attention(
     )
     check_logit_numbers(soft_cap, attention_chunk_size, sliding_window)
     _check_layout(dims)
+    if empty_calls.is_empty(dims):
+        return empty_calls.ragged(q, kv_pages)
     new = None if k is None else news(kv_pages, k, v, slot_mapping, k_scale, v_scale)
     of_class = shape_class(q.shape[0], page_table.shape[0], q.shape[-1])
     geometry = _geometry(q, kv_pages, page_table, of_class)

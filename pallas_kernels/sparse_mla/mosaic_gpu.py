@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import gpu_chip
+from pallas_kernels import empty_calls, gpu_chip
 from pallas_kernels.mla import mosaic_gpu_attend as attending
 from pallas_kernels.mla.mosaic_gpu_arguments import check_latent
 from pallas_kernels.mla.mosaic_gpu_attend import ATTENDING, KEYS, LOG2_E, PAIR, ROWS, Sizes
@@ -77,6 +77,8 @@ def sparse_mla_attention(
         takes_bytes=True,
     )
     check_positive("soft_cap", soft_cap)
+    if empty_calls.is_empty(dims):
+        return empty_calls.ragged(ql_nope, latent_pages)
     latent_pages = write_latents(latent_pages, kv_c, k_pe, slot_mapping, kv_scale)
     num_heads, rank = ql_nope.shape[1:]
     padded = num_heads + (-num_heads % (ROWS if num_heads > ROWS else 8))

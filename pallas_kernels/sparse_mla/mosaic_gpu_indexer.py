@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import empty_calls
 from pallas_kernels.contract_checks import check_indexer
 from pallas_kernels.mla.mosaic_gpu_arguments import DTYPES, PAGE_SIZES, check_chip
 from pallas_kernels.mla.mosaic_gpu_batch import Batch, find_tile
@@ -68,6 +69,8 @@ def indexer_scores(
     check_same_dtype(q_index=q_index, index_pages=index_pages)
     check_chip("XLA_MLA_SPARSE")
     _check_sizes(dims)
+    if empty_calls.is_empty(dims):
+        return empty_calls.scores(dims)
     num_tokens, num_heads = weights.shape
     extra = (0, HEADS - num_heads)
     q = jnp.pad(q_index, ((0, 0), extra, (0, 0))).reshape(num_tokens * HEADS, -1)

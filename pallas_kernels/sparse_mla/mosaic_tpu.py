@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import fp8_ds_mla, tpu_chip
+from pallas_kernels import empty_calls, fp8_ds_mla, tpu_chip
 from pallas_kernels.shape_checks import check_positive
 from pallas_kernels.sparse_mla.mosaic_tpu_arguments import check_tiled
 from pallas_kernels.sparse_mla.mosaic_tpu_attend import Arrays, Sizes, attend_tokens
@@ -77,6 +77,8 @@ def sparse_mla_attention(
         kv_cache_dtype,
     )
     check_positive("soft_cap", soft_cap)
+    if empty_calls.is_empty(dims):
+        return empty_calls.ragged(ql_nope, latent_pages)
     row = Row(
         dims["parts"], dims["packed"], dims["kv_lora_rank"], dims["rope_dim"],
         scaled=kv_cache_dtype == fp8_ds_mla.NAME,

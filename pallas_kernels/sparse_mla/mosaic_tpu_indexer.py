@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import tpu_chip
+from pallas_kernels import empty_calls, tpu_chip
 from pallas_kernels.contract_checks import check_indexer
 from pallas_kernels.sparse_mla import mosaic_tpu_scoring as scoring
 from pallas_kernels.sparse_mla.mosaic_tpu_scoring import OCTET, Arrays, Batch, Scratch, Sizes, Tiles
@@ -48,6 +48,8 @@ def indexer_scores(
             register's rows, more positions than VMEM holds for eight tokens.
     """
     dims = _check(q_index, weights, index_pages, page_table, kv_lens, cu_q_lens, num_seqs)
+    if empty_calls.is_empty(dims):
+        return empty_calls.scores(dims)
     num_tokens, num_heads = dims["num_tokens"], dims["num_index_heads"]
     more_tokens, more_heads = -num_tokens % OCTET, -num_heads % 16
     q_index = jnp.pad(q_index, ((0, more_tokens), (0, more_heads), (0, 0)))

@@ -262,7 +262,7 @@ def test_strict_promotion_and_x64(x64):
         ({"v": None}, "v is None, must be given with k and slot_mapping"),
         ({"cu_q_lens": np.zeros(5, np.int32)}, "cu_q_lens has 5 entries, must have 6"),
         ({"kv_lens": np.zeros(4, np.int32)}, "kv_lens has max_num_seqs 4, must be 5"),
-        ({"page_table": np.zeros((5, 0), np.int32)}, "pages_per_seq is 0, must be above 0"),
+        ({"page_table": np.zeros((5, 0), np.int32)}, "pages_per_seq is 0, must be at least 1"),
         ({"q": np.zeros((16, 5, 16), np.float32)}, "num_q_heads is 5, must be a multiple"),
         ({"q": np.zeros((16, 4, 16), np.float16)}, "dtypes are q float16, k float32"),
         ({"k_scale": np.ones(4, np.float32)}, "k_scale has num_kv_heads 4, must be 2"),
