@@ -35,6 +35,8 @@ SMEM = re.compile(r"smem_scratch_bytes=(\d+)")
 KERNEL_HASH = re.compile(r'kernel_hash = "((?:[^"\\]|\\.)*)"')
 # A load of a slice, by what layout inference says of it: its swizzled tile, and the slice's type.
 SMALL_TILE = re.compile(r"#mosaic_gpu\.tile<\[1, \d+\]>, #mosaic_gpu\.swizzle<")
+ENTRY_LINE = re.compile(r"^\s+(?:ROOT )?%\S+ = (?:\(.*?\)|\S+) ([\w-]+)\(", re.M)
+NO_KERNELS = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast")
 SEEN: set[str] = set()  # kernels compiled in this process before: none is again, nor told of again
 
 
@@ -65,6 +67,13 @@ def program_of(chip, kernel, arguments, *, gradients=False):
     if new or not kernels:
         check(printed[0], chip, at_least=max(1, len(new)))
     return program
+
+
+def kinds_of_kernels(program):
+    """What a program launches, in order: "fusion" is XLA's own, "custom-call" ours."""
+    text = program.as_text()
+    entry = text[text.index("ENTRY ") :]
+    return [k for k in ENTRY_LINE.findall(entry[: entry.index("\n}")]) if k not in NO_KERNELS]
 
 
 def _inferred(patch):

@@ -19,10 +19,17 @@ from pallas_kernels.contract_checks import check_logit_numbers, check_paged
 from pallas_kernels.masks import Window
 from pallas_kernels.paged import mosaic_gpu_ampere, mosaic_gpu_blackwell
 from pallas_kernels.paged.mosaic_gpu_decode import decode
-from pallas_kernels.paged.mosaic_gpu_geometry import CHUNK, ROWS, Geometry, Masks, round_up
+from pallas_kernels.paged.mosaic_gpu_geometry import ROWS, Geometry, Masks, round_up
 from pallas_kernels.paged.mosaic_gpu_merge import merge
 from pallas_kernels.paged.mosaic_gpu_prefill import PerHead, prefill
-from pallas_kernels.paged.mosaic_gpu_schedule import Decode, decoded_token, schedule
+from pallas_kernels.paged.mosaic_gpu_schedule import (
+    Batch,
+    Schedule,
+    decoded_token,
+    place_of_rows,
+    row_of_token,
+    schedule,
+)
 from pallas_kernels.paged.mosaic_gpu_tiles import tiles_for_chip
 from pallas_kernels.paged.mosaic_gpu_write import write_kv
 
@@ -37,6 +44,7 @@ KERNELS = {
     (9, 0): (decode, prefill),
     (10, 0): (mosaic_gpu_blackwell.decode, mosaic_gpu_blackwell.prefill),
 }
+SCALE_ROWS = [(9, 0)]  # whose kernels bring queries to float16 themselves
 
 
 def paged_attention(
@@ -98,19 +106,23 @@ def paged_attention(
     q, scale, k_scale = _with_positive_factors(q, scale, k_scale, geometry)
     queries, row_factor = _operands(q, geometry)
     heads = _per_head(geometry, scale, soft_cap, k_scale, v_scale, alibi_slopes, sinks, row_factor)
-    few, prompts = schedule(cu_q_lens, kv_lens, num_seqs, geometry)
+    work = schedule(Batch(cu_q_lens, kv_lens, num_seqs), geometry)
     if geometry.num_tokens > geometry.decode_q_len:
-        out, lse = _prompts(queries, kv_pages, page_table, prompts, heads, geometry)
+        out, lse = _prompts(queries, kv_pages, page_table, work, heads, geometry)
     else:  # so few tokens are decoded, whosever they are
         out, lse = jnp.zeros((), q.dtype), -jnp.inf
-    rows = _packed(queries, row_factor, few, geometry)
-    few_out, few_lse = _decoded(*rows, kv_pages, page_table, few, heads, geometry)
+    rows = _packed(queries, row_factor, work, geometry)
+    is_merged = geometry.decode_tokens == geometry.num_tokens and (
+        geometry.partial_width == geometry.head_dim
+    )
+    of_prompts = out if is_merged and out.ndim else None
+    few_out, few_lse = _decoded(*rows, kv_pages, page_table, work, heads, of_prompts, geometry)
     token = jnp.arange(geometry.decode_tokens)
-    place, within, exists = decoded_token(token, few, geometry)
+    place, within, exists = decoded_token(token, work, geometry)
     if geometry.decode_tokens == geometry.num_tokens:
-        out = jnp.where(exists[:, None, None], few_out, out)
+        out = few_out if is_merged else jnp.where(exists[:, None, None], few_out, out)
         return out, jnp.where(exists[:, None], few_lse, lse), kv_pages
-    token = jnp.where(exists, few.seqs[place, 2] + within, geometry.num_tokens)
+    token = jnp.where(exists, work.table[place, 2] + within, geometry.num_tokens)
     out = out.at[token].set(few_out, mode="drop", unique_indices=True)
     lse = lse.at[token].set(few_lse, mode="drop", unique_indices=True)
     return out, lse, kv_pages
@@ -123,6 +135,7 @@ def _geometry(q, kv_pages, page_table, masks, soft_cap, has_slopes) -> Geometry:
     is_narrow = kv_pages.dtype.itemsize == 1
     dtype = jnp.dtype(jnp.float16) if is_narrow else kv_pages.dtype
     added = has_slopes or soft_cap is not None
+    scales = gpu_chip.current().capability in SCALE_ROWS
     tiles = tiles_for_chip(
         head_dim, kv_pages.dtype.itemsize, added=added, bounded=masks.bound_first_keys
     )
@@ -133,7 +146,8 @@ def _geometry(q, kv_pages, page_table, masks, soft_cap, has_slopes) -> Geometry:
         out_dtype=q.dtype, masks=masks,
         tiles=tiles,
         soft_cap=None if soft_cap is None else float(soft_cap) * LOG2E, has_slopes=has_slopes,
-        has_row_factors=dtype != q.dtype, num_blocks=gpu_chip.current().num_cores * tiles.blocks,
+        has_row_factors=dtype != q.dtype and not scales, scales_rows=dtype != q.dtype and scales,
+        num_blocks=gpu_chip.current().num_cores * tiles.blocks,
     )  # fmt: skip
 
 
@@ -207,20 +221,20 @@ def _prompts(queries, kv_pages, page_table, schedule, heads, geometry):
     _, prefill = KERNELS[gpu_chip.current().capability]
     out, lse = prefill(queries, kv_pages, page_table, schedule, heads, geometry)
     out = out[: geometry.num_tokens]
-    lse = lse.reshape(geometry.num_q_heads, -1)[:, schedule.of_token].T
+    row, is_of_none = row_of_token(schedule, geometry)
+    lse = lse.reshape(geometry.num_q_heads, -1)[:, row].T
     # A sink is no sequence either.
-    return out, jnp.where(schedule.is_of_none[:, None], -jnp.inf, lse)
+    return out, jnp.where(is_of_none[:, None], -jnp.inf, lse)
 
 
 def _packed(
-    queries: jax.Array, row_factor: jax.Array | None, schedule: Decode, geometry: Geometry
+    queries: jax.Array, row_factor: jax.Array | None, schedule: Schedule, geometry: Geometry
 ) -> tuple[jax.Array, jax.Array | None]:
     """Queries (and their factors) as decoding has them: [units, rows, ...], 64 rows more."""
     heads = geometry.part_heads
     row = jnp.minimum(jnp.arange(geometry.decode_rows + ROWS), geometry.decode_rows - 1)
-    place = schedule.place_of_chunk[row // CHUNK]
-    ahead = row - schedule.seqs[place, 7]
-    token, head = schedule.seqs[place, 2] + ahead // heads, ahead % heads
+    first, ahead = place_of_rows(schedule, row, geometry)
+    token, head = first + ahead // heads, ahead % heads
 
     def pack(x):
         more = geometry.parts * heads - geometry.group
@@ -233,7 +247,7 @@ def _packed(
     return pack(queries), None if row_factor is None else pack(row_factor)[..., 0]
 
 
-def _decoded(rows, row_factor, kv_pages, page_table, schedule, heads, geometry):
+def _decoded(rows, row_factor, kv_pages, page_table, schedule, heads, of_prompts, geometry):
     """(out, lse) of tokens that may be decoded."""
     first_head = np.arange(geometry.num_kv_heads) * geometry.group
     per_unit = np.repeat(first_head, geometry.parts)
@@ -249,7 +263,7 @@ def _decoded(rows, row_factor, kv_pages, page_table, schedule, heads, geometry):
         slopes = heads.slopes[head]
     decode, _ = KERNELS[gpu_chip.current().capability]
     partial = decode(rows, kv_pages, page_table, schedule, factor, slopes, geometry)
-    out, lse = merge(*partial, schedule, heads.v_factor, heads.sinks, geometry)
+    out, lse = merge(*partial, schedule, heads.v_factor, heads.sinks, of_prompts, geometry)
     return out[..., : geometry.head_dim], lse[..., 0]
 
 

@@ -42,7 +42,7 @@ from pallas_kernels.paged.mosaic_gpu_attend import (
 from pallas_kernels.paged.mosaic_gpu_geometry import ROWS, Geometry, round_up
 from pallas_kernels.paged.mosaic_gpu_pages import Span, pages_of
 from pallas_kernels.paged.mosaic_gpu_prefill import PerHead
-from pallas_kernels.paged.mosaic_gpu_schedule import Decode, Prefill
+from pallas_kernels.paged.mosaic_gpu_schedule import Schedule, row_of_token
 from pallas_kernels.paged.mosaic_gpu_tiles import Phase
 
 F32 = jnp.float32
@@ -82,23 +82,23 @@ class Cache(NamedTuple):
 
 
 def decode(
-    q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, schedule: Decode, factor: jax.Array,
+    q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, schedule: Schedule, factor: jax.Array,
     slopes: jax.Array | None, geometry: Geometry,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Attends to all sequences that are decoded: `mosaic_gpu_decode.decode`, on Ampere."""
     units, rows, head_dim = q.shape
     queries, cache = q.reshape(units * rows, head_dim), kv_pages.reshape(-1, head_dim)
-    arrays = [queries, cache, page_table, *schedule[:2], factor]
+    arrays = [queries, cache, page_table, schedule.table, factor]
     arrays += [] if slopes is None else [slopes]
 
     def kernel(*refs):
-        q, cache, table, seqs, blocks, factor, *more = refs[: len(arrays)]
+        q, cache, table, work, factor, *more = refs[: len(arrays)]
         out, lse, *shared = refs[len(arrays) :]
         cache, shared = Cache(cache, kv_pages.shape[1], table), _shared(*shared)
         block = lax.axis_index("block")
 
         def attend(i, _):
-            item = mosaic_gpu_decode.item_at(blocks[block, 0] + i, block, seqs, blocks, geometry)
+            item = mosaic_gpu_decode.item_at(first_item + i, block, work, geometry)
             bring(q.at[pl.ds(item.unit * rows + item.first_row, ROWS)], shared.q)
             described = mosaic_gpu_decode.rows_of(item, factor, more, geometry)
             state = attend_span(
@@ -109,7 +109,8 @@ def decode(
             _store(partial, shared.results, out, item.partial_row, 0)
             lse[pl.ds(item.partial_row, ROWS)] = log_sum
 
-        lax.fori_loop(0, blocks[block, 1], attend, None)
+        first_item, num_items = mosaic_gpu_decode.items_of(block, work, geometry)
+        lax.fori_loop(0, num_items, attend, None)
 
     return plgpu.kernel(
         kernel,
@@ -123,7 +124,7 @@ def decode(
 
 
 def prefill(
-    q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, schedule: Prefill, heads: PerHead,
+    q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, schedule: Schedule, heads: PerHead,
     geometry: Geometry,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Attends to all prompts: `mosaic_gpu_prefill.prefill`, on Ampere.
@@ -134,20 +135,21 @@ def prefill(
     num_tokens, num_q_heads, head_dim = q.shape
     width = _stored_width(geometry.out_dtype, geometry)
     queries, cache = q.reshape(num_tokens, -1), kv_pages.reshape(-1, head_dim)
-    arrays = [queries, cache, page_table, schedule.tiles, schedule.before, *heads[:4]]
+    arrays = [queries, cache, page_table, schedule.table, schedule.sums, *heads[:4]]
     arrays += [] if heads.slopes is None else [heads.slopes]
 
     def kernel(*refs):
-        q, cache, table, tiles, before, *per_head = refs[: len(arrays)]
+        q, cache, table, work, sums, *per_head = refs[: len(arrays)]
         out, lse, *shared = refs[len(arrays) :]
         per_head = PerHead(*per_head, *[None] * (5 - len(per_head)))
         cache, shared = Cache(cache, kv_pages.shape[1], table), _shared(*shared)
         block = lax.axis_index("block")
-        left = before[before.shape[0] - 1] * num_q_heads - block + (geometry.num_blocks - 1)
+        tiles = mosaic_gpu_prefill.num_tiles(sums)
+        left = tiles * num_q_heads - block + (geometry.num_blocks - 1)
 
         def attend(i, _):
             item = mosaic_gpu_prefill.item_at(
-                block + i * geometry.num_blocks, jnp.int32(0), tiles, geometry
+                block + i * geometry.num_blocks, jnp.int32(0), work, geometry
             )
             columns = pl.ds(item.head * head_dim, head_dim)
             _bring_queries(q, item.token, columns, shared.q, geometry.tiles.alignment)
@@ -161,7 +163,7 @@ def prefill(
 
         lax.fori_loop(0, lax.div(left, jnp.int32(geometry.num_blocks)), attend, None)
 
-    tiles = schedule.tiles.shape[0]
+    tiles = geometry.prefill_tiles
     out, lse = plgpu.kernel(
         kernel,
         out_type=[
@@ -171,7 +173,8 @@ def prefill(
         kernel_name="paged_prefill_ampere",
         **_launch(geometry.tiles.prefill, geometry.out_dtype, geometry),
     )(*arrays)
-    return out[schedule.of_token].reshape(-1, num_q_heads, width)[..., :head_dim], lse
+    row, _ = row_of_token(schedule, geometry)
+    return out[row].reshape(-1, num_q_heads, width)[..., :head_dim], lse
 
 
 def _stored_width(dtype: Any, geometry: Geometry) -> int:

@@ -25,6 +25,9 @@ ROW = TILE.reduce(1)
 LOADED = plgpu.Layout.WGMMA_UPCAST_2X  # of float8: a thread has 4 columns, a word of 8 bits each
 LOWEST = -1e30  # a running maximum before the first key: finite, so that differences are no NaN
 LOG2E = math.log2(math.e)
+# Bits of a float32: its exponent; 2.0 ** -126 and 2.0 ** 126, whose sum is that of any number's
+# exponent and its reciprocal's.
+EXPONENT, SMALLEST, LARGEST = 0x7F800000, 0x00800000, 0x7E800000
 
 
 class Rows(NamedTuple):
@@ -90,6 +93,28 @@ def fetch_queries(rows: Any, smem: Any, arrived: Any) -> None:
     """Brings 64 rows of queries to where they are multiplied."""
     plgpu.copy_gmem_to_smem(rows, smem, arrived)
     plgpu.barrier_wait(arrived)
+
+
+def scaled_queries(raw: Any, smem: Any, rows: Rows, geometry: Geometry) -> Rows:
+    """Brings queries to geometry.dtype, each row divided by a power of two.
+
+    Args:
+        raw: [64, head_dim], as they come, in either memory.
+        smem: where they are multiplied.
+        rows: of the queries.
+        geometry: the call's sizes.
+
+    Returns:
+        rows, their factors times what they were divided by.
+    """
+    values = plgpu.load(raw, layout=TILE, optimized=False).astype(F32)
+    largest = lax.bitcast_convert_type(jnp.abs(values).max(axis=1), jnp.int32)
+    # Its exponent alone, so far from both ends that the reciprocal is a number too.
+    power = jnp.minimum(jnp.maximum(largest & EXPONENT, SMALLEST), LARGEST)
+    reciprocal = lax.bitcast_convert_type(SMALLEST + LARGEST - power, F32)
+    smem[...] = (values * over_columns(reciprocal, values.shape[1])).astype(geometry.dtype)
+    plgpu.commit_smem()
+    return rows._replace(factor=rows.factor * lax.bitcast_convert_type(power, F32))
 
 
 def over_columns(values: Any, width: int) -> Any:

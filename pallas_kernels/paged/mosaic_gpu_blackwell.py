@@ -27,7 +27,7 @@ from pallas_kernels.paged.mosaic_gpu_attend import Rows, State, seen_of
 from pallas_kernels.paged.mosaic_gpu_geometry import ROWS, Geometry, swizzled
 from pallas_kernels.paged.mosaic_gpu_pages import Span, page_of
 from pallas_kernels.paged.mosaic_gpu_prefill import PerHead
-from pallas_kernels.paged.mosaic_gpu_schedule import Decode, Prefill
+from pallas_kernels.paged.mosaic_gpu_schedule import Schedule
 from pallas_kernels.paged.mosaic_gpu_tiles import Phase
 
 F32 = jnp.float32
@@ -79,23 +79,23 @@ def arrived(full: Any) -> None:
 
 
 def decode(
-    q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, schedule: Decode, factor: jax.Array,
+    q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, schedule: Schedule, factor: jax.Array,
     slopes: jax.Array | None, geometry: Geometry,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Attends to all sequences that are decoded: `mosaic_gpu_decode.decode`, on Blackwell."""
     sizes = geometry.tiles.decode
-    arrays = [q, kv_pages, page_table, *schedule[:2], factor]
+    arrays = [q, kv_pages, page_table, schedule.table, factor]
     arrays += [] if slopes is None else [slopes]
 
     def kernel(*refs, **scratch):
-        q, pages, table, seqs, blocks, factor, *more = refs[: len(arrays)]
+        q, pages, table, work, factor, *more = refs[: len(arrays)]
         out, lse = refs[len(arrays) :]
         shared = _shared(**scratch)
         scratch["out_smem"] = shared.results
         block = lax.axis_index("block")
 
         def attend(i, _):
-            item = mosaic_gpu_decode.item_at(blocks[block, 0] + i, block, seqs, blocks, geometry)
+            item = mosaic_gpu_decode.item_at(first_item + i, block, work, geometry)
             queries = q.at[item.unit, pl.ds(item.first_row, ROWS)]
             plgpu.copy_gmem_to_smem(queries, shared.q, scratch["q_full"])
             described = mosaic_gpu_decode.rows_of(item, factor, more, geometry)
@@ -104,7 +104,8 @@ def decode(
             )
             mosaic_gpu_decode.leave(state, item, out, lse, scratch, geometry)
 
-        lax.fori_loop(0, blocks[block, 1], attend, None)
+        first_item, num_items = mosaic_gpu_decode.items_of(block, work, geometry)
+        lax.fori_loop(0, num_items, attend, None)
 
     return plgpu.kernel(
         kernel,
@@ -118,27 +119,26 @@ def decode(
 
 
 def prefill(
-    q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, schedule: Prefill, heads: PerHead,
+    q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, schedule: Schedule, heads: PerHead,
     geometry: Geometry,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Attends to all prompts: `mosaic_gpu_prefill.prefill`, on Blackwell."""
     sizes = geometry.tiles.prefill
-    arrays = [q, kv_pages, page_table, schedule.tiles, schedule.before, *heads[:4]]
+    arrays = [q, kv_pages, page_table, schedule.table, schedule.sums, *heads[:4]]
     arrays += [] if heads.slopes is None else [heads.slopes]
 
     def kernel(*refs, **scratch):
-        q, pages, table, tiles, before, *per_head = refs[: len(arrays)]
+        q, pages, table, work, sums, *per_head = refs[: len(arrays)]
         out, lse = refs[len(arrays) :]
         per_head = PerHead(*per_head, *[None] * (5 - len(per_head)))
         shared = _shared(**scratch)
         scratch["out_smem"] = shared.results
         block, one = lax.axis_index("block"), jnp.int32(0)
-        left = (
-            before[before.shape[0] - 1] * geometry.num_q_heads - block + (geometry.num_blocks - 1)
-        )
+        tiles = mosaic_gpu_prefill.num_tiles(sums)
+        left = tiles * geometry.num_q_heads - block + (geometry.num_blocks - 1)
 
         def attend(i, _):
-            item = mosaic_gpu_prefill.item_at(block + i * geometry.num_blocks, one, tiles, geometry)
+            item = mosaic_gpu_prefill.item_at(block + i * geometry.num_blocks, one, work, geometry)
             queries = q.at[pl.ds(item.token, ROWS), item.head]
             plgpu.copy_gmem_to_smem(queries, shared.q, scratch["q_full"])
             described = mosaic_gpu_prefill.rows_of(item, per_head, geometry)
@@ -150,7 +150,7 @@ def prefill(
 
         lax.fori_loop(0, lax.div(left, jnp.int32(geometry.num_blocks)), attend, None)
 
-    tiles = schedule.tiles.shape[0]
+    tiles = geometry.prefill_tiles
     results = plgpu.SMEM((1, ROWS, geometry.head_dim), geometry.out_dtype)
     return plgpu.kernel(
         kernel,

@@ -24,6 +24,7 @@ from pallas_kernels.paged.mosaic_gpu_attend import (
     fetch_queries,
     over_columns,
     row_index,
+    scaled_queries,
 )
 from pallas_kernels.paged.mosaic_gpu_geometry import (
     CHUNK,
@@ -34,7 +35,7 @@ from pallas_kernels.paged.mosaic_gpu_geometry import (
     swizzled,
 )
 from pallas_kernels.paged.mosaic_gpu_pages import Span, produce, ring_scratch
-from pallas_kernels.paged.mosaic_gpu_schedule import Decode
+from pallas_kernels.paged.mosaic_gpu_schedule import Schedule, parts_of
 
 F32 = jnp.float32
 
@@ -59,13 +60,14 @@ class Item(NamedTuple):
 
 
 def decode(
-    q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, schedule: Decode, factor: jax.Array,
+    q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, schedule: Schedule, factor: jax.Array,
     slopes: jax.Array | None, geometry: Geometry,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Attends to all sequences that are decoded.
 
     Args:
-        q: [units, rows, head_dim] in geometry.dtype: heads of a unit of a token, token after token.
+        q: [units, rows, head_dim] in geometry.dtype (out_dtype with `geometry.scales_rows`): heads
+            of a unit of a token, token after token.
         kv_pages: the cache.
         page_table: int32.
         schedule: who attends to what.
@@ -96,19 +98,19 @@ def decode(
         scratch |= {"handed": plgpu.Barrier(), "taken": plgpu.Barrier()}
     if geometry.converts:
         scratch["wide"] = (plgpu.SMEM(wide, geometry.dtype, transforms=transforms),) * 2
-    arrays = [q, kv_pages, page_table, *schedule[:2], factor]
+    arrays = [q, kv_pages, page_table, schedule.table, factor]
     arrays += [] if slopes is None else [slopes]
 
     def kernel(*refs, **scratch):
-        q, pages, table, seqs, blocks, factor, *more = refs[: len(arrays)]
+        q, pages, table, work, factor, *more = refs[: len(arrays)]
         out, lse = refs[len(arrays) :]
         if warpgroups == 1:
             scratch["q_smem"], scratch["out_smem"] = scratch["q_and_out"]
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
-        first_item, num_items = blocks[block, 0], blocks[block, 1]
+        first_item, num_items = items_of(block, work, geometry)
 
         def item_of(i):
-            return item_at(first_item + i, block, seqs, blocks, geometry)
+            return item_at(first_item + i, block, work, geometry)
 
         @pl.when(warpgroup < warpgroups)
         def _():
@@ -118,8 +120,11 @@ def decode(
             def attend(i, count):
                 item = item_of(i)
                 queries = q.at[item.unit, pl.ds(item.first_row, ROWS)]
-                fetch_queries(queries, tools.q.at[warpgroup], scratch["q_full"].at[warpgroup])
-                described = rows_of(item, factor, more, geometry)
+                described, smem = rows_of(item, factor, more, geometry), tools.q.at[warpgroup]
+                if geometry.scales_rows:
+                    described = scaled_queries(queries, smem, described, geometry)
+                else:
+                    fetch_queries(queries, smem, scratch["q_full"].at[warpgroup])
                 state, count = attend_span(item.span, described, count, tools, geometry)
                 if warpgroups == 1:
                     leave(state, item, out, lse, scratch, geometry)
@@ -166,16 +171,29 @@ def decode(
     )(*arrays)
 
 
-def item_at(index: Any, block: Any, seqs: Any, blocks: Any, geometry: Geometry) -> Item:
-    """A block's part of a tile of queries."""
+def items_of(block: Any, work: Any, geometry: Geometry) -> tuple[Any, Any]:
+    """A block's first item, and how many it has; `work` is the schedule's table."""
+    row = _row_of_block(block, geometry)
+    count = work[row, 1] - work[row, 0] + 1
+    return work[row, 0], jnp.where(work[row, 3] > work[row, 2], count, 0)
+
+
+def _row_of_block(block: Any, geometry: Geometry) -> Any:
+    parts = parts_of(geometry)
+    return block + (parts.blocks - parts.seqs)
+
+
+def item_at(index: Any, block: Any, work: Any, geometry: Geometry) -> Item:
+    """A block's part of a tile of queries; `work` is the schedule's table."""
     units = jnp.int32(geometry.units)
     place, unit = lax.div(index, units), lax.rem(index, units)
     seq, kv_len, _, tokens, first_tile, count, before, first_row = (
-        seqs[place, column] for column in range(8)
+        work[place, column] for column in range(8)
     )
+    piece = _row_of_block(block, geometry)
     start = before * units + unit * count
-    begin = lax.max(blocks[block, 2] - start, jnp.int32(0))
-    end = lax.min(blocks[block, 3] - start, count)
+    begin = lax.max(work[piece, 2] - start, jnp.int32(0))
+    end = lax.min(work[piece, 3] - start, count)
     span = Span(
         seq, lax.div(unit, jnp.int32(geometry.parts)), kv_len, first_tile + begin, end - begin
     )

@@ -53,7 +53,8 @@ class Geometry:
         masks: which keys a query sees.
         soft_cap: in units of log2, or None.
         has_slopes: whether there are ALiBi slopes.
-        has_row_factors: whether each row of queries has a factor of its own.
+        has_row_factors: whether each row of queries comes with a factor of its own.
+        scales_rows: whether kernels bring each row of queries to dtype, and find its factor.
         num_blocks: of a persistent grid.
     """
 
@@ -72,6 +73,7 @@ class Geometry:
     soft_cap: float | None
     has_slopes: bool
     has_row_factors: bool
+    scales_rows: bool
     num_blocks: int
 
     @property

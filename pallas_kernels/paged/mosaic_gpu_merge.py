@@ -5,18 +5,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.paged.mosaic_gpu_decode import in_chunks
 from pallas_kernels.paged.mosaic_gpu_geometry import LANES, ROWS, Geometry
-from pallas_kernels.paged.mosaic_gpu_schedule import Decode, decoded_token, tiles_per_block
+from pallas_kernels.paged.mosaic_gpu_schedule import Schedule, decoded_token, tiles_per_block
 
 F32 = jnp.float32
 
 
 def merge(
-    partial_out: jax.Array, partial_lse: jax.Array, schedule: Decode, v_factor: jax.Array,
-    sinks: jax.Array, geometry: Geometry,
+    partial_out: jax.Array, partial_lse: jax.Array, schedule: Schedule, v_factor: jax.Array,
+    sinks: jax.Array, of_prompts: jax.Array | None, geometry: Geometry,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Weighs each partial result by exp(lse), always in the same order.
 
@@ -25,18 +26,21 @@ def merge(
         schedule: where each token finds its own.
         v_factor: float32 [num_q_heads], of the output.
         sinks: float32 [num_q_heads] in units of log2; -inf = none.
+        of_prompts: out, [decode_tokens, num_q_heads, partial_width], of tokens that are not
+            decoded; None = 0.
         geometry: the call's sizes.
 
     Returns:
         out [decode_tokens, num_q_heads, partial_width] and lse float32 [..., 128] (natural, the
-        same in each column); of tokens that are not decoded, nothing of use.
+        same in each column), of tokens that are not decoded nothing of use.
     """
     at_once = next(n for n in (4, 2, 1) if not geometry.group % n and not geometry.part_heads % n)
 
-    def kernel(partial_out, partial_lse, seqs, places, seq_of_token, v_factor, sinks, out, lse):
+    def kernel(partial_out, partial_lse, table, sums, found, v_factor, sinks, *more):
+        *of_prompts, out, lse = more
         token, head = lax.axis_index("token"), lax.axis_index("heads") * at_once
-        found = schedule._replace(seqs=seqs, places=places, seq_of_token=seq_of_token)
-        first, last, row = _places(token, head, found, geometry)
+        work = schedule._replace(table=table, sums=sums, found=found)
+        first, last, row, is_decoded = _places(token, head, work, geometry)
 
         def add(turn, states):
             here = row + (first + turn) * ROWS
@@ -47,11 +51,24 @@ def merge(
         zero = _splat(F32(0), geometry)
         states = ((zero, _splat(F32(-1e30), geometry), zero),) * at_once
         states = lax.fori_loop(0, last - first + 1, add, states)
+        results = []
         for i, state in enumerate(states):
             sink, factor = (_splat(x[head + i], geometry) for x in (sinks, v_factor))
             result, log_sum = _finished(state, sink, factor)
-            out[token, head + i] = result.astype(geometry.out_dtype)
+            results.append(result.astype(geometry.out_dtype))
             lse[token, head + i] = log_sum
+
+        def store(result_of):
+            for i in range(at_once):
+                out[token, head + i] = result_of(i)
+
+        if not of_prompts:
+            store(lambda i: results[i])
+            return
+        pl.when(is_decoded)(lambda: store(lambda i: results[i]))
+        pl.when(jnp.logical_not(is_decoded))(
+            lambda: store(lambda i: of_prompts[0][token, head + i])
+        )
 
     shape = (geometry.decode_tokens, geometry.num_q_heads, geometry.partial_width)
     return plgpu.kernel(
@@ -65,8 +82,8 @@ def merge(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="paged_merge",
     )(
-        partial_out, partial_lse, schedule.seqs, schedule.places, schedule.seq_of_token,
-        v_factor, sinks,
+        partial_out, partial_lse, schedule.table, schedule.sums, schedule.found, v_factor, sinks,
+        *([] if of_prompts is None else [of_prompts]),
     )  # fmt: skip
 
 
@@ -102,18 +119,19 @@ def _splat(value: Any, geometry: Geometry) -> jax.Array:
     )
 
 
-def _places(token: Any, head: Any, schedule: Decode, geometry: Geometry) -> tuple[Any, Any, Any]:
-    """(first block, last block, row): partial results are at row + block * 64."""
-    seqs = schedule.seqs
+def _places(token: Any, head: Any, schedule: Schedule, geometry: Geometry) -> tuple[Any, ...]:
+    """(first block, last, row, whether it is decoded): partial results are at row + block * 64."""
+    table = schedule.table
     place, within, exists = decoded_token(token, schedule, geometry)
-    per_block = tiles_per_block(seqs[geometry.max_num_seqs, 6], geometry)
+    per_block = tiles_per_block(table[geometry.max_num_seqs, 6], geometry)
     group, part_heads = jnp.int32(geometry.group), jnp.int32(geometry.part_heads)
     of_group = lax.rem(head, group)
     unit = lax.div(head, group) * geometry.parts + lax.div(of_group, part_heads)
-    count, before = seqs[place, 5], seqs[place, 6]
+    count, before = table[place, 5], table[place, 6]
     start = before * geometry.units + unit * count
     first = lax.div(start, per_block)
     last = lax.div(start + count - 1, per_block)
     last = jnp.where(exists & (count > 0), last, first - 1)
-    row = seqs[place, 7] * geometry.units + unit * in_chunks(seqs[place, 3] * part_heads)
-    return first, last, row + within * geometry.part_heads + lax.rem(of_group, part_heads)
+    row = table[place, 7] * geometry.units + unit * in_chunks(table[place, 3] * part_heads)
+    row = row + within * geometry.part_heads + lax.rem(of_group, part_heads)
+    return first, last, row, exists

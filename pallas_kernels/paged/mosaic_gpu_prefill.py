@@ -21,6 +21,7 @@ from pallas_kernels.paged.mosaic_gpu_attend import (
     attend_span,
     over_columns,
     row_index,
+    scaled_queries,
 )
 from pallas_kernels.paged.mosaic_gpu_geometry import (
     CHUNK,
@@ -32,7 +33,7 @@ from pallas_kernels.paged.mosaic_gpu_geometry import (
 )
 from pallas_kernels.paged.mosaic_gpu_overlap import attend_overlapped
 from pallas_kernels.paged.mosaic_gpu_pages import Span, produce, ring_scratch
-from pallas_kernels.paged.mosaic_gpu_schedule import Prefill
+from pallas_kernels.paged.mosaic_gpu_schedule import PROMPTS, Schedule, parts_of
 
 F32 = jnp.float32
 
@@ -79,16 +80,16 @@ class Item(NamedTuple):
 
 
 def prefill(
-    q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, schedule: Prefill, heads: PerHead,
+    q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, schedule: Schedule, heads: PerHead,
     geometry: Geometry,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Attends to all prompts, and gives tokens of no sequence their zeros.
 
     Args:
-        q: [num_tokens, num_q_heads, head_dim] in geometry.dtype.
+        q: [num_tokens, num_q_heads, head_dim] in geometry.dtype, or out_dtype with scales_rows.
         kv_pages: the cache.
         page_table: int32.
-        schedule: tiles of queries.
+        schedule: who attends to what.
         heads: numbers of each query head.
         geometry: the call's sizes.
 
@@ -101,11 +102,13 @@ def prefill(
     transforms = swizzled(geometry.dtype, geometry.head_dim)
     scratch = {
         "ring": ring_scratch(geometry, keys, stages, readers=warpgroups),
-        "q_smem": plgpu.SMEM((2, *tile), geometry.dtype, transforms=transforms),  # and the next's
+        "q_smem": plgpu.SMEM((2, *tile), q.dtype, transforms=transforms),  # and the next's
         "q_full": plgpu.Barrier(num_barriers=warpgroups),
         "out_smem": plgpu.SMEM(tile, geometry.out_dtype),
         "lse_smem": plgpu.SMEM(tile[:2], F32),
     }
+    if geometry.scales_rows:
+        scratch["scaled"] = plgpu.SMEM(tile, geometry.dtype, transforms=transforms)
     if geometry.converts:
         wide = (warpgroups, keys, geometry.head_dim)
         scratch["wide"] = (plgpu.SMEM(wide, geometry.dtype, transforms=transforms),) * 2
@@ -113,11 +116,11 @@ def prefill(
         scratch["patched"] = plgpu.Barrier(num_arrivals=warpgroups)
         if overlapped:
             scratch["turn"] = plgpu.Barrier(num_barriers=warpgroups)
-    arrays = [q, kv_pages, page_table, schedule.tiles, schedule.before, *heads[:4]]
+    arrays = [q, kv_pages, page_table, schedule.table, schedule.sums, *heads[:4]]
     arrays += [] if heads.slopes is None else [heads.slopes]
 
     def kernel(*refs, **scratch):
-        q, pages, table, tiles, before, *per_head = refs[: len(arrays)]
+        q, pages, table, work, sums, *per_head = refs[: len(arrays)]
         per_head = PerHead(*per_head, *[None] * (5 - len(per_head)))
         out, lse = refs[len(arrays) :]
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
@@ -128,13 +131,13 @@ def prefill(
             return jnp.where(lax.rem(i, jnp.int32(2)) == 0, block, back)
 
         def num_items():  # each role asks for itself: what both hold would be spilled
-            total = before[before.shape[0] - 1] * (geometry.num_q_heads // geometry.prefill_heads)
+            total = num_tiles(sums) * (geometry.num_q_heads // geometry.prefill_heads)
             rows, left = (of(total, jnp.int32(geometry.num_blocks)) for of in (lax.div, lax.rem))
             return rows + (column_of(rows) < left).astype(jnp.int32)
 
         def item_of(i):
             index = i * geometry.num_blocks + column_of(i)
-            return item_at(index, warpgroup, tiles, geometry)
+            return item_at(index, warpgroup, work, geometry)
 
         @pl.when(warpgroup < warpgroups)
         def _():
@@ -153,6 +156,9 @@ def prefill(
                 item = item_of(i)
                 rows = rows_of(item, per_head, geometry)
                 here = tools._replace(q=scratch["q_smem"].at[lax.rem(i, jnp.int32(2))])
+                if geometry.scales_rows:
+                    raw, here = here.q.at[warpgroup], tools._replace(q=scratch["scaled"])
+                    rows = scaled_queries(raw, here.q.at[warpgroup], rows, geometry)
                 attend = attend_overlapped if overlapped else attend_span
                 state, count = attend(item.span, rows, count, here, geometry)
                 # Asked for again: kept over the loop, it would be spilled.
@@ -173,7 +179,7 @@ def prefill(
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
             produce(lambda i: item_of(i).span, num_items(), pages, table, scratch["ring"], geometry)
 
-    lse_shape = (geometry.num_q_heads, schedule.tiles.shape[0], geometry.prefill_tokens)
+    lse_shape = (geometry.num_q_heads, geometry.prefill_tiles, geometry.prefill_tokens)
     return plgpu.kernel(
         kernel,
         out_type=[
@@ -193,12 +199,18 @@ def prefill(
     )(*arrays)
 
 
-def item_at(index: Any, warpgroup: Any, tiles: Any, geometry: Geometry) -> Item:
-    """A work item, as one of the warpgroups sees it."""
+def num_tiles(sums: Any) -> Any:
+    """Tiles of queries that exist, by the schedule's sums."""
+    return sums[sums.shape[0] - 1, PROMPTS]
+
+
+def item_at(index: Any, warpgroup: Any, work: Any, geometry: Geometry) -> Item:
+    """A work item, as one of the warpgroups sees it; `work` is the schedule's table."""
+    parts = parts_of(geometry)
     units = jnp.int32(geometry.num_q_heads // geometry.prefill_heads)
     tile, unit = lax.div(index, units), lax.rem(index, units)
     seq, kv_len, before, token, begin, end, first_tile, num_tiles = (
-        tiles[tile, column] for column in range(8)
+        work[tile + (parts.tiles - parts.seqs), column] for column in range(8)
     )
     head, first = unit, token + warpgroup * ROWS
     if geometry.pairs_heads:

@@ -5,9 +5,10 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from gpu_compiler import compiled_cleanly
+from gpu_compiler import compiled_cleanly, kinds_of_kernels, program_of
 from gpu_interpreter import gpu_interpreter
 
+from attnsel_jax.aot.report import memory_of
 from attnsel_jax.backends.mosaic_gpu import MosaicGpuBackend
 from attnsel_jax.cache_layouts import LAYOUTS
 from attnsel_jax.compare.deviations import deviation
@@ -24,6 +25,7 @@ KERNEL = MosaicGpuBackend.get_kernel("paged")
 # A decode, a prompt over two tiles that begins off a multiple of 8, nothing, a speculative decode.
 LONG = ((1, 70, 0, 3), (150, 131, 7, 60))
 EVERYTHING = {"sinks": True, "alibi": True, "soft_cap": 8.0, "sliding_window": 37}
+LARGE = {"cache_pages": 10_000, "heads": (8, 2), "head_size": 128}  # options of `arguments_of`
 # What masks most and leaves the logits as they are: tiles are those of a plain call.
 MASKS = {
     "both ends": {"sliding_window": 37, "attention_chunk_size": 64, "sinks": True},
@@ -104,7 +106,7 @@ SHARED_FAULTS = {
     "a partial result": (
         mosaic_gpu_merge, "_places",
         lambda *given, places=mosaic_gpu_merge._places: (
-            places(*given)[0], places(*given)[1] - 1, places(*given)[2],
+            places(*given)[0], places(*given)[1] - 1, *places(*given)[2:],
         ),
     ),
     "the mask": (
@@ -149,20 +151,37 @@ def no_sequences():
     return arguments | {"num_seqs": np.array(0, np.int32)}
 
 
-def compiled(monkeypatch, chip, cache_pages=None, **options):
+def compiled(monkeypatch, chip, **options):
     """Lets ptxas have the kernels, with a cache in the backend's layout; their memory."""
     monkeypatch.undo()  # the chip and the kernel as they are, not as they are interpreted
+    return compiled_cleanly(chip, MosaicGpuBackend.kernels["paged"], arguments_of(**options))
+
+
+def arguments_of(cache_pages=None, **options):
+    """Of a batch of three sequences, and so many pages."""
     arguments = batch((1, 40, 3), (70, 75, 9), pad_tokens=0, **options)
     _, num_pages, page_size, num_heads, head_dim = arguments["kv_pages"].shape
     shape = LAYOUTS["by_head"].shape(cache_pages or num_pages, page_size, num_heads, head_dim)
     pages = jax.ShapeDtypeStruct(shape, arguments["kv_pages"].dtype)
-    kernel = MosaicGpuBackend.kernels["paged"]
-    return compiled_cleanly(chip, kernel, arguments | {"kv_pages": pages})
+    return arguments | {"kv_pages": pages}
 
 
 def compiled_in_place(monkeypatch, chip, **options):
     """A large cache is written where it lies."""
-    memory = compiled(monkeypatch, chip, cache_pages=10_000, heads=(8, 2), head_size=128, **options)
-    cache_bytes = 2 * 10_000 * 2 * 16 * 128 * 2
+    check_in_place(compiled(monkeypatch, chip, **LARGE, **options))
+
+
+def launched(monkeypatch, **options):
+    """Kinds of all that a call over a large cache launches on an H200, which it writes in place."""
+    monkeypatch.undo()
+    arguments = arguments_of(**LARGE, **options)
+    program = program_of("h200", MosaicGpuBackend.kernels["paged"], arguments)
+    check_in_place(memory_of(program), arguments["kv_pages"].dtype.itemsize)
+    return kinds_of_kernels(program)
+
+
+def check_in_place(memory, itemsize=2):
+    """Asserts that `LARGE`'s cache is not copied."""
+    cache_bytes = 2 * 10_000 * 2 * 16 * 128 * itemsize
     assert memory["aliased"] >= cache_bytes
     assert memory["temporaries"] < cache_bytes / 10
