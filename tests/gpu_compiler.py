@@ -70,7 +70,7 @@ def program_of(chip, kernel, arguments, *, gradients=False):
 
 
 def kinds_of_kernels(program):
-    """What a program launches, in order: "fusion" is XLA's own, "custom-call" ours."""
+    """What a program launches, in order, by XLA's words."""
     text = program.as_text()
     entry = text[text.index("ENTRY ") :]
     return [k for k in ENTRY_LINE.findall(entry[: entry.index("\n}")]) if k not in NO_KERNELS]
