@@ -55,7 +55,7 @@ HOPPER = {
     },
     1: {
         64: Tiles(Phase(64, 12), Phase(64, 4)),
-        96: Tiles(Phase(64, 8), Phase(64, 4)),
+        96: Tiles(Phase(64, 8, tied=True), Phase(64, 4)),  # with descriptors kept 16 + 32 bytes
         128: Tiles(Phase(64, 6), Phase(64, 4, 1, tied=True)),
     },
 }

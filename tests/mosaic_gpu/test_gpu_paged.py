@@ -205,15 +205,15 @@ def test_the_backend_refuses_with_reasons():
     assert reasons(head_size=192, kv_cache_dtype="fp8_e4m3") == ["head_size"]
 
 
-# Decoding, merging and prompts; XLA writes the cache, plans in four, puts queries in rows, pads
-# them, and chooses among lse.
-LAUNCHED = 3 + 8
+# Decoding, merging and prompts; XLA writes the cache, plans in four, puts queries in rows, and
+# chooses among lse. Sinks and slopes, which are brought to base 2 and to rows, are four more.
+LAUNCHED, LAUNCHED_WITH_EVERYTHING = 10, 14
 
 
 def test_a_sample_compiles_and_writes_the_cache_where_it_lies(monkeypatch):
     """And a step launches few kernels beside ours, 2 to 3 us each."""
     kinds = gpu_paged.launched(monkeypatch, **EVERYTHING)
-    assert len(kinds) <= LAUNCHED, kinds
+    assert len(kinds) <= LAUNCHED_WITH_EVERYTHING, kinds
 
 
 @pytest.mark.sweep
