@@ -91,6 +91,7 @@ def dense_attention(
     if empty_calls.is_empty(dims):
         return empty_calls.dense(q, v, sinks, q_lens)
     first, offsets = _offsets(q_offset, dims["batch"])
+    who = Masks(q_segment_ids, kv_segment_ids, offsets, q_lens, kv_lens)
     scale = float(dims["head_dim"] ** -0.5 if scale is None else scale)
     group = dims["num_q_heads"] // dims["num_kv_heads"]
     q_len, kv_len = dims["q_len"], dims["kv_len"]
@@ -106,9 +107,9 @@ def dense_attention(
         kv_len=kv_len,
         q_offset=first,
         has_kv_lens=kv_lens is not None,
+        by_arrays=any(x is not None for x in who),
         tiles=fitted(forward_tiles(*_size_class(x)), q_len, kv_len),
     )
-    who = Masks(q_segment_ids, kv_segment_ids, offsets, q_lens, kv_lens)
     # The kernels' scale is above 0: a sign, or nothing at all, is q's.
     return _attend(
         static, x._replace(q=q if scale > 0 else q * jnp.sign(scale).astype(q.dtype)), who
@@ -205,7 +206,6 @@ def _gradients(
         mosaic_tpu_backward.Operands(
             q=_queries(static, x.q, exists),
             k=jnp.swapaxes(x.k, 1, 2),
-            k_across=jnp.transpose(x.k, (0, 2, 3, 1)),
             v=jnp.swapaxes(x.v, 1, 2),
             dout=_queries(static, dout.astype(x.q.dtype), exists),
             lse=_per_query(static, _counted(exists, lse * LOG2E, jnp.inf), jnp.inf),

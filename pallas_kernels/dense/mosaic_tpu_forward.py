@@ -27,7 +27,7 @@ from pallas_kernels.dense import mosaic_tpu_schedule as schedule
 from pallas_kernels.dense.mosaic_tpu_logits import LOG2E, Extras
 from pallas_kernels.dense.mosaic_tpu_schedule import Static, Work
 from pallas_kernels.dense.mosaic_tpu_tiles import Tiles
-from pallas_kernels.dense.mosaic_tpu_walk import Tile, Walk
+from pallas_kernels.dense.mosaic_tpu_walk import DIAGONAL, FREE, MASKED, Kind, Tile, Walk, before
 
 SUBLANES = tpu_chip.SUBLANES
 
@@ -63,30 +63,33 @@ def forward(static: Static, x: Operands, bias_of: str, work: Work) -> tuple[jax.
     specs = _input_specs(static, x, bias_of, work)
     names = [name for name in Operands._fields if getattr(x, name) is not None]
 
-    def kernel(rows, majors, facts, *refs):
+    def kernel(rows, columns, majors, facts, *refs):
         inputs = dict(zip(names, refs, strict=False))
-        _kernel(static, bias_of, Work(rows, majors, facts), inputs, _Refs(*refs[len(names) :]))
+        work = Work(rows, columns, majors, facts)
+        _kernel(static, bias_of, work, inputs, _Refs(*refs[len(names) :]))
 
     def along_q(size: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, size, tiles.major_q), lambda b, h, i, j, *_: (b, h, 0, i))
 
     f32 = jnp.float32
     logit_tile = pltpu.VMEM((tiles.block_kv, tiles.block_q), f32)
-    per_query = pltpu.VMEM((SUBLANES, tiles.major_q), f32)
+    used_values = pltpu.VMEM((head_dim_v, tiles.block_kv), x.v.dtype)
+    queries = tiles.major_q + tiles.block_q
+    per_query = pltpu.VMEM((SUBLANES, queries), f32)
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
+            num_scalar_prefetch=4,
             grid=(batch, num_q_heads, static.q_majors, static.kv_majors),
             in_specs=[specs[name] for name in names],
             out_specs=[along_q(head_dim_v), along_q(1)],
             scratch_shapes=[
                 per_query,
                 per_query,
-                pltpu.VMEM((head_dim_v, tiles.major_q), f32),
+                pltpu.VMEM((head_dim_v, queries), f32),
                 [logit_tile, logit_tile],
                 [pltpu.VMEM((SUBLANES, tiles.block_q), f32)] * 2,
-                [pltpu.VMEM((head_dim_v, tiles.block_kv), x.v.dtype)] * 2,
+                [] if static.uses_every_key else [used_values] * 2,
             ],
         ),
         out_shape=[
@@ -109,18 +112,18 @@ def _input_specs(static: Static, x: Operands, bias_of: str, work: Work) -> dict:
     def q_index(b, h, i, j, *_):
         return b, h, 0, i
 
-    def k_index(b, h, i, j, rows, majors, facts):
+    def k_index(b, h, i, j, rows, columns, majors, facts):
         return b, h // group, kv_major(b, i, j, majors), 0
 
-    def v_index(b, h, i, j, rows, majors, facts):
+    def v_index(b, h, i, j, rows, columns, majors, facts):
         return b, h // group, 0, kv_major(b, i, j, majors)
 
-    def bias_index(b, h, i, j, rows, majors, facts):
+    def bias_index(b, h, i, j, rows, columns, majors, facts):
         kv = kv_major(b, i, j, majors)
         last_two = {"both": (kv, i), "queries": (0, i), "keys": (0, kv)}[bias_of]
         return b if x.bias.shape[0] > 1 else 0, h if x.bias.shape[1] > 1 else 0, *last_two
 
-    def segment_index(b, h, i, j, rows, majors, facts):
+    def segment_index(b, h, i, j, rows, columns, majors, facts):
         return b, 0, kv_major(b, i, j, majors)
 
     bias_block = {
@@ -149,9 +152,10 @@ class _Refs(NamedTuple):
         out, lse: the results' blocks.
         m, l: [8, major_q]: running maximum, the same in all sublanes; running sum, spread over the
             sublanes.
-        acc: [head_dim_v, major_q]: unnormalised output.
+        acc: [head_dim_v, major_q]: unnormalised output; like m and l it is followed by an empty
+            row of tiles.
         tile, tile_max, values: two slots each: a tile's logits; their maximum, spread over
-            sublanes; its values, those that no query sees set to 0.
+            sublanes; its values, those that no query sees set to 0 (if there may be such).
     """
 
     out: jax.Array
@@ -206,66 +210,84 @@ class _GridStep(NamedTuple):
         return slice(step * self.tiles.step_kv, (step + 1) * self.tiles.step_kv)
 
     def prologue(self) -> None:
-        """Empty rows: no maximum, no sum, no output."""
+        """Empty is what rows begin with, and those that meet no tile."""
+        rows, left_out = self.walk.static.rows, self.walk.of_major(schedule.QUERIES_LEFT_OUT) > 0
+        self.empty(rows)
+        begins = (self.walk.kv_major == 0) & left_out
+        pl.when(begins)(lambda: lax.fori_loop(0, rows, lambda i, _: self.empty(i), None))
 
-        def row(i, _):
-            here, shape = self.queries(i), (SUBLANES, self.tiles.block_q)
-            self.refs.m[:, here] = jnp.full(shape, -jnp.inf, jnp.float32)
-            self.refs.l[:, here] = jnp.zeros(shape, jnp.float32)
-            rows = self.refs.acc.shape[0]
-            self.refs.acc[:, here] = jnp.zeros((rows, self.tiles.block_q), jnp.float32)
+    def empty(self, i: jax.Array | int) -> None:
+        """No maximum, no sum, no output."""
+        refs, here, shape = self.refs, self.queries(i), (SUBLANES, self.tiles.block_q)
+        refs.m[:, here] = jnp.full(shape, -jnp.inf, jnp.float32)
+        refs.l[:, here] = jnp.zeros(shape, jnp.float32)
+        refs.acc[:, here] = jnp.zeros((refs.acc.shape[0], self.tiles.block_q), jnp.float32)
 
-        lax.fori_loop(0, self.walk.static.rows, row, None)
-
-    def qk(self, t: Tile, step: int, slot: int, masked: bool) -> None:
+    def qk(self, t: Tile, step: int, slot: int, kind: Kind) -> None:
         """Logits of a step's keys into the slot, and their values."""
-        tiles, static = self.tiles, self.walk.static
-        at = self.walk.where(t, step)
+        tiles, static, unseen = self.tiles, self.walk.static, self.walk.unseen(step, kind)
+        at = self.walk.where(t, step, kind)
         k = self.x["k"][pl.ds(at.kv, tiles.step_kv), :]
-        v = self.x["v"][:, pl.ds(at.kv, tiles.step_kv)]
-        dots = logits.matmul(k, self.x["q"][:, self.queries(t.row)])
+        dots = logits.matmul(k, self.x["q"][:, pl.ds(at.q, at.shape[1])])
         s, _ = logits.finished(static, self.extras, dots, at)
-        if masked:
-            mask = logits.seen(static, self.extras, at)
-            s = logits.hidden(mask, s)
-            v = logits.used(static, self.extras, at, mask).across(v)
-        self.refs.tile[slot][self.keys(step), :] = s
-        self.refs.values[slot][:, self.keys(step)] = v
-        high = jnp.max(s.reshape(-1, SUBLANES, tiles.block_q), axis=0)
+        mask = logits.seen(static, self.extras, at) if kind == MASKED else None
+        s = logits.hidden(mask, s)
+        if kind == DIAGONAL:
+            s = logits.below_diagonal(s)
+        self.refs.tile[slot][self.keys(step), unseen:] = s
+        if self.refs.values:
+            v = self.x["v"][:, pl.ds(at.kv, tiles.step_kv)]
+            if kind == MASKED:
+                v = logits.used(static, self.extras, at, mask).across(v)
+            self.refs.values[slot][:, self.keys(step)] = v
+        high = jnp.max(s.reshape(-1, SUBLANES, at.shape[1]), axis=0)
         tile_max = self.refs.tile_max[slot]
-        tile_max[...] = high if step == 0 else jnp.maximum(tile_max[...], high)
+        tile_max[:, unseen:] = high if step == 0 else jnp.maximum(tile_max[:, unseen:], high)
 
-    def all_of_qk(self, t: Tile, slot: int, masked: bool) -> None:
+    def all_of_qk(self, t: Tile, slot: int, kind: Kind) -> None:
         """Logits and values of a tile into the slot."""
         for step in self.steps:
-            self.qk(t, step, slot, masked)
+            self.qk(t, step, slot, kind)
 
-    def softmax_step(self, step: int, slot: int, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Weights of a step's keys, [step_kv, block_q], and their sum, spread over sublanes."""
-        s = self.refs.tile[slot][self.keys(step), :]
+    def softmax_step(
+        self, step: int, slot: int, shift: jax.Array, kind: Kind
+    ) -> tuple[jax.Array, jax.Array]:
+        """Weights of a step's keys, [step_kv, queries], and their sum, spread over sublanes."""
+        unseen = self.walk.unseen(step, kind)
+        s, shift = self.refs.tile[slot][self.keys(step), unseen:], shift[:, unseen:]
         p = jnp.exp2((s.reshape(-1, *shift.shape) - shift) * self.to_log2)
-        return p.reshape(s.shape).astype(self.refs.values[slot].dtype), jnp.sum(p, axis=0)
+        return p.reshape(s.shape).astype(self.x["v"].dtype), jnp.sum(p, axis=0)
 
-    def pv(self, step: int, slot: int, weights: jax.Array) -> jax.Array:
-        """[head_dim_v, block_q]: a step's share of the output."""
-        return logits.matmul(self.refs.values[slot][:, self.keys(step)], weights)
+    def pv(self, t: Tile, step: int, slot: int, weights: jax.Array) -> jax.Array:
+        """[head_dim_v, queries]: a step's share of the output."""
+        if self.refs.values:
+            return logits.matmul(self.refs.values[slot][:, self.keys(step)], weights)
+        keys = pl.ds(self.walk.where(t, step, FREE).kv, self.tiles.step_kv)
+        return logits.matmul(self.x["v"][:, keys], weights)
 
-    def softmax_and_next_qk(self, t: Tile, after: Tile | None, slot: int, masked: bool) -> None:
+    def softmax_and_next_qk(
+        self, t: Tile, after: Tile | None, slot: int, kind: Kind, kind_after: Kind
+    ) -> None:
         """A tile's weights and output from its slot; the following tile's logits into the other."""
-        m, l, acc = self.refs.m, self.refs.l, self.refs.acc
-        here = self.queries(t.row)
-        m_next = jnp.maximum(m[:, here], _over_sublanes(self.refs.tile_max[slot][...], jnp.maximum))
+        here, size = self.queries(t.row), self.tiles.block_q
+        first = self.walk.of_row(schedule.FIRST_OF_ALL, t.row) == t.column
+        state = self.refs.m, self.refs.l, self.refs.acc
+        m, l, acc = (before(x, t.row * size, size, first) for x in state)
+        m_next = jnp.maximum(m, _over_sublanes(self.refs.tile_max[slot][...], jnp.maximum))
         shift = jnp.where(m_next == -jnp.inf, 0.0, m_next)  # -inf - -inf is NaN
-        fade = jnp.exp2((m[:, here] - shift) * self.to_log2)
-        total, out = l[:, here] * fade, None
+        fade = jnp.exp2((m - shift) * self.to_log2)
+        total, out = l * fade, None
         for step in self.steps:
             if after is not None:
-                self.qk(after, step, 1 - slot, masked)
-            weights, sums = self.softmax_step(step, slot, shift)
-            part = self.pv(step, slot, weights)
-            total, out = total + sums, part if out is None else out + part
-        m[:, here], l[:, here] = m_next, total
-        acc[:, here] = _by_query(acc[:, here], fade, jnp.multiply) + out
+                self.qk(after, step, 1 - slot, kind_after)
+            unseen = self.walk.unseen(step, kind)
+            weights, sums = self.softmax_step(step, slot, shift, kind)
+            part = self.pv(t, step, slot, weights)
+            total = logits.added_from(total, unseen, sums)
+            out = part if out is None else logits.added_from(out, unseen, part)
+        out += _by_query(acc, fade, jnp.multiply)
+        for x, value in zip(state, (m_next, total, out), strict=True):
+            x[:, here] = value
 
     def epilogue(self) -> None:
         """The sink joins the sum; rows that see nothing, or do not exist, become 0 and -inf."""
@@ -304,7 +326,7 @@ def _kernel(static: Static, bias_of: str, work: Work, x: dict, refs: _Refs) -> N
         kv_segments=x.get("kv_segments"),
     )
     step = _GridStep(walk, x, refs, extras, x["sinks"][h] if "sinks" in x else None)
-    pl.when(kv_major == 0)(step.prologue)
+    step.prologue()
     walk.run(step.all_of_qk, step.softmax_and_next_qk)
     pl.when(kv_major == static.kv_majors - 1)(step.epilogue)
 

@@ -143,6 +143,25 @@ def hidden(mask: jax.Array | None, x: jax.Array) -> jax.Array:
     return x if mask is None else jnp.where(mask, x, -jnp.inf)
 
 
+def below_diagonal(x: jax.Array) -> jax.Array:
+    """Logits [keys, queries] of the same positions, -inf where the query comes first.
+
+    Queries past the last key see all of them.
+    """
+    keys = x.shape[0]
+    square = x[:, :keys]
+    row, column = (lax.broadcasted_iota(jnp.int32, square.shape, axis) for axis in (0, 1))
+    square = hidden(row <= column, square)
+    return square if x.shape[1] == keys else jnp.concatenate([square, x[:, keys:]], axis=1)
+
+
+def added_from(x: jax.Array, first: int, part: jax.Array) -> jax.Array:
+    """The sum of x and of what belongs to its columns from the first one on."""
+    if first == 0:
+        return x + part
+    return jnp.concatenate([x[:, :first], x[:, first:] + part], axis=1)
+
+
 def exists(at: Where) -> jax.Array:
     """Mask [keys, queries]: whether the query exists."""
     return lax.broadcasted_iota(jnp.int32, at.shape, 1) + at.q_index < at.facts[Q_LEN]

@@ -17,9 +17,11 @@ from pallas_kernels import masks
 from pallas_kernels.dense.mosaic_tpu_tiles import Tiles
 
 # Rows of `Work.rows`.
-START, STOP, FREE_START, FREE_STOP, NEXT_FREE, NEXT_MASKED = range(6)
+START, STOP, FREE_START, FREE_STOP, NEXT_FREE, NEXT_MASKED, FIRST_HERE, FIRST_OF_ALL = range(8)
+# Rows of `Work.columns`.
+FIRST_ROW, KEYS_LEFT_OUT = range(2)
 # Rows of `Work.majors`.
-FREE, FIRST_FREE, MASKED, FIRST_MASKED, FIRST_MAJOR, LAST_MAJOR = range(6)
+FREE, FIRST_FREE, MASKED, FIRST_MASKED, FIRST_MAJOR, LAST_MAJOR, QUERIES_LEFT_OUT = range(7)
 # Rows of `Work.facts`.
 Q_OFFSET, Q_LEN, KV_LEN = range(3)
 
@@ -38,6 +40,7 @@ class Static:
         batch, q_len, kv_len: of the call.
         q_offset: position of query 0, where it is no array.
         has_kv_lens: whether some keys of the call may not exist.
+        by_arrays: whether arrays say who sees whom.
         tiles: of the kernel.
     """
 
@@ -52,6 +55,7 @@ class Static:
     kv_len: int
     q_offset: int
     has_kv_lens: bool
+    by_arrays: bool
     tiles: Tiles
 
     @property
@@ -80,6 +84,37 @@ class Static:
         return not self.has_kv_lens and self.kv_len % self.tiles.block_kv == 0
 
     @property
+    def diagonal(self) -> int:
+        """Tiles on the diagonal in each pair of major blocks that has any.
+
+        0 where other tiles need a mask too: some are on the edge of something else, are not
+        square, or are free ones that are over.
+        """
+        tiles, block = self.tiles, self.tiles.block_q
+        bounded = self.sliding_window != (None, None) or self.attention_chunk_size is not None
+        edges = self.q_len, self.kv_len, self.q_offset
+        whole = tiles.block_kv == block and not any(edge % block for edge in edges)
+        if not self.causal or not whole or self.by_arrays or bounded:
+            return 0
+        row = np.arange(self.q_majors * self.rows)[:, None]
+        column = np.arange(self.kv_majors * self.columns)
+        exists = (row < self.q_len // block) & (column < self.kv_len // block)
+        behind = np.where(exists, row + self.q_offset // block - column, -1)
+        behind = behind.reshape(self.q_majors, self.rows, self.kv_majors, self.columns)
+        on, free = np.sum(behind == 0, (1, 3)), np.sum(behind > 0, (1, 3))
+        alike = np.all((on == 0) | (on == on.max())) and not np.any(free % tiles.together)
+        return int(on.max()) if alike else 0
+
+    @property
+    def uses_every_key(self) -> bool:
+        """Whether it is known by now that each key of each tile is seen by a query of the tile."""
+        if self.by_arrays:
+            return False
+        sizes = (np.full(1, size, np.int32) for size in (self.q_offset, self.q_len, self.kv_len))
+        at = _edges(np, self, *sizes)
+        return not np.any(at.some & ((at.lo < at.start) | (at.hi >= at.stop)))
+
+    @property
     def positions(self) -> dict:
         """What `masks` asks beside the positions."""
         return {
@@ -106,17 +141,22 @@ class Work(NamedTuple):
     a mask. Of free ones a major block has a multiple of `Tiles.together`: what is over is masked.
 
     Attributes:
-        rows: [6, batch * kv_majors * q_majors * rows]: for a row of tiles and a major block of
+        rows: [8, batch * kv_majors * q_majors * rows]: for a row of tiles and a major block of
             keys, the tiles it meets, [START, STOP), within them the free ones, [FREE_START,
             FREE_STOP), and of each kind the next row of this major block of queries that has any,
-            or itself.
-        majors: [6, batch * q_majors * kv_majors]: of each kind how many tiles there are in all,
+            or itself; FIRST_HERE, the first tile that is walked, and FIRST_OF_ALL, the same in the
+            first major block of keys that the row meets; -1 elsewhere.
+        columns: [2, batch * kv_majors * columns]: for a tile's keys FIRST_ROW, the first row that
+            is walked, in the call; and, the same for all of a major block, whether some of its
+            keys meet no row.
+        majors: [7, batch * q_majors * kv_majors]: of each kind how many tiles there are in all,
             and the first row that has one; and, the same for every major block of keys, the first
-            and the last one that has any.
+            and the last one that has any; whether some row of tiles meets none.
         facts: [3, batch]: position of query 0, queries and keys that exist.
     """
 
     rows: jax.Array
+    columns: jax.Array
     majors: jax.Array
     facts: jax.Array
 
@@ -147,14 +187,48 @@ def work_list(static: Static, who: Masks) -> Work:
     free_stop = free_stop - _surplus(xp, free_stop - free_start, static.tiles.together)
     free = free_stop - free_start
     kinds = (free, stop - start - free)
-    rows = xp.stack([start, stop, free_start, free_stop, *(_next(xp, x > 0) for x in kinds)])
+    is_free = (index >= free_start[..., None]) & (index < free_stop[..., None])
+    met = (index >= start[..., None]) & (index < stop[..., None])
+    firsts, columns = _first_met(xp, met, is_free)
+    nexts = [_next(xp, x > 0) for x in kinds]
+    rows = xp.stack([start, stop, free_start, free_stop, *nexts, *firsts])
     of_kinds = [f for x in kinds for f in (xp.sum(x, -1), _first(xp, x > 0))]
     of_kinds = [xp.moveaxis(x, 1, 2) for x in of_kinds]  # [batch, q_majors, kv_majors]
     any_work = of_kinds[FREE] + of_kinds[MASKED] > 0
     bounds = [_first(xp, any_work), xp.maximum(_last(xp, any_work), 0)]
-    majors = xp.stack([*of_kinds, *(xp.broadcast_to(x[..., None], any_work.shape) for x in bounds)])
+    bounds = [xp.broadcast_to(x[..., None], any_work.shape) for x in bounds]
+    left_out = xp.moveaxis((stop <= start).any(-1), 1, 2)
+    majors = xp.stack([*of_kinds, *bounds, left_out])
     facts = xp.stack([offset, q_len, kv_len])
-    return Work(*(x.reshape(len(x), -1).astype(xp.int32) for x in (rows, majors, facts)))
+    lists = rows, columns, majors, facts
+    return Work(*(x.reshape(len(x), -1).astype(xp.int32) for x in lists))
+
+
+def _first_met(xp: Any, met: jax.Array, free: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+    """FIRST_HERE and FIRST_OF_ALL of rows, and `Work.columns`.
+
+    Args:
+        xp: NumPy, or JAX's.
+        met, free: [batch, kv_majors, q_majors, rows, columns], tiles of any kind, and free ones.
+    """
+    batch, kv_majors, q_majors, rows, columns = met.shape
+    count = rows * columns
+    order = xp.arange(count, dtype=xp.int32).reshape(rows, columns)
+    order = xp.where(free, order, xp.where(met, order + count, 2 * count))
+    # A grid step begins with its first masked tile.
+    masked = xp.where(met & ~free, order, 2 * count)
+    lowest = xp.min(masked, axis=(3, 4), keepdims=True)
+    order = xp.where((masked == lowest) & (masked < 2 * count), -1, order)
+    some = met.any(-1)  # [batch, kv_majors, q_majors, rows]
+    here = xp.where(some, xp.argmin(order, axis=-1), -1)
+    before = xp.cumsum(some, axis=1) - some
+    of_all = xp.where(before == 0, here, -1)
+    order += 3 * count * xp.arange(q_majors, dtype=xp.int32)[:, None, None]
+    order = xp.where(met, order, 3 * count * q_majors)
+    order = order.reshape(batch, kv_majors, q_majors * rows, columns)
+    lone = ~met.any((2, 3))  # [batch, kv_majors, columns]
+    left_out = xp.broadcast_to(lone.any(-1, keepdims=True), lone.shape)
+    return [here, of_all], xp.stack([xp.argmin(order, axis=2), left_out])
 
 
 def _by_row(xp: Any, given: jax.Array | None, otherwise: int, batch: int) -> jax.Array:
@@ -166,30 +240,57 @@ def _meetings(
     xp: Any, static: Static, who: Masks, offset, q_len, kv_len
 ) -> tuple[jax.Array, jax.Array]:
     """Two masks [batch, rows of tiles, tiles]: may one see one there; does each see each."""
-    block_q, block_kv = static.tiles.block_q, static.tiles.block_kv
-    row = xp.arange(static.q_majors * static.rows, dtype=xp.int32) * block_q
-    first = offset[:, None] + row
-    last = offset[:, None] + xp.minimum(row + block_q, q_len[:, None]) - 1
-    start, stop = masks.seen_bounds(first, last, kv_len[:, None], **static.positions)
-    lo = xp.arange(static.kv_majors * static.columns, dtype=xp.int32) * block_kv
-    hi = lo + block_kv - 1
-    some = (lo < stop[..., None]) & (hi >= start[..., None]) & (start < stop)[..., None]
-    some = some & (last >= first)[..., None]
-    every = hi < kv_len[:, None, None]
+    at = _edges(xp, static, offset, q_len, kv_len)
+    some, every = at.some, at.hi < kv_len[:, None, None]
     # What the first and the last query see of the tile's first and last key bounds all the rest.
-    for q_pos in (first, last):
-        for kv_pos in (lo, hi):
-            seen = masks.seen(q_pos[..., None], kv_pos, **static.positions)
+    for q_pos in (at.first, at.last):
+        for kv_pos in (at.lo, at.hi):
+            seen = masks.seen(q_pos, kv_pos, **static.positions)
             every = every if seen is None else every & seen
     if who.q_segment_ids is None:
         return some, xp.broadcast_to(every, some.shape)
-    q_ids = _id_range(who.q_segment_ids, q_len, block_q, row.size)
-    kv_ids = _id_range(who.kv_segment_ids, kv_len, block_kv, lo.size)
+    q_ids = _id_range(who.q_segment_ids, q_len, static.tiles.block_q, at.first.shape[1])
+    kv_ids = _id_range(who.kv_segment_ids, kv_len, static.tiles.block_kv, at.lo.size)
     q_low, q_high = (x[:, :, None] for x in q_ids)
     kv_low, kv_high = (x[:, None, :] for x in kv_ids)
     some = some & (q_low <= kv_high) & (kv_low <= q_high)
     every = every & (q_low == kv_high) & (kv_low == q_high)
     return some, every
+
+
+class _Edges(NamedTuple):
+    """Of rows of tiles [batch, rows, 1], and of tiles.
+
+    Attributes:
+        first, last: positions of the first query and of the last one that exists.
+        start, stop: keys that some query of the row sees.
+        lo, hi: [tiles]: the tile's first and last key.
+        some: [batch, rows, tiles]: whether some query may see some key.
+    """
+
+    first: jax.Array
+    last: jax.Array
+    start: jax.Array
+    stop: jax.Array
+    lo: jax.Array
+    hi: jax.Array
+    some: jax.Array
+
+
+def _edges(xp: Any, static: Static, offset, q_len, kv_len) -> _Edges:
+    """From [batch] each."""
+    block_q, block_kv = static.tiles.block_q, static.tiles.block_kv
+    row = xp.arange(static.q_majors * static.rows, dtype=xp.int32) * block_q
+    first = offset[:, None] + row
+    last = offset[:, None] + xp.minimum(row + block_q, q_len[:, None]) - 1
+    start, stop = masks.seen_bounds(first, last, kv_len[:, None], **static.positions)
+    first, last, start, stop = (
+        xp.broadcast_to(x, first.shape)[..., None] for x in (first, last, start, stop)
+    )
+    lo = xp.arange(static.kv_majors * static.columns, dtype=xp.int32) * block_kv
+    hi = lo + block_kv - 1
+    some = (lo < stop) & (hi >= start) & (start < stop) & (last >= first)
+    return _Edges(first, last, start, stop, lo, hi, some)
 
 
 def _id_range(ids: jax.Array, lens: jax.Array, block: int, blocks: int):

@@ -8,11 +8,16 @@ of code does the second half of a tile and the first half of the next, so that t
     tile 1         │ first  │ second
     tile 2                  │ first  │ second
 
-Tiles in which every query sees every key are walked first, `Tiles.together` of them to one run of
-code without a branch, then those with a mask, two to a run. The more tiles to a run, the less often
-the matrix unit runs empty at its end; each has a fixed slot.
+A grid step begins with one half of its first tile that needs a mask. Then come the tiles in which
+every query sees every key, `Tiles.together` of them to one run of code without a branch, and then
+the others with a mask, two to a run; nothing is done alone where the kinds meet. Where those with a
+mask are the diagonal, they are one run in all, and a step's keys meet only the queries that are not
+before them. The more tiles to a run, the less often the matrix unit runs empty at its end; each has
+a fixed slot.
 """
 
+import enum
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,11 +31,36 @@ from pallas_kernels.dense.mosaic_tpu_logits import Where
 from pallas_kernels.dense.mosaic_tpu_schedule import Static, Work
 
 
+class Kind(enum.Enum):
+    """What code a tile needs.
+
+    Attributes:
+        FREE: every query sees every key.
+        MASKED: who sees whom is computed.
+        DIAGONAL: its queries' positions are its keys': a step's keys are seen by no query before
+            them, and these are left out.
+    """
+
+    FREE = 0
+    MASKED = 1
+    DIAGONAL = 2
+
+
+FREE, MASKED, DIAGONAL = Kind
+
+
 class Tile(NamedTuple):
     """A tile of a grid step: its row of queries, and its column of keys."""
 
     row: jax.Array
     column: jax.Array
+
+
+def before(sums: jax.Array, start: jax.Array, size: int, first: jax.Array) -> jax.Array:
+    """What a part is added to: sums of `size` columns, or, at first, the end, where nothing is."""
+    end = sums.shape[1] - size
+    start = jnp.where(first, end, start)
+    return sums[:, pl.ds(pl.multiple_of(start, math.gcd(end, size)), size)]
 
 
 class Walk(NamedTuple):
@@ -57,14 +87,19 @@ class Walk(NamedTuple):
             for what in (schedule.Q_OFFSET, schedule.Q_LEN, schedule.KV_LEN)
         )
 
-    def where(self, t: Tile, step: int) -> Where:
+    def unseen(self, step: int, kind: Kind) -> int:
+        """How many of a tile's queries are left out of a step."""
+        return step * self.static.tiles.step_kv if kind == DIAGONAL else 0
+
+    def where(self, t: Tile, step: int, kind: Kind) -> Where:
         """A step of a tile, in its major blocks and in the call."""
-        tiles = self.static.tiles
-        q = pl.multiple_of(t.row * tiles.block_q, tiles.block_q)
+        tiles, unseen = self.static.tiles, self.unseen(step, kind)
+        q = t.row * tiles.block_q + unseen
+        q = pl.multiple_of(q, math.gcd(tiles.block_q, unseen))
         kv = t.column * tiles.block_kv + step * tiles.step_kv
         kv = pl.multiple_of(kv, tiles.step_kv)
         index = self.q_major * tiles.major_q + q, self.kv_major * tiles.major_kv + kv
-        return Where(q, kv, *index, (tiles.step_kv, tiles.block_q), self.facts)
+        return Where(q, kv, *index, (tiles.step_kv, tiles.block_q - unseen), self.facts)
 
     def of_major(self, what: int) -> jax.Array:
         """A fact of the pair of major blocks."""
@@ -75,6 +110,16 @@ class Walk(NamedTuple):
         """A fact of a row of tiles."""
         at = (self.list_of * self.static.kv_majors + self.kv_major) * self.static.q_majors
         return self.work.rows[what, (at + self.q_major) * self.static.rows + row]
+
+    def of_column(self, what: int, column: jax.Array) -> jax.Array:
+        """A fact of a tile's keys."""
+        at = (self.list_of * self.static.kv_majors + self.kv_major) * self.static.columns
+        return self.work.columns[what, at + column]
+
+    def begins_keys(self, t: Tile) -> jax.Array:
+        """Whether no tile with these keys was walked before, for this query head."""
+        row = self.q_major * self.static.rows + t.row
+        return row == self.of_column(schedule.FIRST_ROW, t.column)
 
     def start_of(self, row: jax.Array, masked: bool) -> jax.Array:
         """The first tile of a kind in a row that has one."""
@@ -102,40 +147,69 @@ class Walk(NamedTuple):
 
     def run(
         self,
-        first_half: Callable[[Tile, int, bool], None],
-        both_halves: Callable[[Tile, Tile | None, int, bool], None],
+        first_half: Callable[[Tile, int, Kind], None],
+        both_halves: Callable[[Tile, Tile | None, int, Kind, Kind], None],
     ) -> None:
         """Every tile of the grid step.
 
         Args:
-            first_half: of (tile, slot, masked).
-            both_halves: of (tile, following tile, slot, masked): the second half of the tile, from
-                the slot, and the first half of the following one, if it is given, into the other.
+            first_half: of (tile, slot, kind).
+            both_halves: of (tile, following tile, slot, kind of the tile, of the following one):
+                the second half of the tile, from the slot, and the first half of the following
+                one, if it is given, into the other. A free tile stands for a masked one there.
         """
+        free, masked = self.of_major(schedule.FREE), self.of_major(schedule.MASKED)
+        first_free, first_masked = self.first_of(FREE), self.first_of(MASKED)
+        pl.when(masked > 0)(lambda: first_half(first_masked, 0, MASKED))
+        pl.when((masked == 0) & (free > 0))(lambda: first_half(first_free, 0, FREE))
 
-        def run_of(masked: bool, together: int, count: jax.Array, row: jax.Array) -> None:
-            first = Tile(row, self.start_of(row, masked))
-            first_half(first, 0, masked)
-
-            def several(_, tiles: list[Tile]) -> list[Tile]:
-                for i in range(together):
-                    both_halves(tiles[i], tiles[i + 1], i % 2, masked)
-                return ahead_of(tiles[-1])  # among the vectors: no cycles of its own
-
-            def ahead_of(t: Tile) -> list[Tile]:
-                """A tile and those that follow it."""
-                tiles = [t]
-                for _ in range(together):
-                    tiles.append(self.following(tiles[-1], masked))
-                return tiles
-
-            tiles = lax.fori_loop(0, count // together, several, ahead_of(first))
-            if masked:
-                pl.when(count % 2 == 1)(lambda: both_halves(tiles[0], None, 0, True))
+        def several(_, tiles: list[Tile]) -> list[Tile]:
+            for i in range(together):
+                both_halves(tiles[i], tiles[i + 1], i % 2, FREE, FREE)
+            return self._ahead_of(tiles[-1], together, FREE)  # among the vectors: costs no cycles
 
         together = self.static.tiles.together
-        free, masked = self.of_major(schedule.FREE), self.of_major(schedule.MASKED)
-        first_free = self.of_major(schedule.FIRST_FREE)
-        first_masked = self.of_major(schedule.FIRST_MASKED)
-        pl.when(free > 0)(lambda: run_of(False, together, free, first_free))
-        pl.when(masked > 0)(lambda: run_of(True, 2, masked, first_masked))
+        begun = self._ahead_of(first_free, together, FREE)
+        begun = jax.tree.map(
+            lambda after, alone: jnp.where(masked > 0, after, alone),
+            [first_masked, *begun[:-1]],
+            begun,
+        )
+        last, *_ = lax.fori_loop(0, free // together, several, begun)
+        if self.static.diagonal:
+            pl.when(masked > 0)(lambda: self._diagonal(last, first_masked, both_halves))
+        else:
+            pl.when(masked > 0)(lambda: self._masked(last, first_masked, masked, both_halves))
+
+    def first_of(self, kind: Kind) -> Tile:
+        """The first tile of a kind, free or masked, if there is one."""
+        what = schedule.FIRST_FREE if kind == FREE else schedule.FIRST_MASKED
+        row = self.of_major(what)
+        return Tile(row, self.start_of(row, kind != FREE))
+
+    def _ahead_of(self, t: Tile, count: int, kind: Kind) -> list[Tile]:
+        """A tile and those of a kind that follow it."""
+        tiles = [t]
+        for _ in range(count):
+            tiles.append(self.following(tiles[-1], kind != FREE))
+        return tiles
+
+    def _masked(self, last: Tile, first: Tile, count: jax.Array, both_halves: Callable) -> None:
+        """What is in slot 0, and all masked tiles but the first one, which has been before."""
+
+        def two(_, tiles: list[Tile]) -> list[Tile]:
+            for i in range(2):
+                both_halves(tiles[i], tiles[i + 1], i % 2, MASKED, MASKED)
+            return self._ahead_of(tiles[-1], 2, MASKED)
+
+        begun = [last, *self._ahead_of(first, 2, MASKED)[1:]]
+        tiles = lax.fori_loop(0, count // 2, two, begun)
+        pl.when(count % 2 == 1)(lambda: both_halves(tiles[0], None, 0, MASKED, MASKED))
+
+    def _diagonal(self, last: Tile, first: Tile, both_halves: Callable) -> None:
+        """The same where they are the diagonal: all in one run."""
+        on = [Tile(first.row + i, first.column + i) for i in range(self.static.diagonal)]
+        kinds = [FREE, *[DIAGONAL] * (len(on) - 1), FREE]
+        tiles = [last, *on[1:], None]
+        for i in range(len(on)):
+            both_halves(tiles[i], tiles[i + 1], i % 2, kinds[i], kinds[i + 1])

@@ -88,6 +88,24 @@ def test_tiles_agree_with_the_oracle(case):
     check(case, detect_races=case.name == "causal")
 
 
+@pytest.mark.parametrize(
+    ("case", "tiles"),
+    [
+        (problem("dead parts", q_len=1024, heads=(1, 1), causal=True, soft_cap=8.0, sinks=True,
+                 gradients=True), Tiles(256, 256, 128, 1024, 1024)),
+        pytest.param(
+            problem("major blocks, keys before all queries", q_len=1024, kv_len=1536, q_offset=512,
+                    causal=True, alibi=True, gradients=True), Tiles(128, 128, 128, 512, 512),
+            marks=pytest.mark.sweep,
+        ),
+    ],
+    ids=lambda x: getattr(x, "name", ""),
+)  # fmt: skip
+def test_a_diagonal_in_one_run_agrees_with_the_oracle(case, tiles, monkeypatch):
+    use(tiles, monkeypatch)
+    check(case, detect_races=True)
+
+
 def test_a_scale_of_zero_weighs_all_keys_alike():
     q, k, v = (jax.random.normal(jax.random.key(i), (1, 20, 1, 8)) for i in range(3))
     with tpu_interpreter():
@@ -181,7 +199,7 @@ def static(**options):
     sizes = {"q_len": 1000, "kv_len": 1000, "sliding_window": (None, None), "causal": True}
     return Static(
         **{"scale": 1.0, "attention_chunk_size": None, "soft_cap": None, "group": 1, "batch": 1,
-           "q_offset": 0, "has_kv_lens": False, "tiles": CUT} | sizes | options
+           "q_offset": 0, "has_kv_lens": False, "by_arrays": False, "tiles": CUT} | sizes | options
     )  # fmt: skip
 
 
@@ -222,7 +240,7 @@ def test_free_tiles_go_together_and_the_rest_is_masked():
 
     def of(together, **options):
         call = static(tiles=dataclasses.replace(tiles, together=together), **options)
-        rows, majors, _ = work_list(call, Masks(*[None] * 5))
+        rows, _, majors, _ = work_list(call, Masks(*[None] * 5))
         free = rows[schedule.FREE_STOP] - rows[schedule.FREE_START]
         assert free.sum() == majors[schedule.FREE].item()
         return free.tolist(), majors[schedule.MASKED].item()
@@ -231,6 +249,30 @@ def test_free_tiles_go_together_and_the_rest_is_masked():
     assert of(6) == ([0, 1, 2, 3, 4, 5, 6, 3], 12)
     assert of(20) == ([0, 1, 2, 3, 4, 5, 5, 0], 16)
     assert of(32) == ([0] * 8, 36)
+
+
+@pytest.mark.parametrize(
+    ("options", "tiles"),
+    [
+        ({}, 8),
+        ({"q_len": 512, "q_offset": 512}, 4),
+        ({"q_len": 128, "kv_len": 128}, 1),
+        ({"q_len": 256}, 0),  # one free tile is over
+        ({"q_len": 512, "q_offset": 640}, 3),  # the last row is past the keys
+        ({"q_offset": 1, "q_len": 512}, 0),
+        ({"q_len": 1000}, 0),
+        ({"causal": False}, 0),
+        ({"sliding_window": (700, None)}, 0),
+        ({"attention_chunk_size": 1024}, 0),
+        ({"by_arrays": True}, 0),
+    ],
+    ids=str,
+)
+def test_masked_tiles_are_known_to_be_the_diagonal(options, tiles):
+    sizes = {"q_len": 1024, "kv_len": 1024} | options
+    call = static(tiles=dataclasses.replace(CUT, major_q=1024, major_kv=1024), **sizes)
+    call = dataclasses.replace(call, tiles=mosaic_tpu_tiles.fitted(call.tiles, call.q_len, 1024))
+    assert call.diagonal == tiles
 
 
 @pytest.mark.parametrize("together", [2, 4])
@@ -270,6 +312,33 @@ def test_a_walk_meets_every_tile_once(options, together, monkeypatch):
     np.testing.assert_array_equal(some, of_tiles(seen & exists, np.any))
     whole = of_tiles(seen & (kv_pos < call.kv_len), np.all)
     assert not (every & ~whole).any(), "a tile that needs a mask has none"
+
+
+def test_every_row_and_column_knows_the_tile_it_begins_with():
+    """4 x 5 tiles of 128, two to a major block; the last row does not reach the first keys."""
+    schedule = mosaic_tpu_schedule
+    call = static(q_len=512, kv_len=600, sliding_window=(200, None))
+    rows, columns, majors, _ = work_list(call, Masks(*[None] * 5))
+    here, of_all = rows[[schedule.FIRST_HERE, schedule.FIRST_OF_ALL]].reshape(2, 3, 4).tolist()
+    assert here == [[0, 0, 0, 1], [-1, -1, 0, 0], [-1] * 4]
+    assert of_all == [[0, 0, 0, 1], [-1] * 4, [-1] * 4]
+    assert columns[schedule.FIRST_ROW].tolist()[:4] == [0, 1, 2, 3]
+    assert columns[schedule.KEYS_LEFT_OUT].tolist() == [0, 0, 0, 0, 1, 1]
+    assert majors[schedule.QUERIES_LEFT_OUT].tolist() == [0, 1, 1, 0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "all_used"),
+    [({"q_len": 1024, "kv_len": 1024}, True), ({}, False),
+     ({"q_len": 900, "kv_len": 1024}, False),
+     ({"q_len": 1024, "kv_len": 1024, "by_arrays": True}, False),
+     ({"sliding_window": (300, None), "kv_len": 1024}, False),
+     ({"causal": False, "kv_len": 1024}, True)],
+    ids=str,
+)  # fmt: skip
+def test_keys_that_nobody_sees_are_known(options, all_used):
+    """Of 1000 keys the last tile has some that do not exist."""
+    assert static(**options).uses_every_key == all_used
 
 
 def test_major_blocks_that_nobody_sees_are_not_loaded():

@@ -14,12 +14,16 @@ from attnsel_jax.compare.comparison import FAIL, PASS
 from pallas_kernels.dense import mosaic_tpu, mosaic_tpu_backward, mosaic_tpu_forward
 from pallas_kernels.dense import mosaic_tpu_logits as logits
 from pallas_kernels.dense import mosaic_tpu_schedule as schedule
+from pallas_kernels.dense.mosaic_tpu_tiles import Tiles
 
 pytestmark = pytest.mark.once
 
 SMALL = {"q_len": 140, "heads": (2, 1)}
 PROBLEMS = {
     "causal": problem("causal", causal=True, **SMALL),
+    "gradients by causality": problem(
+        "gradients by causality", causal=True, gradients=True, **SMALL | {"q_len": 128}
+    ),
     "window": problem("window", causal=True, sliding_window=40, **SMALL),
     "lengths": problem("lengths", batch=2, q_lens=(140, 90), kv_lens=(133, 140), **SMALL),
     "segments": problem("segments", segments=3, causal=True, **SMALL),
@@ -86,6 +90,11 @@ def mask_moved(real, static, extras, at):
     return real(static, extras, at._replace(kv_index=at.kv_index - 1))
 
 
+def begun_before(real, sums, start, size, first):
+    """What a sum begins with is what was there."""
+    return real(sums, start, size, first & False)
+
+
 def everything_used(real, *given):
     """Keys that nobody sees are not set to 0."""
     used = real(*given)
@@ -111,6 +120,10 @@ def window_of(change):
 # (fault, how it is planted, the problem that finds it, a quantity that it spoils)
 FAULTS = (
     ("mask edge", changed(logits, "seen", mask_moved), "causal", "out"),
+    ("rows begin with what was there", changed(mosaic_tpu_forward, "before", begun_before),
+     "causal", "out"),
+    ("gradients begin with what was there", changed(mosaic_tpu_backward, "before", begun_before),
+     "gradients by causality", "grad v"),
     ("window one too wide", other_static(logits, "seen", sliding_window=window_of(lambda w: w + 1)),
      "window", "out"),
     ("window one too narrow",
@@ -165,3 +178,16 @@ def test_a_planted_fault_is_found(fault, plant, name, quantity, monkeypatch):
     row = compared(PROBLEMS[name])
     assert row.verdict == FAIL, str(row)
     assert not row.deviation(quantity).passed, str(row)
+
+
+def test_a_fault_on_the_diagonal_is_found(monkeypatch):
+    """Four tiles on it, in one run; a query that sees one key less, and one key more."""
+    use(Tiles(128, 128, 128, 512, 512), monkeypatch)
+    case = problem("diagonal", causal=True, q_len=512, heads=(1, 1))
+    assert compared(case).verdict == PASS
+    real = logits.below_diagonal
+    for less in (1, -1):
+        monkeypatch.setattr(
+            logits, "below_diagonal", lambda x, n=less: jnp.roll(real(jnp.roll(x, -n, 1)), n, 1)
+        )
+        assert compared(case).verdict == FAIL
