@@ -37,6 +37,12 @@ KERNEL_HASH = re.compile(r'kernel_hash = "((?:[^"\\]|\\.)*)"')
 SMALL_TILE = re.compile(r"#mosaic_gpu\.tile<\[1, \d+\]>, #mosaic_gpu\.swizzle<")
 ENTRY_LINE = re.compile(r"^\s+(?:ROOT )?%\S+ = (?:\(.*?\)|\S+) ([\w-]+)\(", re.M)
 NO_KERNELS = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast")
+# Where a view of shared memory begins, how its numbers lie, and what they are; and a declaration.
+VIEW = re.compile(
+    r'(%\S+) = "mosaic_gpu.slice_smem"\(\) <\{.*?offset = (\d+) : i32\}> '
+    r"\{out_transforms = \[(.*)\]\} : \(\) -> memref<(?:\d+x)*(\w+),"
+)
+DECLARED = re.compile(r'"mosaic_gpu.with_transforms"\((%\S+)\)')
 SEEN: set[str] = set()  # kernels compiled in this process before: none is again, nor told of again
 
 
@@ -61,6 +67,8 @@ def program_of(chip, kernel, arguments, *, gradients=False):
         inferred = _inferred(patch)
         program = compiled(task)
     assert not (lost := loads_that_lose_their_phase("\n".join(inferred))), lost[0]
+    for text in inferred:
+        assert not (otherwise := views_that_lie_otherwise(text)), otherwise
     kernels = set(KERNEL_HASH.findall(program.as_text()))
     new = kernels - SEEN
     SEEN.update(kernels)
@@ -99,6 +107,25 @@ def loads_that_lose_their_phase(text):
         for line in text.splitlines()
         if "vector_load" in line and "strided<" in line and SMALL_TILE.search(line)
     ]
+
+
+def views_that_lie_otherwise(text):
+    """Views of memory that is read as numbers of several types, where Mosaic decided on a swizzle.
+
+    It decides for each view by itself (jax 0.11.2 to 0.12.0.1) where no transform is declared: what
+    is written through one and read through another has to lie plain for all of them.
+    """
+    latest, views = {}, []
+    for line in text.splitlines():
+        if found := VIEW.search(line):
+            name, *view = found.groups()
+            latest[name] = [*view, False]
+            views.append(latest[name])
+        elif (found := DECLARED.search(line)) and found[1] in latest:
+            latest[found[1]][-1] = True
+    free = [tuple(view) for *view, is_declared in views if not is_declared]
+    types = {offset: {dtype for at, _, dtype in free if at == offset} for offset, *_ in free}
+    return [view for view in free if len(types[view[0]]) > 1 and view[1] != "[]"]
 
 
 def _task(chip, kernel, arguments, gradients):

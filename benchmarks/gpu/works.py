@@ -79,6 +79,7 @@ _LATENT = [
     _latent("sparse_mla_prefill", 1, 2048, 16384, 2048),
     _latent("sparse_mla_decode", 64, 1, 16384, 2048),
     _latent("sparse_mla_decode", 64, 1, 16384, 2048, "fp8_ds_mla"),
+    _latent("sparse_mla_prefill", 1, 2048, 16384, 2048, "fp8_ds_mla"),
 ]  # fmt: skip
 # In turns: a run that is cut off has something of each.
 _TURNS = itertools.zip_longest(_FORWARD, _PAGED, _BACKWARD, _LATENT)

@@ -172,7 +172,7 @@ def _slots(sizes: Sizes, q_dtype, cache_dtype) -> Any:
     columns = sizes.rank + sizes.rope_dim
     groups = KEYS // GROUP
     raw = plgpu.SMEM((groups, 2 * GROUP, columns // LANE_ROW, LANE_ROW), cache_dtype)
-    return ExpandedSlots.scratch(raw, sizes, q_dtype, groups)
+    return ExpandedSlots.scratch((raw,), sizes, q_dtype, groups)
 
 
 def _kernel(*refs, sizes: Sizes, num_tokens, most_keys, row_blocks, converts):
@@ -213,7 +213,7 @@ def _kernel(*refs, sizes: Sizes, num_tokens, most_keys, row_blocks, converts):
             load_and_expand(
                 shared.slots, walk.pairs,
                 functools.partial(load_raw_pages, sizes, shared.slots, *sources),
-                functools.partial(_converted, shared.q.dtype, walk.zero),
+                functools.partial(_converted, shared.q.dtype, walk.zero, shared.slots),
                 lambda i, slot: walk.kv_len - first - i * PAIR - slot * KEYS,
             )  # fmt: skip
 
@@ -234,6 +234,7 @@ def _walk(tile, split, sizes: Sizes, num_seqs, kv_scale) -> attending.Walk:
     )
 
 
-def _converted(dtype, zero, raw, slot) -> list[jax.Array]:
+def _converted(dtype, zero, slots: ExpandedSlots, slot, group) -> list[jax.Array]:
     """The columns of a group of 8-bit rows, as `load_and_expand` wants them."""
-    return [piece.astype(dtype) for piece in raw_pieces(raw.at[pl.ds(0, GROUP)], zero)]
+    (raw,) = slots.raw[slot]
+    return [piece.astype(dtype) for piece in raw_pieces(raw.at[group, pl.ds(0, GROUP)], zero)]

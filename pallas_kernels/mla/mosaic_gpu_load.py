@@ -94,8 +94,8 @@ def load_raw_pages(
     """
     for group in range(KEYS // GROUP):
         rows = _raw_group(sizes, pages, page_table, tile, walk, i, slot, group)
-        raw = slots.raw[slot].at[group, pl.ds(0, GROUP)]
-        plgpu.copy_gmem_to_smem(rows, raw, slots.arrived.at[slot])
+        (raw,) = slots.raw[slot]
+        plgpu.copy_gmem_to_smem(rows, raw.at[group, pl.ds(0, GROUP)], slots.arrived.at[slot])
     for group in range(KEYS // GROUP):
         plgpu.async_prefetch(_raw_group(sizes, pages, page_table, tile, walk, i + 1, slot, group))
 

@@ -91,7 +91,7 @@ def blank_rows(rows: Any, keys: Any, layout: Any) -> None:
 class ExpandedSlots(NamedTuple):
     """Slots whose rows come raw, and are then written as wgmma wants them."""
 
-    raw: tuple[Any, Any]  # by slot, [KEYS / GROUP, rows, ...]: the same memory as
+    raw: tuple[Any, Any]  # by slot, some of [KEYS / GROUP, rows, ...]: the same memory as
     kv: tuple[Any, Any]  # by slot, [1, KEYS, rank + rope_dim]
     arrived: Any  # of 2 slots
     full: Any
@@ -99,8 +99,10 @@ class ExpandedSlots(NamedTuple):
     rank: int
 
     @classmethod
-    def scratch(cls, raw: Any, sizes: Sizes, dtype: Any, copies: int) -> tuple[Any, ...]:
-        """What to allocate; raw: a slot's rows as they come; copies: that bring them."""
+    def scratch(
+        cls, raw: tuple[Any, ...], sizes: Sizes, dtype: Any, copies: int
+    ) -> tuple[Any, ...]:
+        """What to allocate; raw: a slot's rows as they come, by dtype; copies: that bring them."""
         columns = sizes.rank + sizes.rope_dim
         kv = plgpu.SMEM((1, KEYS, columns), dtype, transforms=tiled())
         return (
@@ -114,7 +116,8 @@ class ExpandedSlots(NamedTuple):
     def of(cls, scratch: tuple[Any, ...], rank: int) -> "ExpandedSlots":
         """What `scratch` allocated."""
         first, second, *barriers = scratch
-        return cls(*zip(first, second, strict=True), *barriers, rank)
+        *raw, kv = zip(first, second, strict=True)
+        return cls(tuple(zip(*raw, strict=True)), kv, *barriers, rank)
 
     def values(self, slot: int, half: int, zero: Any) -> Any:
         """Half of a slot's latents, [KEYS, half]; zero: see `mosaic_gpu_attend.attend`."""
@@ -141,7 +144,7 @@ class ExpandedSlots(NamedTuple):
         """Nothing: whoever expands leaves no row that does not exist."""
 
 
-def one_memory(raw: Any, kv: Any) -> Any:
+def one_memory(raw: tuple[Any, ...], kv: Any) -> Any:
     """A slot's raw rows and its keys, at the same address, so that each group covers itself.
 
     A group of raw rows is allocated as large as GROUP rows of keys, and both begin where the slot
@@ -152,13 +155,14 @@ def one_memory(raw: Any, kv: Any) -> Any:
     Raises:
         ValueError: the sizes differ.
     """
-    sizes = [math.prod(x.shape) * x.dtype.itemsize for x in (raw, kv)]
-    if sizes[0] != sizes[1] or raw.shape[0] != KEYS // GROUP:
+    *sizes, size = (math.prod(x.shape) * x.dtype.itemsize for x in (*raw, kv))
+    groups = [x.shape[0] for x in raw]
+    if {*sizes} != {size} or {*groups} != {KEYS // GROUP}:
         raise ValueError(
-            f"raw rows take {sizes[0]} bytes in {raw.shape[0]} groups, must be {sizes[1]} in "
-            f"{KEYS // GROUP}: as the keys that are written over them"
+            f"raw rows take {sizes} bytes in {groups} groups, must be {size} in {KEYS // GROUP}: "
+            f"as the keys that are written over them"
         )
-    return plgpu.RefUnion(raw, kv)
+    return plgpu.RefUnion(*raw, kv)
 
 
 def row_pieces_layout() -> Any:
@@ -167,15 +171,22 @@ def row_pieces_layout() -> Any:
     return plgpu.Layout.TILED(tiles, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
 
-def raw_pieces(rows: Any, zero: Any) -> list[jax.Array]:
+def raw_pieces(rows: Any, zero: Any, *, optimized: bool = True) -> list[jax.Array]:
     """The columns of a group of raw rows, [GROUP, columns / 64, 64], 64 at a time.
+
+    optimized: no bank may be asked twice at once; False for 8-bit rows at multiples of 128 bytes,
+    where the same columns of two rows are in the same banks.
 
     zero: that the compiler does not know to be 0. It infers how raw rows lie, and for loads at a
     known place it would have TMA swizzle them; but then it reads all columns of a row as if they
     were its first (jax 0.11.2 and 0.12.0.1, read off the PTX; wrong on an H100).
     """
     return [
-        plgpu.load(rows.at[:, column, pl.ds(zero, LANE_ROW)], layout=row_pieces_layout())
+        plgpu.load(
+            rows.at[:, column, pl.ds(zero, LANE_ROW)],
+            layout=row_pieces_layout(),
+            optimized=optimized,
+        )
         for column in range(rows.shape[1])
     ]
 
@@ -184,28 +195,28 @@ def load_and_expand(
     slots: ExpandedSlots,
     pairs: Any,
     load: Callable[[Any, int], None],
-    pieces_of: Callable[[Any, int], list[jax.Array]],
+    pieces_of: Callable[[int, int], list[jax.Array]],
     keys_of: Callable[[Any], Any] | None,
 ) -> None:
     """The work of the loading warpgroup, for every pair of blocks.
 
-    A block is loaded after the one before it has been expanded, when its slot is free: one slot is
-    in use while the other is filled. (Not before: who owns the block before may need it to go on
-    to what frees the slot.)
+    Both blocks of a pair are expanded, then both of the next are loaded, each when its slot is
+    free: the second's rows come while the first's are expanded. (Not earlier: who owns the second
+    block needs it to go on to what frees the first's slot.)
 
     Args:
         slots: the slots.
         pairs: how many.
         load: starts the copies of a pair's block into a slot: (pair, slot).
-        pieces_of: (raw rows of a group, slot) -> its columns, 64 at a time, as wgmma multiplies
-            them: [GROUP, 64] each, laid out as `row_pieces_layout`.
+        pieces_of: (slot, group) -> the columns of a group of rows, 64 at a time, as wgmma
+            multiplies them: [GROUP, 64] each, laid out as `row_pieces_layout`.
         keys_of: (pair, slot) -> keys of its block that exist; None: all do.
     """
 
     def expand(i, slot):
         plgpu.barrier_wait(slots.arrived.at[slot])
         for group in range(KEYS // GROUP):
-            pieces = pieces_of(slots.raw[slot].at[group], slot)
+            pieces = pieces_of(slot, group)
             rows = 0, pl.ds(group * GROUP, GROUP)
             slots.kv[slot][rows] = jnp.concatenate(pieces, axis=1)
         if keys_of is not None:
@@ -213,15 +224,16 @@ def load_and_expand(
         plgpu.commit_smem()
         plgpu.barrier_arrive(slots.full.at[slot])
 
-    def load_next(i, slot):
-        plgpu.barrier_wait(slots.empty.at[slot])
-        load(i, slot)
-
     def one_pair(i, _):
-        expand(i, 0)
-        pl.when(i > 0)(lambda: load_next(i, 1))
-        expand(i, 1)
-        pl.when(i + 1 < pairs)(lambda: load_next(i + 1, 0))
+        for slot in (0, 1):
+            expand(i, slot)
+
+        @pl.when(i + 1 < pairs)
+        def _():
+            for slot in (0, 1):
+                plgpu.barrier_wait(slots.empty.at[slot])
+                load(i + 1, slot)
+
         return _
 
     @pl.when(pairs > 0)

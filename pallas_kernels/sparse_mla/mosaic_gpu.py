@@ -4,9 +4,8 @@ The contract (maths, arguments, edge cases) is `pallas_kernels/sparse_mla/__init
 the grid is one token: 64 rows of heads, and a share of the rows that the token names. Each row is a
 copy of its own (TMA on Hopper gathers nothing, and Pallas reads no vector of addresses there), raw
 into the slot's own memory; `mosaic_gpu_slots` says how they get from there to where wgmma reads
-them. A place in the list that names nothing is a row past the cache's end, which TMA fills with
-zeros, and is masked. 16-bit caches are read where they are. Rows of 8-bit caches are gathered and
-widened by XLA first, a few tokens at a time.
+them, and `mosaic_gpu_raw` how the rows of each kind of cache come and are converted. A place in the
+list that names nothing is a row past the cache's end, which TMA fills with zeros, and is masked.
 """
 
 import dataclasses
@@ -27,21 +26,18 @@ from pallas_kernels.mla.mosaic_gpu_load import load_queries
 from pallas_kernels.mla.mosaic_gpu_results import merged, shapes, write
 from pallas_kernels.mla.mosaic_gpu_slots import (
     GROUP,
-    LANE_ROW,
     ExpandedSlots,
     allocated,
     load_and_expand,
-    raw_pieces,
     scratch,
 )
 from pallas_kernels.mla.mosaic_gpu_tiles import TILES, splits
 from pallas_kernels.mla.mosaic_gpu_writes import write_latents
 from pallas_kernels.shape_checks import INT32, check_positive
-from pallas_kernels.sparse_mla.mosaic_gpu_rows import Chosen, chosen_rows, gathered
+from pallas_kernels.sparse_mla.mosaic_gpu_raw import kind_of
+from pallas_kernels.sparse_mla.mosaic_gpu_rows import Chosen, chosen_rows
 
 REGISTERS = {"attends": 216, "loads": 72}  # of a thread; 504 together, in steps of 8
-# Bytes of rows that are gathered at once from an 8-bit cache: 227 tokens of 2048 rows.
-GATHERED_BYTES = 512 << 20
 
 
 def sparse_mla_attention(
@@ -93,38 +89,8 @@ def sparse_mla_attention(
         scale=float(scale), soft_cap=soft_cap, splits=1,
     )  # fmt: skip
     kv_scale = jnp.ones((1,), jnp.float32) if kv_scale is None else kv_scale.reshape(1)
-    if latent_pages.dtype.itemsize == 2:
-        out, lse = _call(queries, _columns(latent_pages), chosen, kv_scale, sizes)
-    else:
-        out, lse = _in_turns(queries, latent_pages, chosen, kv_scale, sizes)
+    out, lse = _call(queries, latent_pages, chosen, kv_scale, sizes)
     return out[:, :num_heads], lse[:, :num_heads], latent_pages
-
-
-def _columns(rows: jax.Array) -> jax.Array:
-    """Rows as a copy takes them: 64 columns at a time."""
-    return rows.reshape(-1, rows.shape[-1] // LANE_ROW, LANE_ROW)
-
-
-def _in_turns(queries, latent_pages, chosen: Chosen, kv_scale, sizes: Sizes):
-    """An 8-bit cache: gathers the rows of some tokens, attends, and goes on."""
-    dtype = queries[0].dtype
-    num_tokens, listed = chosen.rows.shape
-    row_bytes = (sizes.rank + sizes.rope_dim) * dtype.itemsize
-    block = max(1, min(num_tokens, GATHERED_BYTES // (listed * row_bytes)))
-
-    def one_block(i, results):
-        first = jnp.minimum(i * block, num_tokens - block)  # the last is done in part again
-        mine = [jax.lax.dynamic_slice_in_dim(x, first, block) for x in (*queries, *chosen)]
-        rows, moved = gathered(latent_pages, Chosen(*mine[2:]), dtype)
-        parts = _call(mine[:2], _columns(rows), moved, kv_scale, sizes)
-        return tuple(
-            jax.lax.dynamic_update_slice_in_dim(whole, part, first, axis=0)
-            for whole, part in zip(results, parts, strict=True)
-        )
-
-    shape = num_tokens, sizes.num_heads
-    empty = jnp.zeros((*shape, sizes.rank), dtype), jnp.zeros(shape, jnp.float32)
-    return jax.lax.fori_loop(0, -(-num_tokens // block), one_block, empty)
 
 
 class _Arrays(NamedTuple):
@@ -132,7 +98,7 @@ class _Arrays(NamedTuple):
 
     ql_nope: Any  # [num_tokens * num_heads, rank]
     q_pe: Any
-    rows: Any  # [num_rows, columns / 64, 64]
+    rows: Any  # of the cache, as `mosaic_gpu_raw` has them copied
     chosen: Any  # int32 [num_tokens, listed]
     used: Any  # int32 [num_tokens]
     kv_scale: Any  # float32 [1]
@@ -140,7 +106,7 @@ class _Arrays(NamedTuple):
     lse: Any
 
 
-def _call(queries, rows, chosen: Chosen, kv_scale, sizes: Sizes):
+def _call(queries, latent_pages, chosen: Chosen, kv_scale, sizes: Sizes):
     """The kernel, and what puts its parts together: out and lse of padded heads."""
     ql_nope, q_pe = queries
     num_tokens, num_heads, rank = ql_nope.shape
@@ -150,10 +116,11 @@ def _call(queries, rows, chosen: Chosen, kv_scale, sizes: Sizes):
     choice = TILES[chip.name, 16, "sparse"]
     parts = splits(choice, cores=chip.num_cores, blocks=tiles, most_keys=listed)
     sizes = dataclasses.replace(sizes, splits=parts)
-    raw = plgpu.SMEM((KEYS // GROUP, GROUP, *rows.shape[1:]), dtype)
-    slots = ExpandedSlots.scratch(raw, sizes, dtype, KEYS + 1)
+    kind = kind_of(latent_pages)
+    rows = kind.in_cache(latent_pages)
+    slots = ExpandedSlots.scratch(kind.scratch(rows), sizes, dtype, KEYS * kind.copies() + 1)
     called = plgpu.kernel(
-        functools.partial(_kernel, sizes=sizes, row_blocks=row_blocks),
+        functools.partial(_kernel, sizes=sizes, row_blocks=row_blocks, kind=kind),
         out_type=shapes(sizes, num_tokens, tiles, dtype),
         scratch_types=[*scratch(sizes, slots, dtype, dtype), plgpu.SMEM((2, KEYS), jnp.int32)],
         grid=(sizes.splits, tiles),
@@ -168,7 +135,7 @@ def _call(queries, rows, chosen: Chosen, kv_scale, sizes: Sizes):
     return merged(out, lse, Batch(None, None, None, num_tokens, 0), sizes, dtype)
 
 
-def _kernel(*refs, sizes: Sizes, row_blocks: int):
+def _kernel(*refs, sizes: Sizes, row_blocks: int, kind):
     """One block: a token's heads and a share of its rows; each warpgroup takes its part."""
     arrays = _Arrays(*refs[: len(_Arrays._fields)])
     *own, chosen = refs[len(_Arrays._fields) :]
@@ -193,9 +160,15 @@ def _kernel(*refs, sizes: Sizes, row_blocks: int):
     def _():
         plgpu.set_max_registers(REGISTERS["loads"], action="decrease")
         load_queries(sizes, shared, arrays.ql_nope, arrays.q_pe, row)
+        raw = [kind(*views) for views in shared.slots.raw]
         listed = arrays.chosen.at[token]
-        load = functools.partial(_load_rows, arrays.rows, listed, chosen, shared.slots, walk)
-        pieces = functools.partial(_pieces, walk.zero)
+        load = functools.partial(
+            _load_rows, arrays.rows, listed, chosen, raw, shared.slots.arrived, walk
+        )
+
+        def pieces(slot, group):
+            return raw[slot].pieces(group, walk.zero, shared.q.dtype)
+
         load_and_expand(shared.slots, walk.pairs, load, pieces, None)
 
 
@@ -215,22 +188,17 @@ def _walk(used, a_row, split, sizes: Sizes, kv_scale) -> attending.Walk:
     )
 
 
-def _load_rows(rows, listed, chosen, slots: ExpandedSlots, walk, i, slot) -> None:
-    """The rows of one block, each by a copy; every warp brings those of one group."""
+def _load_rows(rows, listed, chosen, raw, arrived, walk, i, slot) -> None:
+    """The rows of one block, each by copies of its own; every warp brings those of one group."""
     first = (walk.first_pair + i) * PAIR + slot * KEYS
-    arrived = slots.arrived.at[slot]
+    arrived = arrived.at[slot]
     plgpu.copy_gmem_to_smem(listed.at[pl.ds(first, KEYS)], chosen.at[slot], arrived)
 
     @plgpu.warp_map
     def _(warp):
         for place in range(GROUP):
-            row = rows.at[listed[first + warp * GROUP + place]]
-            plgpu.copy_gmem_to_smem(row, slots.raw[slot].at[warp, place], arrived)
-
-
-def _pieces(zero, raw, slot) -> list[jax.Array]:
-    """The columns of a group of rows, as `load_and_expand` wants them."""
-    return raw_pieces(raw, zero)
+            row = rows.at[pl.ds(listed[first + warp * GROUP + place], 1)]
+            raw[slot].bring(row, warp, place, arrived)
 
 
 def _is_row(chosen, none, me, sizes, shared, first_key, walk) -> jax.Array:

@@ -1,11 +1,9 @@
-"""Which rows of the cache each token attends to, and rows of bytes as numbers."""
+"""Which rows of the cache each token attends to."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-from pallas_kernels import fp8_ds_mla
 
 
 class Chosen(NamedTuple):
@@ -52,19 +50,3 @@ def chosen_rows(
     used = jnp.max(jnp.where(sees, number, 0), axis=1, initial=0)
     rows = jnp.pad(rows, ((0, 0), (0, -topk % multiple)), constant_values=none)
     return Chosen(rows, used)
-
-
-def gathered(latent_pages: jax.Array, chosen: Chosen, dtype) -> tuple[jax.Array, Chosen]:
-    """Rows of 8-bit caches side by side, as numbers of dtype, and where each token's now are.
-
-    latent_pages: float8, whose values are kept (their scale is the caller's), or uint8 of
-    fp8_ds_mla, whose true values are rounded. What is no row is left out of the new lists.
-    """
-    num_pages, page_size, width = latent_pages.shape
-    none = num_pages * page_size
-    flat = latent_pages.reshape(none, width)
-    taken = jnp.take(flat, chosen.rows.reshape(-1), axis=0, mode="clip")
-    numbers = fp8_ds_mla.unpack(taken) if latent_pages.dtype == jnp.uint8 else taken
-    place = jnp.arange(chosen.rows.size, dtype=jnp.int32).reshape(chosen.rows.shape)
-    moved = jnp.where(chosen.rows < none, place, chosen.rows.size)
-    return numbers.astype(dtype), Chosen(moved, chosen.used)

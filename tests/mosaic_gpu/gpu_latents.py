@@ -2,7 +2,11 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 from gpu_interpreter import gpu_interpreter
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from attnsel_jax.compare import compare
 from attnsel_jax.problems import Problem
@@ -11,6 +15,7 @@ from pallas_kernels import gpu_chip
 from pallas_kernels.mla import mosaic_gpu as mla
 from pallas_kernels.mla import mosaic_gpu_slots, mosaic_gpu_tiles
 from pallas_kernels.sparse_mla import mosaic_gpu as sparse_mla
+from pallas_kernels.sparse_mla import mosaic_gpu_raw
 
 # Small, and with every edge: one query, several tiles of queries, none, more queries than a tile;
 # keys in one block, in several pairs, on a block's border.
@@ -39,5 +44,16 @@ def row_of(kernel, *, seed=0, **options):
 
 
 def with_raw_rows_apart(monkeypatch):
-    """Raw rows and keys of a slot in memory of their own: the interpreter has room, and asks it."""
-    monkeypatch.setattr(mosaic_gpu_slots, "one_memory", lambda raw, kv: (raw, kv))
+    """Raw rows and keys of a slot in memory of their own: the interpreter has room, and asks it.
+
+    So no view sees what was written through another: numbers are made of the bytes that came.
+    """
+
+    def as_numbers(raw, dtype, group, at, layout):
+        size = jnp.dtype(dtype).itemsize
+        at = pl.ds(size * at.start, size * at.size)
+        spelt = plgpu.load(raw.values.at[group, :, at]).reshape(mosaic_gpu_slots.GROUP, -1, size)
+        return jax.lax.bitcast_convert_type(spelt, dtype)
+
+    monkeypatch.setattr(mosaic_gpu_slots, "one_memory", lambda raw, kv: (*raw, kv))
+    monkeypatch.setattr(mosaic_gpu_raw, "as_numbers", as_numbers)
