@@ -18,7 +18,7 @@ from pallas_kernels.paged import (
     mosaic_tpu_write,
 )
 from pallas_kernels.paged.mosaic_tpu_geometry import LANES, ROWS, Geometry, Masks, divided
-from pallas_kernels.paged.mosaic_tpu_walk import CELLS, Batch, Walk
+from pallas_kernels.paged.mosaic_tpu_walk import CELLS, PARTS, Batch, Walk
 from pallas_kernels.paged.mosaic_tpu_write import News
 
 
@@ -72,8 +72,8 @@ class Step(NamedTuple):
 
 
 FACTOR, V_FACTOR, SLOPE, SINK = range(4)
-# Where the computation is; whether the tile's queries are rows; the decode that is to be finished.
-SEQ, TOKEN, IN_ROWS, DUE = range(4)
+# Where the computation is; whether the tile's queries are rows.
+SEQ, TOKEN, IN_ROWS = range(3)
 
 
 def attend(
@@ -165,7 +165,8 @@ def attend(
                 ),
                 pltpu.SemaphoreType.DMA((geometry.num_buffers,)),
                 pltpu.SMEM((CELLS,), jnp.int32),
-                pltpu.SMEM((4,), jnp.int32),
+                pltpu.SMEM((geometry.num_buffers, PARTS + 2 * geometry.chunks), jnp.int32),
+                pltpu.SMEM((3,), jnp.int32),
                 [pltpu.VMEM(in_rows, q.dtype)] * (2 * geometry.in_columns),
                 mosaic_tpu_heads.scratch_shapes(*in_rows, q.dtype),
                 mosaic_tpu_decode.scratch_shapes(geometry, kv_pages.dtype),
@@ -198,7 +199,7 @@ class _Static(NamedTuple):
 
 
 def _kernel(static: _Static, page_table, kv_lens, cu_q_lens, num_seqs, *refs) -> None:
-    """One tile: every span in it, one after another; before the first, the cache is written."""
+    """One tile: every span in it, decodes together; before the first, the cache is written."""
     geometry = static.geometry
     writes = static.window is not None
     slots, refs = refs[: 2 * writes], refs[2 * writes :]
@@ -206,9 +207,10 @@ def _kernel(static: _Static, page_table, kv_lens, cu_q_lens, num_seqs, *refs) ->
     parts, kv_pages, refs = refs[: static.parts], refs[static.parts], refs[static.parts + 1 :]
     (out, lse), refs = refs[:2], refs[2:]
     kv_pages, refs = (refs[0], refs[1:]) if writes else (kv_pages, refs)
-    buffers, arrived, cells, now, in_rows, words, of_decode, of_prefill, of_prompt, of_write = refs
+    buffers, arrived, cells, filled, now, in_rows, words, *scratch = refs
+    of_decode, of_prefill, of_prompt, of_write = scratch
     batch = Batch(page_table, kv_lens, cu_q_lens, num_seqs)
-    walk = Walk(geometry, static.masks, batch, kv_pages, buffers, arrived, cells)
+    walk = Walk(geometry, static.masks, batch, kv_pages, buffers, arrived, cells, filled)
     first_token = pl.program_id(0) * geometry.tile_tokens
     prompt = Step(
         q, out, lse, scalars, rows, first_token, static.soft_cap, static.has_slope,
@@ -230,7 +232,7 @@ def _kernel(static: _Static, page_table, kv_lens, cu_q_lens, num_seqs, *refs) ->
 
     end = cu_q_lens[num_seqs[0]]
     last = jnp.minimum(first_token + geometry.tile_tokens, end)
-    now[TOKEN], now[IN_ROWS], now[DUE] = first_token, jnp.int32(0), jnp.int32(-1)
+    now[TOKEN], now[IN_ROWS] = first_token, jnp.int32(0)
     is_partly_none = first_token + geometry.tile_tokens > end
     if geometry.in_columns:
         # What rows have is added to what columns have.
@@ -254,7 +256,8 @@ def _kernel(static: _Static, page_table, kv_lens, cu_q_lens, num_seqs, *refs) ->
 
         @pl.when(is_one)
         def _():
-            now[DUE] = mosaic_tpu_decode.attend_span(decode, span, now[DUE])
+            last_of_all = mosaic_tpu_decode.attend_spans(decode, span)
+            now[SEQ], now[TOKEN] = last_of_all.seq, last_of_all.begin
 
         @pl.when(several & is_short)
         def _():
@@ -270,11 +273,10 @@ def _kernel(static: _Static, page_table, kv_lens, cu_q_lens, num_seqs, *refs) ->
                 else:
                     mosaic_tpu_prefill.attend_span(prefill, span, 0, geometry.tile_tokens // ROWS)
 
-        now[SEQ], now[TOKEN] = walk.after(span)
+        now[SEQ], now[TOKEN] = walk.after(walk.span(now[SEQ], now[TOKEN]))
         return now[TOKEN] < last
 
     lax.while_loop(lambda more: more, visit, first_token < last)
-    pl.when(now[DUE] >= 0)(lambda: mosaic_tpu_decode.finish(decode, now[DUE]))
     if geometry.in_columns:
         pl.when(now[IN_ROWS] != 0)(lambda: _add_rows(prompt, decode))
 

@@ -1,12 +1,24 @@
-"""How the TPU kernel of `paged` computes a span of one token: all heads of a block at once.
+"""How the TPU kernel of `paged` computes decodes, spans of one token: all heads of a part at once.
 
-The token's query heads are rows, a kv head's group beside the next. A register of 8 rows may hold
+A token's query heads are rows, a kv head's group beside the next. A register of 8 rows may hold
 the groups of several kv heads: it is multiplied with each one's keys, and from each product the
 rows of that kv head are taken. So the softmax works on no row but the query heads.
 
 What bounds it is how fast keys and values are loaded into the matrix unit. A head of 64 leaves half
 of it empty: two kv heads are put side by side first, the queries of the second in the upper lanes.
+
+So that one part's loading hides another's softmax, a step takes the parts of a whole buffer, of
+whichever tokens come, as one run of instructions without a branch::
+
+    step        k                             k + 1
+    DMA       | parts of step k + 3         | ...       (drawn: 2 parts a step, 4 buffers)
+    q @ K.T   |      1           0 of k + 1 |      1
+    softmax   | 0            1              | 0
+    p @ V     |      0         1            |      0
+    divide    | all of k - 1                | all of k
 """
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,97 +28,95 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.paged import mosaic_tpu_softmax as softmax
 from pallas_kernels.paged.mosaic_tpu_geometry import LANES, Geometry
-from pallas_kernels.paged.mosaic_tpu_walk import Span
+from pallas_kernels.paged.mosaic_tpu_walk import Part, Span
 
 
 def scratch_shapes(geometry: Geometry, cache_dtype) -> list:
-    """The token's queries, m, l, acc, by row; a block's values where heads come in twos."""
-    rows = geometry.all_decode_rows
+    """`Scratch`'s."""
+    chunks, rows = geometry.chunks, geometry.all_decode_rows
     pairs = geometry.num_kv_heads // 2 if geometry.heads_at_once == 2 else 0
-    values = [pltpu.VMEM((pairs, geometry.block_tokens, LANES), cache_dtype)] if pairs else []
+    values = (chunks, pairs, geometry.chunk_tokens, LANES) if pairs else (1, 1, 8, LANES)
     return [
-        pltpu.VMEM((rows, geometry.k_lanes), jnp.float32),
-        pltpu.VMEM((rows, LANES), jnp.float32),
-        pltpu.VMEM((rows, LANES), jnp.float32),
-        pltpu.VMEM((rows, geometry.v_lanes), jnp.float32),
-        *values,
+        pltpu.VMEM((chunks + 1, rows, geometry.k_lanes), jnp.float32),
+        pltpu.VMEM((rows, geometry.chunk_tokens), jnp.float32),
+        pltpu.VMEM((chunks, rows, LANES), jnp.float32),
+        pltpu.VMEM((chunks, rows, LANES), jnp.float32),
+        pltpu.VMEM((chunks, rows, geometry.v_lanes), jnp.float32),
+        pltpu.VMEM(values, cache_dtype),
+        pltpu.SMEM((chunks,), jnp.int32),
     ]
+
+
+class Scratch(NamedTuple):
+    """What decodes keep, references.
+
+    Attributes:
+        q: queries by row, of each chunk and of the next step's first.
+        logits: products of the next step's first chunk.
+        m, l, acc: sums after each chunk of the last step, by row.
+        values: of each chunk, where heads come in twos.
+        tokens: of each chunk of the last step.
+    """
+
+    q: Any
+    logits: Any
+    m: Any
+    l: Any
+    acc: Any
+    values: Any
+    tokens: Any
 
 
 def begin(step) -> None:
     """Makes lanes that are no key's, and rows between groups, numbers: they are multiplied, too."""
-    step.scratch[0][...] = jnp.zeros_like(step.scratch[0])
+    for scratch in Scratch(*step.scratch)[:5]:
+        scratch[...] = jnp.zeros_like(scratch)
 
 
-def attend_span(step, span: Span, before) -> jax.Array:
-    """Attends with one token, and finishes the one before: the two wait for different things.
+def attend_spans(step, span: Span) -> Span:
+    """Attends with the tokens of decodes, from this one on; returns the last one's span."""
+    walk, scratch = step.walk, Scratch(*step.scratch)
+    shift = span.begin - span.seq
+    first = walk.wait_step()
+    part = walk.part_in(first, 0, shift)
+    token = part.token - step.first_token
+    for i in range(walk.geometry.chunks):
+        scratch.tokens[i] = token  # what is written there now is overwritten
+    scratch.logits[...] = _logits(step, part, first, 0, _load_q(step, 0, token))
 
-    Args:
-        step, span: what is computed.
-        before: the token, counted from the tile's first, that `finish` is due for; -1 = none.
+    def attend_step(buffer):
+        ahead = walk.step_ahead()
+        pl.when(jnp.logical_not(ahead))(walk.start_next)
+        goes_on = walk.goes_on(buffer)
+        following = lax.cond(goes_on, walk.wait_step, lambda: buffer)
 
-    Returns:
-        the token that it is due for now.
-    """
-    walk, geometry = step.walk, step.walk.geometry
-    _, m, l, acc = step.scratch[:4]
-    token = span.begin - step.first_token
-    # Where there is none, what comes out is overwritten when this token is finished.
-    finish(step, jnp.where(before < 0, token, before))
-    _load_q(step, token)
-    m[...] = jnp.full_like(m, softmax.START)
-    l[...] = jnp.zeros_like(l)
-    acc[...] = jnp.zeros_like(acc)
-    first, last = walk.blocks(span)
-    start, stop = walk.masks.bounds_of_all(span.first_q, span.last_q, span.start, span.stop)
-
-    def attend_block(block, _):
-        position = block * geometry.block_tokens
-        inside = (position >= start) & (position + geometry.block_tokens <= stop)
-        ahead = walk.whole_block_ahead()
-
-        @pl.when(inside & ahead)
+        @pl.when(ahead)
         def _():
-            buffer, start = walk.next_whole_block()
-            _attend_block(step, span, buffer, position, geometry.block_pages, start=start)
+            _attend(step, buffer, following, shift, walk.start_beside())
+            walk.move_on()
 
-        @pl.when(jnp.logical_not(inside & ahead))
-        def _():
-            buffer = walk.next_block(span, block)
-            _attend_part(step, span, buffer, position)
+        pl.when(jnp.logical_not(ahead))(lambda: _attend(step, buffer, following, shift, None))
+        return following, goes_on
 
-    lax.fori_loop(first, last, attend_block, None)
-    return token
-
-
-def _attend_part(step, span: Span, buffer, position) -> None:
-    """A block with keys that are not to be seen: no more of its pages than some quarters."""
-    pages = step.walk.geometry.block_pages
-    quarter = max(1, pages // 4)
-    sizes = range(quarter, pages + 1, quarter)
-    used = span.stop - position
-    below = jnp.int32(-1)
-    for size in sizes:
-        tokens = size * step.walk.geometry.page_size
-        fits = (used > below) & ((used <= tokens) | (size == pages))
-
-        def attend(size=size):
-            _attend_block(step, span, buffer, position, size)
-
-        pl.when(fits)(attend)
-        below = jnp.int32(tokens)
+    last, _ = lax.while_loop(
+        lambda state: state[1], lambda state: attend_step(state[0]), (first, jnp.bool_(True))
+    )
+    _finish_all(step)
+    part = walk.part_in(last, walk.geometry.chunks - 1, shift)
+    return walk.span(part.token - shift, part.token)
 
 
-def _load_q(step, token) -> None:
-    """Puts the token's heads into rows, each kv head's group where it belongs."""
-    geometry, q = step.walk.geometry, step.scratch[0]
+def _load_q(step, i: int, token) -> jax.Array:
+    """The token's heads in rows, each kv head's group where it belongs, by way of scratch i."""
+    geometry, q = step.walk.geometry, Scratch(*step.scratch).q.at[i]
     rows = step.q[token].astype(jnp.float32)
     for of_heads, of_rows in _groups(geometry):
         q[of_rows, : geometry.head_dim] = rows[of_heads]
-    if geometry.heads_at_once == 2:
-        lane = lax.broadcasted_iota(jnp.int32, q.shape, 1)
-        low = jnp.where(lane < geometry.head_dim, q[...], 0.0)
-        q[...] = jnp.where(_of_odd_heads(geometry), pltpu.roll(low, LANES // 2, 1), low)
+    if geometry.heads_at_once == 1:
+        return q[...].astype(step.q.dtype)
+    low = q[...]
+    rolled = pltpu.roll(low, LANES // 2, 1)
+    return jnp.where(_of_odd_heads(geometry), rolled, low).astype(step.q.dtype)
 
 
 def _groups(geometry: Geometry):
@@ -119,67 +129,115 @@ def _groups(geometry: Geometry):
         yield slice(first, first + geometry.group), slice(row, row + geometry.group)
 
 
-def _attend_block(step, span: Span, buffer, position, pages: int, *, start=None) -> None:
-    """The first pages of a block, for all heads.
+def _attend(step, buffer, following, shift, start) -> None:
+    """A step, without a branch: each part adds to its token's sums.
+
+    A chunk's products are beside the softmax of the one before, those of the next step's first one
+    beside this one's last. Tokens are written in the next step, for divisions take long: each
+    part's, of which a token's last one stays.
 
     Args:
-        step, span, buffer, position, pages: which.
-        start: of `next_whole_block`: the block is whole and seen, copies are started beside it;
-            None = it is masked.
+        step, buffer, following, shift: this step's buffer, and the next one's, or this one's.
+        start: of `start_beside`: copies are started beside it; None = none are.
     """
-    geometry = step.walk.geometry
-    q, m, l, acc = step.scratch[:4]
-    buffers = step.walk.buffers.at[buffer, pl.ds(0, pages)]
-    keys, at_once = pages * geometry.page_size, geometry.heads_at_once
-    kv_pos = position + lax.broadcasted_iota(jnp.int32, (1, keys), 1)
-    kept = None if start is not None else (span.start - position, span.stop - position)
-    parts = 2 * geometry.num_kv_heads // at_once
+    walk, scratch = step.walk, Scratch(*step.scratch)
+    chunks = walk.geometry.chunks
+    parts = [walk.part_in(buffer, i, shift) for i in range(chunks)]
+    parts.append(walk.part_in(following, 0, shift))
+    tokens = [part.token - step.first_token for part in parts]
+    q = [_load_q(step, i, token) for i, token in enumerate(tokens)]
+    logits = [scratch.logits[...]]
+    m, l = scratch.m[chunks - 1], scratch.l[chunks - 1]
+    acc = scratch.acc[chunks - 1]
+    _finish_all(step)
+    for i in range(chunks):
+        weights, shrink, m, l = _softmax(step, parts[i], logits[i], m, l)
+        if i + 1 < chunks:
+            logits.append(_logits(step, parts[i + 1], buffer, i + 1, q[i + 1]))
+        if start is not None:
+            start(i)
+        acc = _add_values(step, parts[i], buffer, i, weights, shrink, acc)
+        scratch.m[i], scratch.l[i], scratch.acc[i] = m, l, acc
+    logits.append(_logits(step, parts[chunks], following, 0, q[chunks]))
+    for i in range(chunks):
+        scratch.tokens[i] = tokens[i]
+    scratch.logits[...] = logits[chunks]
+
+
+def _finish_all(step) -> None:
+    """Writes what each part of the last step has come to."""
+    scratch = Scratch(*step.scratch)
+    for i in range(step.walk.geometry.chunks):
+        _finish(step, scratch.tokens[i], scratch.m[i], scratch.l[i], scratch.acc[i])
+
+
+def _logits(step, part: Part, buffer, i: int, q) -> jax.Array:
+    """Products of the keys of a part, chunk i of a buffer, with its token's queries."""
+    geometry, pages = step.walk.geometry, step.walk.geometry.chunk_pages
+    buffers = step.walk.buffers.at[buffer, pl.ds(i * pages, pages)]
 
     def logits_of(unit, rows):
-        if start is not None:
-            start(unit, parts)
-        if at_once == 2:
-            k = _keys_of_two(step, buffers, unit)
+        if geometry.heads_at_once == 2:
+            k, v = _keys_and_values_of_two(geometry, buffers, unit)
+            Scratch(*step.scratch).values[i, unit] = rows_kept(v, _kept(step, part))
         else:
             k = geometry.read(buffers.at[:, unit], 0, geometry.k_lanes)
         return product(rows, k.astype(step.q.dtype), 1)
 
-    def values_of(unit, weights):
-        if start is not None:
-            start(parts // 2 + unit, parts)
-        if at_once == 2:
-            v = step.scratch[4][unit, :keys]
-        else:
-            v = geometry.read(buffers.at[:, unit], geometry.v_start, 2 * geometry.head_dim)
-        return product(weights, rows_kept(v, kept).astype(step.q.dtype), 0)
+    return _by_unit(geometry, q, logits_of)
 
-    logits = _by_unit(geometry, q[...].astype(step.q.dtype), logits_of)
+
+def _kept(step, part: Part) -> tuple[jax.Array | None, jax.Array]:
+    """[begin, end) of the part's keys that are seen; None = from the first on."""
+    begin = part.start - part.position if step.walk.masks.has_start else None
+    return begin, part.stop - part.position
+
+
+def _softmax(step, part: Part, logits, m, l) -> tuple[jax.Array, ...]:
+    """Weights of a part, what older sums keep, m and l; at a token's first part they begin."""
+    geometry = step.walk.geometry
+    is_first = part.number == part.first
+    m, l = jnp.where(is_first, softmax.START, m), jnp.where(is_first, 0.0, l)
     logits = logits * step.rows[0][:, :1]
+    kv_pos = part.position + lax.broadcasted_iota(jnp.int32, (1, geometry.chunk_tokens), 1)
     slope = step.rows[2][:, :1] if step.has_slope else None
-    logits = softmax.join(logits, span.first_q, kv_pos, soft_cap=step.soft_cap, slope=slope)
-    if kept is not None:
-        limits = step.walk.masks.limits(span.first_q, span.start, span.stop)
-        logits = softmax.mask(logits, kv_pos, limits)
-    weights, shrink, m[...], l[...] = softmax.update(logits, m[...], l[...])
-    values = _by_unit(geometry, weights.astype(step.q.dtype), values_of)
-    acc[...] = acc[...] * softmax.widened(shrink, geometry.v_lanes) + values
+    logits = softmax.join(logits, part.q_pos, kv_pos, soft_cap=step.soft_cap, slope=slope)
+    limits = step.walk.masks.limits(part.q_pos, part.start, part.stop)
+    weights, shrink, m, l = softmax.update(softmax.mask(logits, kv_pos, limits), m, l)
+    return weights.astype(step.q.dtype), jnp.where(is_first, 0.0, shrink), m, l
 
 
-def _keys_of_two(step, buffers, pair: int) -> jax.Array:
-    """Keys of two kv heads, even | odd in 128 lanes; their values, odd | even, go to scratch.
+def _add_values(step, part: Part, buffer, i: int, weights, shrink, acc) -> jax.Array:
+    """Adds the weighted values of a part, chunk i of a buffer, to what `shrink` keeps of acc."""
+    geometry, pages = step.walk.geometry, step.walk.geometry.chunk_pages
+
+    def values_of(unit, rows):
+        if geometry.heads_at_once == 2:
+            v = Scratch(*step.scratch).values[i, unit]
+        else:
+            there = step.walk.buffers.at[buffer, pl.ds(i * pages, pages), unit]
+            v = geometry.read(there, geometry.v_start, 2 * geometry.head_dim)
+            v = rows_kept(v, _kept(step, part))
+        return product(rows, v.astype(step.q.dtype), 0)
+
+    shrink = softmax.widened(shrink, geometry.v_lanes)
+    kept = jnp.where(shrink == 0, 0.0, acc * shrink)  # even if another token's are no numbers
+    return kept + _by_unit(geometry, weights, values_of)
+
+
+def _keys_and_values_of_two(geometry: Geometry, buffers, pair: int) -> tuple[jax.Array, jax.Array]:
+    """Keys of two kv heads, even | odd in 128 lanes, and their values, odd | even.
 
     Lanes are turned once for both.
     """
-    geometry, values = step.walk.geometry, step.scratch[4]
     even, odd = (
         pltpu.bitcast(geometry.read(buffers.at[:, 2 * pair + i], 0, LANES), jnp.int32)
         for i in range(2)
     )
     odd = pltpu.roll(odd, LANES // 2, 1)
     is_low = lax.broadcasted_iota(jnp.int32, even.shape, 1) < LANES // 2
-    found = pltpu.bitcast(jnp.where(is_low, odd, even), buffers.dtype)
-    values[pair, : found.shape[0]] = found
-    return pltpu.bitcast(jnp.where(is_low, even, odd), buffers.dtype)
+    keys, values = jnp.where(is_low, even, odd), jnp.where(is_low, odd, even)
+    return pltpu.bitcast(keys, buffers.dtype), pltpu.bitcast(values, buffers.dtype)
 
 
 def product(x, y, contracted: int):
@@ -205,7 +263,8 @@ def rows_kept(v: jax.Array, kept) -> jax.Array:
         row = first_row + i
         mine = ((1 << (32 // packed)) - 1) << (i * 32 // packed)
         mine = mine - (1 << 32) if mine >= 1 << 31 else mine
-        bits |= jnp.where((row >= kept[0]) & (row < kept[1]), jnp.int32(mine), 0)
+        inside = row < kept[1] if kept[0] is None else (row >= kept[0]) & (row < kept[1])
+        bits |= jnp.where(inside, jnp.int32(mine), 0)
     return pltpu.bitcast(words & bits, v.dtype)
 
 
@@ -232,12 +291,11 @@ def _of_odd_heads(geometry: Geometry) -> jax.Array:
     return lax.shift_right_logical(row, geometry.decode_rows.bit_length() - 1) & 1 != 0
 
 
-def finish(step, token) -> None:
-    """Puts a token's output and lse into the tile."""
+def _finish(step, token, m, l, acc) -> None:
+    """Puts a token's output and lse into the tile: what its last part says stays."""
     geometry = step.walk.geometry
-    _, m, l, acc = step.scratch[:4]
-    factor, lse = softmax.finish(m[...], l[...], step.rows[3], step.rows[1])
-    values = acc[...] * softmax.widened(factor, geometry.v_lanes)
+    factor, lse = softmax.finish(m, l, step.rows[3], step.rows[1])
+    values = acc * softmax.widened(factor, geometry.v_lanes)
     values = jnp.where(factor[:, :1] != 0, values, 0.0)
     if geometry.heads_at_once == 2:
         values = jnp.where(_of_odd_heads(geometry), values, pltpu.roll(values, LANES // 2, 1))

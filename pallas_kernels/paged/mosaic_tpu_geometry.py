@@ -36,6 +36,11 @@ class Masks(NamedTuple):
     sliding_window: Window
     attention_chunk_size: int | None
 
+    @property
+    def has_start(self) -> bool:
+        """Whether a query may not see the first keys."""
+        return window_bounds(self.sliding_window)[0] is not None or bool(self.attention_chunk_size)
+
     def bounds(self, first_q: jax.Array, last_q: jax.Array, kv_len: jax.Array):
         """[start, stop) of the keys that some query of the range sees."""
         return seen_bounds(first_q, last_q, kv_len, **self._asdict())
@@ -152,6 +157,11 @@ class Geometry(NamedTuple):
     def block_tokens(self) -> int:
         """Keys in a block."""
         return self.block_pages * self.page_size
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of a block."""
+        return self.block_pages // self.chunk_pages
 
     @property
     def chunk_tokens(self) -> int:

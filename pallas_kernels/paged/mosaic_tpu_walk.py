@@ -4,8 +4,13 @@ The tokens are visited in order, as spans: a span is what one tile of queries ha
 Each span walks over the blocks of pages that its queries can see. A cursor runs `num_buffers - 1`
 blocks ahead of the computation along the same walk, over the borders of spans, tiles and sequences,
 and starts the copies.
+
+Decodes, spans of one token, are visited together, as many as follow one another in a tile. A buffer
+then holds not a block but a step: in each of its chunks a part of one of them, as they come. A step
+may have more room than there are parts: the rest see no key.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -42,9 +47,41 @@ class Span(NamedTuple):
     stop: jax.Array
 
 
-# The cursor's cells, and the buffers that the next copy fills and that the next block lies in.
-NEXT_SEQ, NEXT_TOKEN, SEQ, BLOCK, BLOCK_END, PAGE_BEGIN, PAGE_END, TO_FILL, FILLED = range(9)
-CELLS = 9
+class Part(NamedTuple):
+    """What a decode computes at once: keys [position, position + chunk_tokens) for one token.
+
+    q_pos is the token's position; it sees keys [start, stop). The sequence's parts are [first,
+    end), one at least; `number` may be `end` or above where a step has more room than parts.
+    """
+
+    token: jax.Array
+    q_pos: jax.Array
+    start: jax.Array
+    stop: jax.Array
+    first: jax.Array
+    end: jax.Array
+    number: jax.Array
+    position: jax.Array
+
+
+class Cursor(NamedTuple):
+    """A part of a sequence, by its number, and where the sequence's parts end."""
+
+    seq: jax.Array
+    number: jax.Array
+    end: jax.Array
+
+
+# The cursor's cells, and the buffers that the next copy fills and that the next block lies in. On
+# decodes BLOCK and BLOCK_END are the parts of sequence SEQ, which go on until that of LAST; the
+# token of a sequence is SHIFT more than its number. LAST is -1 elsewhere.
+(
+    NEXT_SEQ, NEXT_TOKEN, SEQ, BLOCK, BLOCK_END, PAGE_BEGIN, PAGE_END, SHIFT, LAST, TO_FILL, FILLED,
+    CELLS,
+) = range(12)  # fmt: skip
+# Of each buffer: the pages under way, whether it is some decodes' last step, and sequence and part
+# of each of its chunks.
+PAGES, IS_LAST, PARTS = range(3)
 
 
 class Walk(NamedTuple):
@@ -57,6 +94,7 @@ class Walk(NamedTuple):
     buffers: Any  # [num_buffers, block_pages, num_kv_heads, tiles, page_size, lanes]
     arrived: Any  # DMA semaphores, one for each buffer
     cells: Any  # SMEM
+    filled: Any  # SMEM [num_buffers, PARTS + 2 * chunks]: what a buffer holds
 
     def first_seq(self, seq: jax.Array) -> jax.Array:
         """The first sequence from `seq` on that has tokens; num_seqs if there is none."""
@@ -97,6 +135,37 @@ class Walk(NamedTuple):
         size = self.geometry.page_size
         return divided(span.start, size), divided(span.stop + size - 1, size)
 
+    def last_decode(self, span: Span) -> Span:
+        """The last span of the decodes that begin with this one, of one token.
+
+        Sequences of one token each, one after another in its tile.
+        """
+        cu, num_seqs = self.batch.cu_q_lens, self.batch.num_seqs[0]
+        of_tile = self.geometry.tile_tokens - remainder(span.begin, self.geometry.tile_tokens)
+        stop = jnp.minimum(num_seqs, span.seq + of_tile)
+
+        def goes_on(seq):
+            there = jnp.minimum(seq, num_seqs - 1)
+            return (seq < stop) & (cu[there + 1] - cu[there] == 1)
+
+        ends = span.end >= cu[span.seq + 1]
+        last = lax.while_loop(goes_on, lambda s: s + 1, jnp.where(ends, span.seq + 1, stop)) - 1
+        last = jnp.where(ends, last, span.seq)
+        return self.span(last, span.begin + last - span.seq)
+
+    def part(self, seq: jax.Array, token: jax.Array, number: jax.Array | None = None) -> Part:
+        """A part of a decode, by its number; None = its first. Without a branch."""
+        size = self.geometry.chunk_tokens
+        kv_len = self.batch.kv_lens[seq]
+        q_pos = kv_len - self.batch.cu_q_lens[seq + 1] + token
+        start, stop = self.masks.bounds(q_pos, q_pos, kv_len)
+        some = stop > start
+        start, stop = jnp.where(some, start, 0), jnp.where(some, stop, 0)
+        first = divided(start, size)
+        end = jnp.maximum(divided(stop + size - 1, size), first + 1)
+        number = first if number is None else number
+        return Part(token, q_pos, start, stop, first, end, number, number * size)
+
     def _find_block(self, seq: jax.Array, token: jax.Array) -> None:
         """Puts the cursor on the first block of the first span, from this one on, that has any."""
         cells, num_seqs = self.cells, self.batch.num_seqs[0]
@@ -105,11 +174,23 @@ class Walk(NamedTuple):
 
         def look(_):
             span = self.span(cells[NEXT_SEQ], cells[NEXT_TOKEN])
-            cells[SEQ] = span.seq
+            cells[SEQ], cells[SHIFT] = span.seq, span.begin - span.seq
+            is_one = span.end - span.begin == 1
+            pl.when(is_one)(functools.partial(look_at_decodes, span))
+            pl.when(jnp.logical_not(is_one))(functools.partial(look_at, span))
+            return (cells[BLOCK] >= cells[BLOCK_END]) & (cells[NEXT_SEQ] < num_seqs)
+
+        def look_at_decodes(span):
+            last = self.last_decode(span)
+            part = self.part(span.seq, span.begin)
+            cells[LAST], cells[BLOCK], cells[BLOCK_END] = last.seq, part.first, part.end
+            cells[NEXT_SEQ], cells[NEXT_TOKEN] = self.after(last)
+
+        def look_at(span):
+            cells[LAST] = jnp.int32(-1)
             cells[BLOCK], cells[BLOCK_END] = self.blocks(span)
             cells[PAGE_BEGIN], cells[PAGE_END] = self.pages(span)
             cells[NEXT_SEQ], cells[NEXT_TOKEN] = self.after(span)
-            return (cells[BLOCK] >= cells[BLOCK_END]) & (cells[NEXT_SEQ] < num_seqs)
 
         lax.while_loop(lambda more: more, look, seq < num_seqs)
 
@@ -118,8 +199,8 @@ class Walk(NamedTuple):
         self.cells[TO_FILL] = self.cells[FILLED] = jnp.int32(0)
         seq = self.first_seq(jnp.int32(0))
         self._find_block(seq, jnp.int32(0))
-        for _ in range(self.geometry.num_buffers - 1):
-            self.start_next()
+        ahead = self.geometry.num_buffers - 1
+        lax.fori_loop(0, ahead, lambda *_: self.start_next(), None)
         return seq
 
     def _take(self, cell: int) -> jax.Array:
@@ -129,15 +210,6 @@ class Walk(NamedTuple):
         self.cells[cell] = jnp.where(following == self.geometry.num_buffers, 0, following)
         return buffer
 
-    def _start_pages(self, buffer, place, at, count: int) -> None:
-        """Starts the copies of `count` pages, from this entry of the page table on.
-
-        All are looked up before the first is started: the scalar unit need not wait for each.
-        """
-        for i, source in enumerate([self._page(at + i) for i in range(count)]):
-            there = self.buffers.at[buffer, place + i]
-            pltpu.make_async_copy(source, there, self.arrived.at[buffer]).start()
-
     def _page(self, at):
         """The page, or part of one, that this entry of the page table stands for."""
         parts, size = self.geometry.page_parts, self.geometry.page_size
@@ -146,61 +218,164 @@ class Walk(NamedTuple):
         rows = pl.ds(pl.multiple_of(remainder(at, parts) * size, size), size)
         return self.kv_pages.at[self.batch.page_table[divided(at, parts)], :, :, rows]
 
-    def _move_on(self) -> None:
-        """Puts the cursor on the next block."""
-        cells = self.cells
-        cells[BLOCK] += 1
-        is_last = cells[BLOCK] >= cells[BLOCK_END]
+    def _start_pages(self, buffer, place, at, begin, end) -> None:
+        """Starts the copies of pages [begin, end) of a sequence.
 
-        @pl.when(is_last & (cells[NEXT_SEQ] < self.batch.num_seqs[0]))
+        Args:
+            buffer, place: page `begin` goes to this place of this buffer.
+            at: entry of the page table that is the sequence's first page.
+        """
+
+        def start(page, count):
+            # All are looked up before the first is started: the scalar unit waits for one, not all.
+            for i, source in enumerate([self._page(at + page + i) for i in range(count)]):
+                there = self.buffers.at[buffer, place + page - begin + i]
+                pltpu.make_async_copy(source, there, self.arrived.at[buffer]).start()
+
+        _some_at_once(begin, end, start)
+
+    def move_on(self) -> None:
+        """Looks for the cursor's next block where there is none left."""
+        cells = self.cells
+        is_over = cells[BLOCK] >= cells[BLOCK_END]
+
+        @pl.when(is_over & (cells[NEXT_SEQ] < self.batch.num_seqs[0]))
         def _():
             self._find_block(cells[NEXT_SEQ], cells[NEXT_TOKEN])
 
     def start_next(self) -> None:
-        """Starts the copies of the cursor's block, and moves the cursor on."""
-        cells, pages = self.cells, self.geometry.block_pages
+        """Starts the copies of the cursor's block, or step, and moves the cursor on."""
+        some = self.cells[BLOCK] < self.cells[BLOCK_END]
+        is_step = self.cells[LAST] >= 0
 
-        @pl.when(cells[BLOCK] < cells[BLOCK_END])
+        @pl.when(some & jnp.logical_not(is_step))
         def _():
-            buffer = self._take(TO_FILL)
-            first = cells[BLOCK] * pages
-            begin = jnp.maximum(cells[PAGE_BEGIN], first)
-            end = jnp.minimum(cells[PAGE_END], first + pages)
-            row = cells[SEQ] * self.geometry.pages_per_seq
+            self._start_block()
+            self.move_on()
 
-            def start(column, count):
-                self._start_pages(buffer, column - first, row + column, count)
+        @pl.when(some & is_step)
+        def _():
+            self._start_step()
+            self.move_on()
 
-            _some_at_once(begin, end, start)
-            self._move_on()
-
-    def whole_block_ahead(self) -> jax.Array:
-        """Whether every page of the cursor's block is to be copied."""
+    def _start_block(self) -> None:
         cells, pages = self.cells, self.geometry.block_pages
+        buffer = self._take(TO_FILL)
         first = cells[BLOCK] * pages
-        some = cells[BLOCK] < cells[BLOCK_END]
-        return some & (cells[PAGE_BEGIN] <= first) & (first + pages <= cells[PAGE_END])
+        begin = jnp.maximum(cells[PAGE_BEGIN], first)
+        end = jnp.minimum(cells[PAGE_END], first + pages)
+        row = cells[SEQ] * self.geometry.pages_per_seq
+        self._start_pages(buffer, begin - first, row, begin, end)
+        cells[BLOCK] += 1
 
-    def next_whole_block(self) -> tuple[jax.Array, Callable[[int, int], None]]:
-        """As `next_block`, where both the block and the one ahead are whole; starts no copies.
+    def _start_step(self) -> None:
+        buffer, pages = self._take(TO_FILL), self.geometry.chunk_pages
+
+        def start(i, state):
+            at, count = state
+            part, row, at = self._note_part(buffer, i, at)
+            first = part.number * pages
+            begin, end = self._pages_of(part)
+            self._start_pages(buffer, i * pages + begin - first, row, begin, end)
+            return at, count + end - begin
+
+        state = self._cursor(), jnp.int32(0)
+        self._note_step(buffer, *lax.fori_loop(0, self.geometry.chunks, start, state))
+
+    def _pages_of(self, part: Part) -> tuple[jax.Array, jax.Array]:
+        """[begin, end) of the pages that a part reads; it may read none."""
+        size, pages = self.geometry.page_size, self.geometry.chunk_pages
+        begin = jnp.maximum(divided(part.start, size), part.number * pages)
+        end = jnp.minimum(divided(part.stop + size - 1, size), (part.number + 1) * pages)
+        return begin, jnp.maximum(begin, end)
+
+    def _cursor(self) -> Cursor:
+        """Where the cursor is among decodes."""
+        return Cursor(self.cells[SEQ], self.cells[BLOCK], self.cells[BLOCK_END])
+
+    def _note_part(self, buffer, i, at: Cursor) -> tuple[Part, jax.Array, Cursor]:
+        """Chunk i of the buffer is the cursor's part; without a branch.
 
         Returns:
-            the buffer; a function that starts part i of n of the copies ahead: where it is called
-            beside a computation, without a loop, the compiler puts it there.
+            the part, the entry of the page table that is its sequence's first page, and where the
+            cursor is next.
         """
-        pages = self.geometry.block_pages
+        cells, (seq, number, _) = self.cells, at
+        part = self.part(seq, seq + cells[SHIFT], number)
+        self.filled[buffer, PARTS + 2 * i] = seq
+        self.filled[buffer, PARTS + 2 * i + 1] = number
+        goes_over = (number + 1 >= part.end) & (seq < cells[LAST])
+        after = seq + goes_over.astype(jnp.int32)
+        following = self.part(after, after + cells[SHIFT])
+        at = Cursor(after, jnp.where(goes_over, following.first, number + 1), following.end)
+        return part, seq * self.geometry.pages_per_seq, at
+
+    def _note_step(self, buffer, at: Cursor, pages) -> None:
+        """The buffer's step has so many pages, and the cursor is behind it."""
+        self.cells[SEQ], self.cells[BLOCK], self.cells[BLOCK_END] = at
+        self.filled[buffer, PAGES] = pages
+        self.filled[buffer, IS_LAST] = (at.number >= at.end).astype(jnp.int32)
+
+    def step_ahead(self) -> jax.Array:
+        """Whether the cursor is on decodes."""
+        return (self.cells[BLOCK] < self.cells[BLOCK_END]) & (self.cells[LAST] >= 0)
+
+    def start_beside(self) -> Callable[[int], None]:
+        """As `start_next`, where the cursor is on decodes; starts no copies.
+
+        Returns:
+            a function that starts the copies of chunk i, once for each, in order: where it is
+            called beside a computation the compiler puts it there, for it has no branch. A page
+            that there is not is a copy of nothing. After the last, `move_on` is due.
+        """
+        geometry = self.geometry
+        buffer, pages = self._take(TO_FILL), geometry.chunk_pages
+        at, count = self._cursor(), jnp.int32(0)
+
+        def start(i: int) -> None:
+            nonlocal at, count
+            part, row, at = self._note_part(buffer, i, at)
+            begin, end = self._pages_of(part)
+            count += end - begin
+            first = part.number * pages
+            # None that is no page of this sequence is looked up.
+            last = row + jnp.maximum(divided(part.stop - 1, geometry.page_size), 0)
+            heads = jnp.int32(geometry.num_kv_heads)
+            for j in range(pages):
+                entry = jnp.minimum(row + first + j, last)
+                is_there = first + j < end
+                if self.masks.has_start:
+                    entry = jnp.maximum(entry, row + divided(part.start, geometry.page_size))
+                    is_there &= first + j >= begin
+                source = self._page(entry)
+                some = pl.ds(0, jnp.where(is_there, heads, 0))
+                there = self.buffers.at[buffer, i * pages + j, some]
+                pltpu.make_async_copy(source.at[some], there, self.arrived.at[buffer]).start()
+            if i == geometry.chunks - 1:
+                self._note_step(buffer, at, count)
+
+        return start
+
+    def wait_step(self) -> jax.Array:
+        """Waits for the pages of a step, and returns its buffer."""
         buffer = self._take(FILLED)
-        there = self.buffers.at[buffer]
-        pltpu.make_async_copy(there, there, self.arrived.at[buffer]).wait()
-        ahead = self._take(TO_FILL)
-        at = self.cells[SEQ] * self.geometry.pages_per_seq + self.cells[BLOCK] * pages
-        self._move_on()
+        pages = self.filled[buffer, PAGES]
 
-        def start(i: int, n: int) -> None:
-            first, last = i * pages // n, (i + 1) * pages // n
-            self._start_pages(ahead, first, at + first, last - first)
+        @pl.when(pages > 0)
+        def _():
+            there = self.buffers.at[buffer, pl.ds(0, pages)]
+            pltpu.make_async_copy(there, there, self.arrived.at[buffer]).wait()
 
-        return buffer, start
+        return buffer
+
+    def goes_on(self, buffer) -> jax.Array:
+        """Whether the buffer's step is not the last one of its decodes."""
+        return self.filled[buffer, IS_LAST] == 0
+
+    def part_in(self, buffer, i, shift) -> Part:
+        """What chunk i of a step's buffer holds; tokens are `shift` more than sequences."""
+        seq, number = (self.filled[buffer, PARTS + 2 * i + j] for j in range(2))
+        return self.part(seq, seq + shift, number)
 
     def next_block(self, span: Span, block: jax.Array) -> jax.Array:
         """Starts a copy ahead, waits for this block of the span, and returns its buffer."""

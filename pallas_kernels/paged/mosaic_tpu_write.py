@@ -4,7 +4,8 @@ Rows of a cache are packed in tiles of 8 and more, so a row is written by readin
 that it lies in, and writing it back. Tokens that are neighbours in a window are written together (a
 run); a window that a run fills is not read. Windows are read ahead of being merged, and written
 behind, through a ring of buffers; a run whose window is still in the ring waits for it to be gone,
-so any slot mapping is honoured. All is written before the first page is read: a page may belong to
+so any slot mapping is honoured. Where each token has a window of its own, as in decodes, some are
+merged at once without a branch. All is written before the first page is read: a page may belong to
 several sequences.
 """
 
@@ -24,6 +25,8 @@ RING, AHEAD = 16, 8  # windows in the ring, and read ahead of the one that is me
 TILE, TILES_AHEAD = 64, 2  # tokens that are brought at once; how far ahead
 # Rows of a window: a decode step writes a row or two of each, a prompt fills them.
 FEW, MANY = 8, 32
+FEW_TOKENS = 1024  # up to so many have FEW
+GROUP, GROUPS = 8, 4  # tokens apart that are merged without a branch; groups in the ring
 
 
 class News(NamedTuple):
@@ -31,7 +34,8 @@ class News(NamedTuple):
 
     Attributes:
         slots: int32 [num_tokens]: page * page_size + offset; -1 = nowhere.
-        run_lengths: int32 [num_tokens]: tokens from each one on that belong to its run.
+        run_lengths: int32 [num_tokens]: tokens from each one on that belong to its run; or all 0,
+            where every token is written into a window of its own, and groups will do.
         parts: arrays [num_tokens, num_kv_heads, lanes], what a row of the cache is joined of.
         window: rows of a window; static.
     """
@@ -67,12 +71,15 @@ def news(
     slots = jnp.where(
         (slot_mapping >= 0) & (slot_mapping < num_pages * page_size), slot_mapping, -1
     )
-    window = math.gcd(FEW if k.shape[0] <= 1024 else MANY, page_size)
+    window = math.gcd(FEW if k.shape[0] <= FEW_TOKENS else MANY, page_size)
     parts = (_stored(k, k_scale, kv_pages.dtype), _stored(v, v_scale, kv_pages.dtype))
     if k.shape[-1] % LANES:  # whole registers, or one array
         parts = (jnp.concatenate(parts, axis=-1),)
     tile = min(TILE, k.shape[0])
-    return News(slots, _run_lengths(slots, window, tile), parts, window)
+    lengths = _run_lengths(slots, window, tile)
+    if _may_be_apart(k.shape[0]):
+        lengths = jnp.where(_are_apart(slots, window), 0, lengths)
+    return News(slots, lengths, parts, window)
 
 
 def _stored(values: jax.Array, scale: jax.Array | None, dtype) -> jax.Array:
@@ -107,22 +114,36 @@ def _run_lengths(slots: jax.Array, window: int, tile: int) -> jax.Array:
     return following.astype(jnp.int32) - index
 
 
+def _may_be_apart(num_tokens: int) -> bool:
+    """Whether it is asked if tokens are apart, to be written by groups."""
+    return num_tokens <= FEW_TOKENS and num_tokens % GROUP == 0
+
+
+def _are_apart(slots: jax.Array, window: int) -> jax.Array:
+    """Whether every token is written, each into a window that is no other's."""
+    number = slots // window
+    index = jnp.arange(slots.shape[0], dtype=jnp.int32)
+    meet = (number[:, None] == number) & (index[:, None] != index)
+    return ~jnp.any(meet | (slots < 0)[:, None])
+
+
 def scratch_shapes(new: News, kv_pages: jax.Array) -> list:
     """What `write_all` works with: tiles as they come, in 32 bits, the ring, semaphores, cells."""
     heads, tiles, lanes = kv_pages.shape[1], kv_pages.shape[2], kv_pages.shape[4]
     registers = round_up(tiles * lanes, LANES) // LANES
     # Room for windows that reach over either end.
     rows = new.window + new.tile + new.window
+    ring = GROUPS * GROUP if _may_be_apart(new.slots.shape[0]) else RING
     return [
         *(
             pltpu.VMEM((TILES_AHEAD + 1, new.tile, *part.shape[1:]), part.dtype)
             for part in new.parts
         ),
         pltpu.VMEM((registers, rows * _stride(heads), LANES), jnp.float32),
-        pltpu.VMEM((RING, heads, tiles, new.window, lanes), kv_pages.dtype),
+        pltpu.VMEM((ring, heads, tiles, new.window, lanes), kv_pages.dtype),
         pltpu.SemaphoreType.DMA((TILES_AHEAD + 1,)),
-        pltpu.SemaphoreType.DMA((RING,)),
-        pltpu.SemaphoreType.DMA((RING,)),
+        pltpu.SemaphoreType.DMA((ring,)),
+        pltpu.SemaphoreType.DMA((ring,)),
         pltpu.SMEM((RING,), jnp.int32),
         pltpu.SMEM((_CELLS,), jnp.int32),
     ]
@@ -164,6 +185,52 @@ class _Ring(NamedTuple):
     def writing(self, at, number):
         """The copy of a buffer into its window."""
         return pltpu.make_async_copy(self.buffers.at[at], self.place(number), self.written.at[at])
+
+    # Tokens in windows of their own, some at once without a branch.
+
+    def _each_of(self, group, copy, act) -> None:
+        """Starts or awaits the copies of a group's windows."""
+        for i in range(GROUP):
+            at = remainder(group, GROUPS) * GROUP + i
+            act(copy(at, divided(self.slots[group * GROUP + i], self.window)))
+
+    def read_group(self, group) -> None:
+        """Starts reading a group's windows, if there is such a group, where there is room."""
+
+        @pl.when(group < self.slots.shape[0] // GROUP)
+        def _():
+            pl.when(group >= GROUPS)(lambda: self._await_group(group - GROUPS))
+            self._each_of(group, self.reading, lambda copy: copy.start())
+
+    def _await_group(self, group) -> None:
+        """Waits until a group is written."""
+        self._each_of(group, self.writing, lambda copy: copy.wait())
+
+    def write_group(self, wide, group, first_token) -> None:
+        """Merges a group's rows, of a tile that begins with `first_token`, and writes them."""
+        self.read_group(group + GROUPS // 2)
+        self._each_of(group, self.reading, lambda copy: copy.wait())
+        index = lax.broadcasted_iota(jnp.int32, (self.window, 1), 0)
+        for i in range(GROUP):
+            token = group * GROUP + i
+            row = remainder(self.slots[token], self.window)
+            begin = token - first_token + self.window - row
+            at = remainder(group, GROUPS) * GROUP + i
+            _merge(self, wide, at, begin, index == row)
+        self._each_of(group, self.writing, lambda copy: copy.start())
+
+    def begin_groups(self) -> None:
+        """Starts reading the first windows."""
+        for group in range(GROUPS // 2):
+            self.read_group(jnp.int32(group))
+
+    def end_groups(self) -> None:
+        """Waits until every group is written."""
+        stop = self.slots.shape[0] // GROUP
+        for group in range(max(stop - GROUPS, 0), stop):
+            self._await_group(jnp.int32(group))
+
+    # Runs of tokens in any windows.
 
     def free_one(self) -> None:
         """Waits until the oldest window is written."""
@@ -242,13 +309,22 @@ def write_all(slots, run_lengths, parts, kv_pages, scratch, window: int) -> None
         for copy in copies(i):
             copy.start()
 
-    def write_tile(i, _):
+    def next_tile(i):
+        """Waits for a tile, and widens it; returns the token at which it stops."""
         pl.when(i + TILES_AHEAD < tiles)(lambda: bring(i + TILES_AHEAD))
         for copy in copies(i):
             copy.wait()
         at = lax.rem(i, TILES_AHEAD + 1)
         _widen([there.at[at] for there in staged], wide, window, buffers.dtype)
-        stop = jnp.minimum((i + 1) * tile, num_tokens)
+        return jnp.minimum((i + 1) * tile, num_tokens)
+
+    def write_groups(i, _):
+        stop = next_tile(i)
+        groups = divided(i * tile, GROUP), divided(stop, GROUP)
+        lax.fori_loop(*groups, lambda g, _: ring.write_group(wide, g, first_of(i)), None)
+
+    def write_tile(i, _):
+        stop = next_tile(i)
 
         def merge_run(token):
             slot, length = slots[token], run_lengths[token]
@@ -274,11 +350,23 @@ def write_all(slots, run_lengths, parts, kv_pages, scratch, window: int) -> None
 
         lax.while_loop(lambda token: token < stop, merge_run, i * tile)
 
-    ring.begin()
+    def write_runs():
+        ring.begin()
+        lax.fori_loop(0, tiles, write_tile, None)
+        ring.free_all()
+
+    def write_singles():
+        ring.begin_groups()
+        lax.fori_loop(0, tiles, write_groups, None)
+        ring.end_groups()
+
     for i in range(min(TILES_AHEAD, tiles)):
         bring(i)
-    lax.fori_loop(0, tiles, write_tile, None)
-    ring.free_all()
+    if not _may_be_apart(num_tokens):
+        write_runs()
+        return
+    pl.when(run_lengths[0] != 0)(write_runs)
+    pl.when(run_lengths[0] == 0)(write_singles)
 
 
 def _widen(staged: list, wide, window: int, dtype) -> None:

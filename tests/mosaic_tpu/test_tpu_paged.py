@@ -21,7 +21,7 @@ from attnsel_jax.platforms import Device
 from attnsel_jax.problems import QUICK
 from attnsel_jax.problems.paged_inputs import paged_inputs
 from pallas_kernels import tpu_chip
-from pallas_kernels.paged import mosaic_tpu, mosaic_tpu_tiles
+from pallas_kernels.paged import mosaic_tpu, mosaic_tpu_tiles, mosaic_tpu_write
 
 KERNEL = MosaicTpuBackend.get_kernel("paged")
 PAGED = [problem for problem in QUICK if problem.op == "paged"]
@@ -142,7 +142,7 @@ def test_tiles_change_no_numbers(monkeypatch, q_lens, kv_lens):
     """Every field of the table, from one block a page to all in one; the cache bit for bit."""
     arguments = batch(q_lens, kv_lens, scales="head", cache_dtype="float8_e4m3fn")
     caches = []
-    for tiles in ((128, 8, 8, 2), (16, 128, 128, 3)):
+    for tiles in ((128, 8, 8, 3), (16, 128, 128, 4)):
         chosen = mosaic_tpu_tiles.Tiles(*tiles)
         monkeypatch.setattr(mosaic_tpu, "tiles_for", lambda *_, chosen=chosen: chosen)
         jax.clear_caches()
@@ -197,6 +197,30 @@ def test_one_kernel_writes_and_attends():
 @pytest.mark.parametrize("heads", [(3, 1), *(sweep(heads) for heads in ((10, 1), (3, 3), (8, 1)))])
 def test_groups(heads):
     check(batch((1, 3), (30, 11), heads=heads, page_size=16))
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("generation", ["7x", sweep("v5e")])
+def test_decodes_share_steps(monkeypatch, generation):
+    """Parts of any length, and more windows than the ring has."""
+    monkeypatch.setattr(mosaic_tpu_write, "GROUPS", 2)
+    kv_lens = (1, 16, 17, 33, 5, 40, 2, 3) * 3
+    check(batch((1,) * 24, kv_lens, pad_tokens=0), generation)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_a_sequence_of_no_numbers_spoils_no_other():
+    """Its values are NaN; they stay in a buffer that a shorter one does not fill."""
+    arguments = batch((1,) * 8, (60, 60, 60, 9, 1, 17, 3, 33), pad_tokens=0)
+    pages = arguments["kv_pages"].copy()
+    pages[1, arguments["page_table"][:3, : 60 // 8].ravel()] = np.nan
+    with tpu_interpreter("v5e"):
+        found, sound = (
+            np.asarray(run(KERNEL, "paged", these, layout="side_by_side")["out"], np.float32)
+            for these in (arguments | {"kv_pages": pages}, arguments)
+        )
+    assert np.isnan(found[:3]).all()
+    assert np.array_equal(found[3:], sound[3:])
 
 
 @pytest.mark.once

@@ -38,7 +38,7 @@ FEW = {"q_lens": (1, 9), "kv_lens": (30, 21)}
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
     """Several blocks each, and nothing that was traced without the fault."""
-    monkeypatch.setattr(mosaic_tpu, "tiles_for", lambda *_: Tiles(128, 16, 16, 2))
+    monkeypatch.setattr(mosaic_tpu, "tiles_for", lambda *_: Tiles(128, 32, 16, 3))
     jax.clear_caches()
 
 
@@ -166,9 +166,18 @@ def test_a_wrong_write_is_found(monkeypatch, name, faulty):
     assert found_in("kv_pages", **FEW, cache_dtype="int8", scales="tensor") == {"cache"}
 
 
-@pytest.mark.parametrize("wait", [(Walk, "wait"), (mosaic_tpu_write._Ring, "free_one")])
-def test_a_copy_that_nobody_waits_for_is_found(monkeypatch, wait):
+WAITS = {
+    "block": (Walk, "wait", FEW),
+    "step": (Walk, "wait_step", FEW),
+    "window": (mosaic_tpu_write._Ring, "free_one", FEW),
+    "group": (mosaic_tpu_write._Ring, "_await_group", {"q_lens": (1,) * 8, "kv_lens": (9,) * 8}),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_a_copy_that_nobody_waits_for_is_found(monkeypatch, name):
     """A race, a semaphore that is not 0 at the end, or numbers that had not come."""
+    *wait, lens = WAITS[name]
     true = getattr(*wait)
 
     def faulty(self, *arguments):
@@ -178,7 +187,7 @@ def test_a_copy_that_nobody_waits_for_is_found(monkeypatch, wait):
 
     monkeypatch.setattr(*wait, faulty)
     try:
-        results, answers = ran(**FEW)
+        results, answers = ran(**lens)
     except (jax.errors.JaxRuntimeError, AssertionError, ValueError) as error:
         assert any(word in str(error) for word in ("RACE DETECTED", "emaphore"))  # noqa: PT017
         return
