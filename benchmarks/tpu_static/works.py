@@ -53,6 +53,15 @@ def _latent(
     )
 
 
+def _cached(work: Work, dtype: str) -> Work:
+    """The same with a cache of another dtype."""
+    cache = {"fp8_ds_mla": "DeepSeek's 656-byte cache"}.get(dtype, f"a cache of {dtype}")
+    return dataclasses.replace(
+        work, name=f"{work.name}_{dtype}", description=f"{work.description}, {cache}",
+        cache_dtype=dtype,
+    )  # fmt: skip
+
+
 def _indexer(name: str, description: str, q_lens: Sequence[int], kv_lens: Sequence[int]) -> Work:
     return Work(
         name, description, "indexer_scores", 64, 1, 128, 0, tuple(q_lens), tuple(kv_lens), 64
@@ -66,6 +75,10 @@ def _topk(name: str, description: str, q_lens: Sequence[int], kv_lens: Sequence[
 
 _D128, _D64 = (32, 8, 128), (64, 8, 64)  # query heads, kv heads, head size
 _PAGES = (16, 64, 256)
+_LATENT = (
+    _latent("mla_decode", "64 sequences of 1024 to 3072", (1,) * 64, _spread(64, 1024, 3072), None),
+    _latent("mla_prefill", "2 sequences of 1024 new tokens", (1024,) * 2, (1024,) * 2, None),
+)
 _SPARSE = (
     _latent(
         "sparse_mla_decode", "32 sequences of 4096 to 8192, 2048 positions each",
@@ -84,16 +97,18 @@ _ALL = (
     *(_decode(page, _D128) for page in _PAGES),
     *(_prefill(page, _D64) for page in (16, 64)),
     *(_decode(page, _D64) for page in (16, 64)),
-    _latent("mla_decode", "64 sequences of 1024 to 3072", (1,) * 64, _spread(64, 1024, 3072), None),
-    _latent("mla_prefill", "2 sequences of 1024 new tokens", (1024,) * 2, (1024,) * 2, None),
-    *_SPARSE,
     *(
-        dataclasses.replace(
-            work, name=f"{work.name}_fp8_ds_mla", cache_dtype="fp8_ds_mla",
-            description=f"{work.description}, DeepSeek's 656-byte cache",
+        _cached(work, dtype)
+        for work, dtype in (
+            (_decode(64, _D128), "float8_e4m3fn"),
+            (_decode(64, _D128), "int8"),
+            (_prefill(64, _D128), "float8_e4m3fn"),
         )
-        for work in _SPARSE
     ),
+    *_LATENT,
+    *(_cached(work, "float8_e4m3fn") for work in _LATENT),
+    *_SPARSE,
+    *(_cached(work, "fp8_ds_mla") for work in _SPARSE),
     _indexer("indexer_decode", "32 sequences of 8192, 64 index heads", (1,) * 32, (8192,) * 32),
     _indexer("indexer_prefill", "the last 256 tokens of 4096, 64 index heads", (256,), (4096,)),
     _topk("topk_decode", "the best 2048 of 8192 scores of 32 tokens", (1,) * 32, (8192,) * 32),

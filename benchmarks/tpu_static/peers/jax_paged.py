@@ -6,6 +6,7 @@ import jax
 
 from benchmarks import batches
 from benchmarks.batches import Program, floats
+from benchmarks.tpu_static.peers.caches import refused_cache
 from benchmarks.work import Work
 
 PACKAGE = "jax"
@@ -15,7 +16,9 @@ def refuses(work: Work) -> str | None:
     """Paged works with one new token in each sequence, head size 128."""
     if work.op != "paged" or work.shape_class != "decode":
         return f"work is {work.name}, must be paged decode"
-    return None if work.head_size % 128 == 0 else f"head_size is {work.head_size}, must be 128"
+    if work.head_size % 128:
+        return f"head_size is {work.head_size}, must be 128"
+    return refused_cache(work, "bfloat16")
 
 
 def choices(work: Work, generation: str) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import numpy as np
 from benchmarks import batches
 from benchmarks.batches import Program, floats
 from benchmarks.tpu_static.peers.bare_packages import kernel_module
+from benchmarks.tpu_static.peers.caches import FLOAT8, refused_cache
 from benchmarks.work import Work
 
 PACKAGE = "tpu_inference"
@@ -18,7 +19,9 @@ def refuses(work: Work) -> str | None:
     """Paged works; head size 64 has a kernel of its own."""
     if work.op != "paged":
         return f"op is {work.op}, must be paged"
-    return "head_size is 64, must be 128: see the variant hd64" if work.head_size == 64 else None
+    if work.head_size == 64:
+        return "head_size is 64, must be 128: see the variant hd64"
+    return refused_cache(work, "bfloat16", FLOAT8)
 
 
 def choices(work: Work, generation: str) -> list[dict[str, Any]]:
@@ -32,8 +35,9 @@ def program(work: Work, *, m_block_sizes: list[int] | None = None) -> Program:
     """The call."""
     module = kernel_module("ragged_paged_attention.v3.kernel")
     shape = module.get_kv_cache_shape(
-        batches.num_pages(work), work.page_size, work.num_kv_heads, work.head_size, jnp.bfloat16
-    )
+        batches.num_pages(work), work.page_size, work.num_kv_heads, work.head_size,
+        jnp.dtype(work.cache_dtype),
+    )  # fmt: skip
     blocks = {"m_block_sizes": tuple(m_block_sizes)} if m_block_sizes else {}
 
     def attend(*arrays: jax.Array) -> Any:
@@ -44,14 +48,14 @@ def program(work: Work, *, m_block_sizes: list[int] | None = None) -> Program:
 
 def ragged_program(work: Work, attend: Any, cache: tuple[int, ...]) -> Program:
     """A call of either variant of v3."""
-    new = floats(work.tokens, work.num_kv_heads, work.head_size)
+    new = floats(work.tokens, work.num_kv_heads, work.head_size, dtype=work.cache_dtype)
     sequences = len(work.q_lens)
     decodes = sequences if work.shape_class == "decode" else 0
     arguments = (
         floats(work.tokens, work.num_heads, work.head_size),
         new,
         new,
-        floats(*cache),
+        floats(*cache, dtype=work.cache_dtype),
         batches.kv_lens(work),
         batches.page_table(work).reshape(-1),
         batches.cu_q_lens(work),

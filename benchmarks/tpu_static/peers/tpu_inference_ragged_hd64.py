@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from benchmarks import batches
 from benchmarks.batches import Program
 from benchmarks.tpu_static.peers.bare_packages import kernel_module
+from benchmarks.tpu_static.peers.caches import refused_cache
 from benchmarks.tpu_static.peers.tpu_inference_ragged import ragged_program
 from benchmarks.work import Work
 
@@ -18,7 +19,9 @@ def refuses(work: Work) -> str | None:
     """Paged works of head size 64."""
     if work.op != "paged":
         return f"op is {work.op}, must be paged"
-    return None if work.head_size == 64 else f"head_size is {work.head_size}, must be 64"
+    if work.head_size != 64:
+        return f"head_size is {work.head_size}, must be 64"
+    return refused_cache(work, "bfloat16")
 
 
 def choices(work: Work, generation: str) -> list[dict[str, Any]]:
