@@ -34,7 +34,8 @@ class TpuChip:
         vmem_bytes: on-chip vector memory.
         mxu: rows and columns of a matrix unit.
         has_bf16_vectors: the vector and transcendental units compute in bfloat16, two a lane.
-        has_fp8: the matrix unit multiplies 8-bit floating point, at twice bfloat16's rate.
+        float8: the one of 4 exponent bits that the matrix unit takes beside an operand in bfloat16,
+            as it takes float8_e5m2; it is unpacked in one instruction, too. None = it takes none.
     """
 
     generation: str
@@ -43,16 +44,16 @@ class TpuChip:
     vmem_bytes: int
     mxu: int
     has_bf16_vectors: bool
-    has_fp8: bool
+    float8: str | None
 
 
 # VMEM and matrix units as `pltpu.get_tpu_info` has them.
 CHIPS = {
-    "v4": TpuChip("v4", "TPU v4", 2, 16 << 20, 128, False, False),
-    "v5e": TpuChip("v5e", "TPU v5 lite", 1, 128 << 20, 128, False, False),
-    "v5p": TpuChip("v5p", "TPU v5", 2, 64 << 20, 128, False, False),
-    "v6e": TpuChip("v6e", "TPU v6 lite", 1, 128 << 20, 256, True, False),
-    "7x": TpuChip("7x", "TPU7x", 1, 64 << 20, 256, True, True),
+    "v4": TpuChip("v4", "TPU v4", 2, 16 << 20, 128, False, None),
+    "v5e": TpuChip("v5e", "TPU v5 lite", 1, 128 << 20, 128, False, "float8_e4m3b11fnuz"),
+    "v5p": TpuChip("v5p", "TPU v5", 2, 64 << 20, 128, False, "float8_e4m3b11fnuz"),
+    "v6e": TpuChip("v6e", "TPU v6 lite", 1, 128 << 20, 256, True, "float8_e4m3b11fnuz"),
+    "7x": TpuChip("7x", "TPU7x", 1, 64 << 20, 256, True, "float8_e4m3fn"),
 }
 _BY_VERSION = {
     pltpu.ChipVersion.TPU_V4: "v4",

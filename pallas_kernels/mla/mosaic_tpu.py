@@ -29,6 +29,7 @@ from pallas_kernels.mla.mosaic_tpu_tiles import tiles_for
 from pallas_kernels.mla.mosaic_tpu_writes import Writes, stored_rows, write_rows
 from pallas_kernels.shape_checks import check_positive
 from pallas_kernels.stored_values import quantise
+from pallas_kernels.tpu_operands import factor_of
 
 
 class _Passes(NamedTuple):
@@ -58,9 +59,9 @@ def mla_attention(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Absorbed MLA of a ragged batch over a striped latent cache, as the contract of `mla` has it.
 
-    Numerics: logits, softmax and sums are float32. bfloat16 queries are multiplied in bfloat16 (a
-    float32 cache is rounded to it), weights are rounded to bfloat16; float32 queries are multiplied
-    at the highest precision.
+    Numerics: logits, softmax and sums are float32. bfloat16 queries are multiplied in bfloat16 by
+    float8 as it is (a float32 cache is rounded to bfloat16), weights are rounded to bfloat16;
+    float32 queries are multiplied at the highest precision.
 
     Page ids in use are trusted: this is compiled without bounds checks, which every copy would pay
     for. Slots outside the cache write nowhere.
@@ -78,7 +79,8 @@ def mla_attention(
     if empty_calls.is_empty(dims):
         return empty_calls.ragged(ql_nope, latent_pages)
     num_heads = ql_nope.shape[1]
-    kv_scale_or_1 = jnp.ones((1,), jnp.float32) if kv_scale is None else kv_scale.reshape(1)
+    factor = jnp.full((1,), factor_of(latent_pages.dtype, ql_nope.dtype), jnp.float32)
+    factor = factor if kv_scale is None else factor * kv_scale
     rows = None
     if kv_c is not None:
         stored = (quantise(x, kv_scale, latent_pages.dtype) for x in (kv_c, k_pe))
@@ -86,7 +88,7 @@ def mla_attention(
     # Heads are sublanes: a packed register of bfloat16 has 16.
     ql_nope, q_pe = (_heads_padded(x) for x in (ql_nope, q_pe))
     out, lse, latent_pages = _call(
-        page_table, kv_lens, cu_q_lens, num_seqs.reshape(1), slot_mapping, kv_scale_or_1,
+        page_table, kv_lens, cu_q_lens, num_seqs.reshape(1), slot_mapping, factor,
         ql_nope, q_pe, rows, latent_pages, scale=float(scale), soft_cap=soft_cap,
     )  # fmt: skip
     return out[:, :num_heads], lse[:, 0, :num_heads], latent_pages

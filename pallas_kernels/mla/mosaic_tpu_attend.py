@@ -42,6 +42,7 @@ from pallas_kernels.mla.mosaic_tpu_scratch import (
     scratch_shapes,
 )
 from pallas_kernels.tpu_chip import LANES
+from pallas_kernels.tpu_operands import as_operand
 
 MASKED = -1e30  # a logit that no query sees: finite, so that no difference of two is NaN
 LOG2_E, LN_2 = math.log2(math.e), math.log(2)
@@ -364,8 +365,8 @@ class _Pass:
         ropes = jnp.concatenate([rows[j, 2 * sizes.stripes] for j in pages], axis=0)
         tile = 32 // sizes.cache_dtype.itemsize
         return (
-            jnp.concatenate(halves, axis=0).astype(sizes.q_dtype),
-            [ropes[at : at + tile].astype(sizes.q_dtype) for at in range(0, len(ropes), tile)],
+            as_operand(jnp.concatenate(halves, axis=0), sizes.q_dtype),
+            [as_operand(ropes[at : at + tile], sizes.q_dtype) for at in range(0, len(ropes), tile)],
         )
 
     def _logits(self, i: jax.Array) -> jax.Array:
@@ -386,7 +387,7 @@ class _Pass:
             is_first = (lane - sizes.rope_dim) >> 31
             words = [pltpu.bitcast(x, jnp.int32) for x in ropes]
             masked = [x & mask for x in words for mask in (is_first, ~is_first)]
-            own = [pltpu.bitcast(x, sizes.q_dtype) for x in masked]
+            own = [pltpu.bitcast(x, ropes[0].dtype) for x in masked]
             q = jnp.concatenate([q, q_pe, q_pe], axis=1)
         keys = jnp.concatenate([latents, jnp.concatenate(own, axis=0)], axis=1)
         return _dot(q, keys, contract=(1, 1), precision=sizes.precision)

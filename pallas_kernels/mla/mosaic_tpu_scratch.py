@@ -101,7 +101,7 @@ class Arrays(NamedTuple):
     out: Any
     lse: Any
     page_table: Any  # row after row, `Sizes.columns` each
-    kv_scale: Any
+    kv_scale: Any  # times that of `tpu_operands.factor_of`
 
 
 class Tiles(NamedTuple):

@@ -19,6 +19,7 @@ from pallas_kernels.paged.mosaic_tpu_attend import PerHead, attend
 from pallas_kernels.paged.mosaic_tpu_geometry import LANES, ROWS, Geometry, Masks, round_up
 from pallas_kernels.paged.mosaic_tpu_tiles import Tiles, shape_class, tiles_for
 from pallas_kernels.paged.mosaic_tpu_write import news
+from pallas_kernels.tpu_operands import factor_of
 
 DTYPES = ("float32", "bfloat16")
 CACHES = (*DTYPES, "float8_e4m3fn", "float8_e5m2", "int8")
@@ -59,9 +60,9 @@ def paged_attention(
         and kv_pages with k and v written.
 
     Numerics:
-        Operands of both products have q's dtype: keys and values of a wider cache are rounded to
-        it, and so are the probabilities. Logits, softmax and sums are float32; products of float32
-        operands are computed in full precision.
+        Operands of both products have q's dtype, or a float8 cache's: keys and values of a wider
+        cache are rounded to q's, and so are the probabilities. Logits, softmax and sums are
+        float32; products of float32 operands are computed in full precision.
 
     Raises:
         ValueError: a shape or dtype is not the contract's, or some of k, v and slot_mapping are
@@ -80,7 +81,10 @@ def paged_attention(
     of_class = shape_class(q.shape[0], page_table.shape[0], q.shape[-1])
     geometry = _geometry(q, kv_pages, page_table, of_class)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    per_head = _per_head(geometry, scale, soft_cap, k_scale, v_scale, alibi_slopes, sinks)
+    per_head = _per_head(
+        geometry, scale, soft_cap, k_scale, v_scale, alibi_slopes, sinks,
+        of_cache=factor_of(kv_pages.dtype, q.dtype),
+    )  # fmt: skip
     tokens, heads, _ = q.shape
     q = jnp.pad(q, ((0, max(0, geometry.tile_tokens - tokens)), (0, 0), (0, 0)))
     q = jnp.transpose(q, (1, 2, 0)) if geometry.in_columns else q
@@ -135,8 +139,13 @@ def _tile_tokens(q: jax.Array, tiles: Tiles) -> int:
     return min(most, max(ROWS, 1 << (num_tokens - 1).bit_length()))
 
 
-def _per_head(geometry, scale, soft_cap, k_scale, v_scale, alibi_slopes, sinks) -> PerHead:
-    """The numbers of each query head, in base 2 where they join the logits."""
+def _per_head(
+    geometry, scale, soft_cap, k_scale, v_scale, alibi_slopes, sinks, *, of_cache: float
+) -> PerHead:
+    """The numbers of each query head, in base 2 where they join the logits.
+
+    Both factors make good for what the cache's values are multiplied as: `of_cache`.
+    """
     heads = geometry.num_q_heads
 
     def of_q_heads(x):
@@ -147,8 +156,8 @@ def _per_head(geometry, scale, soft_cap, k_scale, v_scale, alibi_slopes, sinks) 
 
     unit = LOG2E if soft_cap is None else 1 / float(soft_cap)
     return PerHead(
-        factor=of_q_heads(k_scale) * jnp.float32(scale * unit),
-        v_factor=of_q_heads(v_scale),
+        factor=of_q_heads(k_scale) * jnp.float32(scale * unit * of_cache),
+        v_factor=of_q_heads(v_scale) * jnp.float32(of_cache),
         slope=jnp.zeros(heads, jnp.float32) if alibi_slopes is None else alibi_slopes * LOG2E,
         sink=jnp.full(heads, -jnp.inf, jnp.float32) if sinks is None else sinks * LOG2E,
         has_slope=alibi_slopes is not None,

@@ -29,6 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.paged import mosaic_tpu_softmax as softmax
 from pallas_kernels.paged.mosaic_tpu_geometry import LANES, Geometry
 from pallas_kernels.paged.mosaic_tpu_walk import Part, Span
+from pallas_kernels.tpu_operands import as_operand
 
 
 def scratch_shapes(geometry: Geometry, cache_dtype) -> list:
@@ -182,7 +183,7 @@ def _logits(step, part: Part, buffer, i: int, q) -> jax.Array:
             Scratch(*step.scratch).values[i, unit] = rows_kept(v, _kept(step, part))
         else:
             k = geometry.read(buffers.at[:, unit], 0, geometry.k_lanes)
-        return product(rows, k.astype(step.q.dtype), 1)
+        return product(rows, as_operand(k, step.q.dtype), 1)
 
     return _by_unit(geometry, q, logits_of)
 
@@ -218,7 +219,7 @@ def _add_values(step, part: Part, buffer, i: int, weights, shrink, acc) -> jax.A
             there = step.walk.buffers.at[buffer, pl.ds(i * pages, pages), unit]
             v = geometry.read(there, geometry.v_start, 2 * geometry.head_dim)
             v = rows_kept(v, _kept(step, part))
-        return product(rows, v.astype(step.q.dtype), 0)
+        return product(rows, as_operand(v, step.q.dtype), 0)
 
     shrink = softmax.widened(shrink, geometry.v_lanes)
     kept = jnp.where(shrink == 0, 0.0, acc * shrink)  # even if another token's are no numbers

@@ -16,6 +16,7 @@ from pallas_kernels.paged import mosaic_tpu_softmax as softmax
 from pallas_kernels.paged.mosaic_tpu_decode import product, rows_kept
 from pallas_kernels.paged.mosaic_tpu_geometry import LANES, ROWS, Geometry, divided
 from pallas_kernels.paged.mosaic_tpu_walk import Span
+from pallas_kernels.tpu_operands import as_operand
 
 
 def scratch_shapes(geometry: Geometry, dtype) -> list:
@@ -117,7 +118,7 @@ def _attend_head(
         kept = (span.start - position, span.stop - position) if masked else None
         k = geometry.read(kv, 0, geometry.k_lanes)
         v = rows_kept(geometry.read(kv, geometry.v_start, 2 * geometry.head_dim), kept)
-        return k.astype(q.dtype), v.astype(q.dtype)
+        return as_operand(k, q.dtype), as_operand(v, q.dtype)
 
     def joined(logits):
         if step.soft_cap is None and not step.has_slope and not masked:

@@ -31,6 +31,7 @@ from pallas_kernels.paged import mosaic_tpu_softmax as softmax
 from pallas_kernels.paged.mosaic_tpu_decode import rows_kept
 from pallas_kernels.paged.mosaic_tpu_geometry import LANES, Geometry, divided
 from pallas_kernels.paged.mosaic_tpu_walk import Span
+from pallas_kernels.tpu_operands import as_operand
 
 STEP = 256  # keys of a step
 
@@ -258,7 +259,7 @@ def _dot(x, y, contracted: tuple[int, int]):
     return lax.dot_general(
         x, y, (((contracted[0],), (contracted[1],)), ((), ())),
         preferred_element_type=jnp.float32,
-        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        precision=lax.Precision.HIGHEST if y.dtype == jnp.float32 else None,
     )  # fmt: skip
 
 
@@ -277,8 +278,8 @@ def _product(step, keys: _Keys, pages, head, slot: int, *, is_first: bool) -> No
     """Keys of a step times queries, and the largest logits so far, spread over sublanes."""
     geometry, q = step.walk.geometry, step.scratch[0]
     logits, largest = step.scratch[4 + slot], step.scratch[6 + slot]
-    k = geometry.read(keys.at(step, pages, head), 0, geometry.k_lanes).astype(q.dtype)
-    found = _dot(k, q[head], (1, 0))
+    k = geometry.read(keys.at(step, pages, head), 0, geometry.k_lanes)
+    found = _dot(as_operand(k, q.dtype), q[head], (1, 0))
     logits[pages[0] * geometry.page_size : pages[1] * geometry.page_size] = found
     high = _over_registers(found, jnp.max)
     largest[...] = high if is_first else jnp.maximum(largest[...], high)
@@ -318,7 +319,7 @@ def _step_head(
         v = geometry.read(keys.at(step, mine[i], head), geometry.v_start, 2 * geometry.head_dim)
         if kept is not None:
             v = rows_kept(v, (kept[0] - begin, kept[1] - begin))
-        v = v.astype(q.dtype).T[geometry.v_offset :]
+        v = as_operand(v, q.dtype).T[geometry.v_offset :]
         part = _dot(v, weights.reshape(end - begin, -1).astype(q.dtype), (1, 0))
         values = part if values is None else values + part
     # What lies in acc before the first keys is no number.

@@ -38,6 +38,7 @@ from pallas_kernels.sparse_mla.mosaic_tpu_softmax import factors_of
 from pallas_kernels.sparse_mla.mosaic_tpu_tiles import Tiles, tiles
 from pallas_kernels.stored_values import quantise
 from pallas_kernels.tpu_chip import LANES
+from pallas_kernels.tpu_operands import factor_of
 
 MOST_BLOCK_Q = 16  # tokens of a masked tile, whose heads may be few
 
@@ -116,7 +117,9 @@ def sparse_mla_attention(
     scalars = {
         "groups": gathered.groups, "tokens": shared.gathered, "num_tokens": shared.num_gathered,
         "tiles": MaskedTiles(*shared.tiles, shared.num_tiles), "page_table": page_table,
-        "factors": factors_of(kv_scale, scale, soft_cap),
+        "factors": factors_of(
+            kv_scale, scale, soft_cap, factor_of(latent_pages.dtype, ql_nope.dtype)
+        ),
         "real_tokens": cu_q_lens[num_seqs].reshape(1),
     }  # fmt: skip
     arrays = {

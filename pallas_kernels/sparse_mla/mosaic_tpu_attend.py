@@ -33,6 +33,7 @@ from pallas_kernels.sparse_mla.mosaic_tpu_softmax import (
     scaled_logits,
 )
 from pallas_kernels.tpu_chip import LANES
+from pallas_kernels.tpu_operands import operand_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Scratch(NamedTuple):
     bias: list[Any]  # float32 [1, block_kv]
     gathered: list[Any]  # [block_kv * parts, packed, 128], rows as they came
     rows_at: list[Any]  # SMEM int32 [1, block_kv]: where the next ones are
-    keys: list[Any]  # [block_kv, rank + 128] in the queries' dtype
+    keys: list[Any]  # [block_kv, rank + 128], operands beside the queries
     logits: list[Any]  # float32 [num_heads, block_kv]
     running: Running
     out: Any  # [2, num_heads, rank]
@@ -121,7 +122,10 @@ def scratch_shapes(sizes: Sizes) -> Scratch:
             for _ in range(s.buffers)
         ],
         rows_at=[pltpu.SMEM((1, s.block_kv), jnp.int32) for _ in range(s.buffers)],
-        keys=[pltpu.VMEM((s.block_kv, row.rank + LANES), s.q_dtype) for _ in range(s.buffers)],
+        keys=[
+            pltpu.VMEM((s.block_kv, row.rank + LANES), operand_dtype(s.cache_dtype, s.q_dtype))
+            for _ in range(s.buffers)
+        ],
         logits=[pltpu.VMEM((s.num_heads, s.block_kv), jnp.float32) for _ in range(s.buffers)],
         running=running_shapes(s.num_heads, row.rank),
         out=pltpu.VMEM((2, s.num_heads, row.rank), s.q_dtype),
@@ -314,7 +318,7 @@ class _Attending:
         scratch, sizes = self.scratch, self.sizes
         values = scratch.keys[block].at[:, pl.ds(0, sizes.row.rank)]
         logits = scratch.logits[block][...]
-        add_block(scratch.running, ..., logits, values, sizes.precision)
+        add_block(scratch.running, ..., logits, values, sizes.q_dtype, sizes.precision)
 
     def _finish(self, token: jax.Array) -> None:
         """Divides, sends a token's output and lse off, and makes room for the next token."""

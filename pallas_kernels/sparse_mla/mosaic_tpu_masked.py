@@ -38,6 +38,7 @@ from pallas_kernels.sparse_mla.mosaic_tpu_softmax import (
     scaled_logits,
 )
 from pallas_kernels.tpu_chip import LANES
+from pallas_kernels.tpu_operands import operand_dtype
 
 RING = 3  # blocks of pages in VMEM
 
@@ -126,7 +127,7 @@ class Scratch(NamedTuple):
     topk: Any  # int32 [2, block_q, 1, topk]
     masks: Any  # float32 [2, block_q, most_keys / LANES, LANES]: 0, or MASKED
     raw: Any  # [RING, block_kv * parts, packed, 128]: as pages have them
-    keys: list[Any]  # [block_kv, rank + 128] in the queries' dtype
+    keys: list[Any]  # [block_kv, rank + 128], operands beside the queries
     logits: list[Any]  # float32 [rows, block_kv]: unscaled
     running: Running
     out: Any  # [2, block_q, num_heads, rank]
@@ -145,7 +146,10 @@ def scratch_shapes(sizes: MaskedSizes) -> Scratch:
         topk=pltpu.VMEM((2, s.block_q, 1, s.topk), jnp.int32),
         masks=pltpu.VMEM((2, s.block_q, s.most_keys // LANES, LANES), jnp.float32),
         raw=pltpu.VMEM((RING, s.block_kv * row.parts, row.packed, LANES), s.cache_dtype),
-        keys=[pltpu.VMEM((s.block_kv, row.rank + LANES), s.q_dtype) for _ in range(2)],
+        keys=[
+            pltpu.VMEM((s.block_kv, row.rank + LANES), operand_dtype(s.cache_dtype, s.q_dtype))
+            for _ in range(2)
+        ],
         logits=[pltpu.VMEM((s.rows, s.block_kv), jnp.float32) for _ in range(2)],
         running=running_shapes(s.rows, row.rank),
         out=pltpu.VMEM((2, s.block_q, s.num_heads, row.rank), s.q_dtype),
@@ -367,7 +371,7 @@ class _Pass:
         logits = scaled_logits(products, self.factors[0], sizes.soft_cap)
         logits += self._bias(cursor, part)
         values = scratch.keys[slot].at[:, pl.ds(0, sizes.row.rank)]
-        add_block(scratch.running, rows, logits, values, sizes.precision)
+        add_block(scratch.running, rows, logits, values, sizes.q_dtype, sizes.precision)
 
     def _bias(self, cursor: Cursor, part: int) -> jax.Array:
         """float32 [rows, block_kv]: 0 where the row's token names the key, else MASKED."""

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import fp8_ds_mla, tpu_chip
+from pallas_kernels import fp8_ds_mla
 from pallas_kernels.tpu_chip import LANES, SUBLANES
+from pallas_kernels.tpu_operands import B11, B11_FACTOR, E4M3, as_readable, readable_dtype
 
 UPPER_HALF = 0xFFFF0000  # of a word
-B11 = jnp.dtype(jnp.float8_e4m3b11fnuz)
 
 
 class Row(NamedTuple):
@@ -157,7 +157,7 @@ def unpack(buffer: Any, keys: Any, row: Row, *, count: jax.Array | None = None) 
     Args:
         buffer: [block_kv * parts, packed, 128]: as gathered, in the order of `_key`; with a count
             as pages have them.
-        keys: [block_kv, rank + 128] in the queries' dtype; written.
+        keys: [block_kv, rank + 128], operands beside the queries; written.
         row: its sizes.
         count: tokens that there are; those after them become zeros.
     """
@@ -165,7 +165,7 @@ def unpack(buffer: Any, keys: Any, row: Row, *, count: jax.Array | None = None) 
     in_order = row.scaled or count is not None
     apart, stride = (1, row.packed) if in_order else (SUBLANES, 1)
     last = row.parts - 1
-    dtype = _unpacked_dtype() if row.scaled else buffer.dtype
+    dtype = E4M3 if row.scaled else buffer.dtype
 
     def of_tokens(first: int, part: int, tokens: int, stride: int) -> jax.Array:
         """Words of every `stride`-th token from `first` on."""
@@ -178,17 +178,17 @@ def unpack(buffer: Any, keys: Any, row: Row, *, count: jax.Array | None = None) 
         if row.scaled:
             numbers = of_tokens(start, last, row.group, 1)
             keys[at, pl.ds(row.rank, LANES)] = _ropes(numbers).astype(keys.dtype)
-            scales = _scales(numbers, dtype)
+            scales = _scales(numbers)
         for part in range(last if row.scaled else row.parts):
             registers = [
                 of_tokens(start + i * apart, part, SUBLANES, stride) for i in range(row.packed)
             ]
-            if dtype == B11:
-                registers = [_in_b11(x) for x in registers]
             for line in range(row.packed if part < last else 1):
                 values = _line(registers, line, row, dtype)
                 if row.scaled:
-                    values = values.astype(jnp.float32) * _scale(scales, line, row)
+                    values = as_readable(values).astype(jnp.float32) * _scale(scales, line, row)
+                elif keys.dtype == B11:
+                    values = as_readable(values)
                 lane = (part * row.packed + line) * LANES
                 keys[at, pl.ds(lane, LANES)] = values.astype(keys.dtype)
 
@@ -198,28 +198,10 @@ def _ropes(numbers: jax.Array) -> jax.Array:
     return pltpu.bitcast(numbers & jnp.uint32(UPPER_HALF), jnp.float32)
 
 
-def _unpacked_dtype() -> jnp.dtype:
-    """What the bytes of scaled rows are unpacked as: see `_in_b11`."""
-    return jnp.dtype(jnp.float8_e4m3fn) if tpu_chip.current().has_fp8 else B11
-
-
-def _in_b11(words: jax.Array) -> jax.Array:
-    """Words of four float8_e4m3fn as of float8_e4m3b11fnuz: a sixteenth of the values.
-
-    A chip without float8 unpacks that one in one instruction; of the other the compiler makes
-    seven. The two differ in their bias, and in that 0x80 is -0 in one and NaN in the other, whose
-    0x7f and 0xff are numbers. Ten instructions for four registers put both right.
-    """
-    magnitude = words & jnp.uint32(0x7F7F7F7F)
-    without_minus_zero = words & ((magnitude + jnp.uint32(0x7F7F7F7F)) | jnp.uint32(0x7F7F7F7F))
-    is_nan = (magnitude + jnp.uint32(0x01010101)) & jnp.uint32(0x80808080)
-    return (without_minus_zero | is_nan) ^ (is_nan - (is_nan >> jnp.uint32(7)))
-
-
-def _scales(numbers: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """float32 [tokens, 128]: factors of values of that dtype, of the last parts of scaled rows."""
+def _scales(numbers: jax.Array) -> jax.Array:
+    """float32 [tokens, 128]: factors of readable values, of the last parts of scaled rows."""
     scales = pltpu.bitcast(numbers, jnp.float32)
-    return scales * 16.0 if dtype == B11 else scales
+    return scales * B11_FACTOR if readable_dtype(E4M3) == B11 else scales
 
 
 def _scale(scales: jax.Array, group: int, row: Row) -> jax.Array:

@@ -34,15 +34,18 @@ def reset(running: Running) -> None:
     running.acc[...] = jnp.zeros_like(running.acc)
 
 
-def add_block(running: Running, rows: Any, logits: jax.Array, values: Any, precision: Any) -> None:
+def add_block(
+    running: Running, rows: Any, logits: jax.Array, values: Any, dtype: Any, precision: Any
+) -> None:
     """Adds a block of keys to some of the rows.
 
     Args:
         running: updated.
         rows: index of its rows.
         logits: float32 [rows, block_kv], to base 2; MASKED where a query does not see a key.
-        values: reference, [block_kv, rank] in the dtype of the product. It is read last: before the
-            softmax, its registers would be held throughout.
+        values: reference, [block_kv, rank], operands. It is read last: before the softmax, its
+            registers would be held throughout.
+        dtype: of the weights in the product.
         precision: of the product.
     """
     m_old = running.m[rows]
@@ -51,7 +54,7 @@ def add_block(running: Running, rows: Any, logits: jax.Array, values: Any, preci
     p = jnp.exp2(logits - widened(m_new, logits.shape[1]))
     running.m[rows] = m_new
     running.l[rows] = kept * running.l[rows] + jnp.sum(p, axis=1, keepdims=True)
-    product = dot(p.astype(values.dtype), values[...], (1, 0), precision)
+    product = dot(p.astype(dtype), values[...], (1, 0), precision)
     running.acc[rows] = running.acc[rows] * widened(kept, values.shape[1]) + product
 
 
@@ -70,12 +73,18 @@ def finished(running: Running, factor: jax.Array) -> tuple[jax.Array, jax.Array]
     return out, jnp.where(seen, (m + jnp.log2(l)) * LN_2, -jnp.inf)
 
 
-def factors_of(kv_scale: jax.Array | None, scale: float, soft_cap: float | None) -> jax.Array:
+def factors_of(
+    kv_scale: jax.Array | None, scale: float, soft_cap: float | None, of_keys: float
+) -> jax.Array:
     """float32 [2]: of products, to base 2 or to what is capped; of the output.
 
     Made before the kernel: there it would be a product of scalars, which the replay reads as 0.
+
+    Args:
+        kv_scale, scale, soft_cap: of the call.
+        of_keys: `tpu_operands.factor_of`.
     """
-    kv_scale = jnp.ones((), jnp.float32) if kv_scale is None else kv_scale
+    kv_scale = jnp.float32(of_keys) * (1.0 if kv_scale is None else kv_scale)
     of_products = scale * LOG2_E if soft_cap is None else scale / soft_cap
     return jnp.stack([kv_scale * of_products, kv_scale])
 

@@ -20,7 +20,8 @@ def test_the_chip_is_the_one_that_is_said(generation):
     assert chip == tpu_chip.CHIPS[generation]
     assert chip.kind == CHIPS[generation].kind
     assert (chip.vmem_bytes, chip.mxu) == (info.vmem_capacity_bytes, info.mxu_column_size)
-    assert chip.has_fp8 == (info.fp8_ops_per_second > 1.5 * info.bf16_ops_per_second)
+    has_fp8 = info.fp8_ops_per_second > 1.5 * info.bf16_ops_per_second
+    assert (chip.float8 == "float8_e4m3fn") == has_fp8
 
 
 def test_the_selector_and_the_kernels_name_the_same_generations():
