@@ -42,7 +42,7 @@ TILES = {
     ("7x", "bfloat16", "prefill"): Tiles(512, 256, blocks=4, lead=1, lag=0, finishes=0),
     ("v5e", "float8_e4m3fn", "decode"): Tiles(128, 256, blocks=8, lead=1, lag=0),
     ("v5e", "float8_e4m3fn", "prefill"): Tiles(512, 256, blocks=4, lead=1, lag=0, finishes=0),
-    ("v6e", "float8_e4m3fn", "decode"): Tiles(128, 256, 8, 4, lag=0, starts_within=False),
+    ("v6e", "float8_e4m3fn", "decode"): Tiles(rows=128, block_kv=512, blocks=8, lead=1, lag=0),
     ("v6e", "float8_e4m3fn", "prefill"): Tiles(512, 256, blocks=4, lead=1, lag=0, finishes=0),
     ("7x", "float8_e4m3fn", "decode"): Tiles(rows=128, block_kv=512, blocks=8, lead=1, lag=0),
     ("7x", "float8_e4m3fn", "prefill"): Tiles(512, 256, blocks=4, lead=1, lag=0, finishes=0),
@@ -62,7 +62,11 @@ SMALL = {
 
 
 def tiles_for(generation: str, dtype: str, *, is_decode: bool) -> Tiles:
-    """The tile sizes for a chip, a dtype (the cache's, or float32 queries') and a kind of tile."""
+    """The tile sizes for a chip, a dtype (the cache's, or float32 queries') and a kind of tile.
+
+    float8_e5m2 has float8_e4m3fn's.
+    """
     shape_class = "decode" if is_decode else "prefill"
     others = SMALL if generation == "v4" else OTHERS
+    dtype = {"float8_e5m2": "float8_e4m3fn"}.get(dtype, dtype)
     return TILES.get((generation, dtype, shape_class), others[shape_class])

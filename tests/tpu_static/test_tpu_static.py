@@ -214,9 +214,20 @@ def test_the_stated_floors():
 
 
 def test_works_are_named_by_their_beginning():
-    assert [work.name for work in named(WORKS, ["mla"])] == ["mla_decode", "mla_prefill"]
+    assert [work.name for work in named(WORKS, ["topk"])] == ["topk_decode", "topk_prefill"]
     with pytest.raises(ValueError, match="work is 'conv', must be, or begin, one of dense_causal"):
         named(WORKS, ["conv"])
+
+
+def test_a_peer_says_which_caches_it_is_not_given():
+    refusals = [
+        contender(name).refuses(WORKS["paged_decode_d128_page64_int8"]) for name in CONTENDERS
+    ]
+    said = [reason for reason in refusals if reason and "cache_dtype is int8, must be" in reason]
+    assert len(said) == 3
+    float8 = WORKS["mla_decode_float8_e4m3fn"]
+    assert contender("tpu-inference mla v2").refuses(float8) is None
+    assert ours.refuses(float8) is None
 
 
 @pytest.mark.parametrize("name", CONTENDERS)
