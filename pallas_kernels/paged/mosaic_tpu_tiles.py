@@ -33,9 +33,12 @@ class Tiles(NamedTuple):
 #     -, 599; (256, 256) 1170, -, 458; chunks of 1024 1247, -, 477.
 #   prefill_64, (tile, chunk): (128, 512) 1596, 903, 705; (128, 256) -, 898, -; (256, 256) 1588,
 #     905, -; (256, 512) 1620, 895, -.
-#   decode, by block: 512 758, 413, -; 1024 -, 413, 166; 2048 -, -, 166 (VMEM holds no more).
-#   decode_64, by block: 512 397, 240, 196; 1024 392, 214, 149; 2048 -, 214, 129.
-#   decode, 8-bit cache, by block: 512 444, 399, 211; 1024 439, 386, 166; 2048 460, 396, 152.
+# Decodes before they went by steps, which want a buffer more; by block:
+#   decode: 512 758, 413, -; 1024 -, 413, 166; 2048 -, -, 166 (VMEM holds no more).
+#   decode_64: 512 397, 240, 196; 1024 392, 214, 149; 2048 -, 214, 129.
+#   decode, float8: 512 397, 221, -; 1024 392, 217, -; 2048 -, 216, 110; 1024, 4 buffers 387, 216,
+#     -; 2048, 2 and 4 buffers -, -, 124 and 110.
+# By steps, decode_64 of 7x, (block, chunk): (2048, 1024) 95; (2048, 512) 116; (2048, 256) 154.
 # The other entries follow these: v5p as v5e, float32 with half of bfloat16's keys in a block; v4
 # has 16 MiB of VMEM.
 TILES = {
