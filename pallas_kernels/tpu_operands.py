@@ -5,6 +5,7 @@ is unpacked, and a register of 32 rows is pushed where bfloat16 has two. Its flo
 `float8_e5m2`, and on 7x `float8_e4m3fn`; before that it is `float8_e4m3b11fnuz` (B11), whose
 exponents count from four more. So the bytes of e4m3fn are taken for those, of a sixteenth of the
 value, and `factor_of` makes good for it on logits and sums. v4 takes none: there values are cast.
+All this is what the compiler accepts (libtpu 0.0.52): nothing of it has run on a TPU.
 
 Vector operations for a register of 4096 values, and registers to push then, on v5e, v6e, 7x:
 

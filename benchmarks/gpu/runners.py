@@ -27,7 +27,7 @@ class Timing:
         wall_seconds: of the other clock.
         samples: calls that were timed.
         tflops, gbytes: a second: necessary operations, necessary bytes.
-        error: of the output, relative to the oracle's (ours and dense), or to ours, by norm.
+        error: of the output, relative to the oracle's, by norm; NaN where nobody judges it.
         compile_seconds: of lowering and compiling.
     """
 

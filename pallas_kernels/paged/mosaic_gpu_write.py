@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.stored_values import quantise
+
 
 def write_kv(
     kv_pages: jax.Array,
@@ -32,20 +34,16 @@ def write_kv(
     row = ((side * num_pages + page[:, None]) * num_heads + head) * page_size + offset[:, None]
     is_written = (slot_mapping >= 0) & (page < num_pages)
     row = jnp.where(is_written[:, None], row, 2 * num_pages * num_heads * page_size)
-    values = jnp.stack([_stored(k, k_scale, kv_pages.dtype), _stored(v, v_scale, kv_pages.dtype)])
+    values = jnp.stack(
+        [
+            quantise(
+                x, scale[:, None] if scale is not None and scale.ndim else scale, kv_pages.dtype
+            )
+            for x, scale in ((k, k_scale), (v, v_scale))
+        ]
+    )
     bits = jnp.uint8 if kv_pages.dtype.itemsize == 1 else jnp.uint16
     rows = jax.lax.bitcast_convert_type(kv_pages, bits).reshape(-1, head_dim)
     new = jax.lax.bitcast_convert_type(values, bits).reshape(-1, head_dim)
     rows = rows.at[row.reshape(-1)].set(new, mode="drop")
     return jax.lax.bitcast_convert_type(rows, kv_pages.dtype).reshape(kv_pages.shape)
-
-
-def _stored(values: jax.Array, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
-    """True values [num_tokens, num_kv_heads, head_dim] as the cache has them, saturated."""
-    values = values.astype(jnp.float32)
-    if scale is not None:
-        by = jnp.broadcast_to(scale, values.shape[1])[:, None]
-        # XLA on a CPU would multiply by the reciprocal, which is a bit off next to ties.
-        values = values / jax.lax.optimization_barrier(jnp.where(jnp.isnan(values), by, by))
-    largest = float(jnp.finfo(dtype).max)
-    return jnp.clip(values, -largest, largest).astype(dtype)

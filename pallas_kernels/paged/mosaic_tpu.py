@@ -77,6 +77,7 @@ def paged_attention(
     _check_layout(dims)
     if empty_calls.is_empty(dims):
         return empty_calls.ragged(q, kv_pages)
+    page_table = jnp.clip(page_table, 0, dims["num_pages"] - 1)  # unused entries may be anything
     new = None if k is None else news(kv_pages, k, v, slot_mapping, k_scale, v_scale)
     of_class = shape_class(q.shape[0], page_table.shape[0], q.shape[-1])
     geometry = _geometry(q, kv_pages, page_table, of_class)

@@ -289,7 +289,7 @@ def _by_unit(geometry: Geometry, x: jax.Array, f) -> jax.Array:
 def _of_odd_heads(geometry: Geometry) -> jax.Array:
     """[rows, 128] of bool: rows of the second kv head of two."""
     row = lax.broadcasted_iota(jnp.int32, (geometry.all_decode_rows, LANES), 0)
-    return lax.shift_right_logical(row, geometry.decode_rows.bit_length() - 1) & 1 != 0
+    return row // geometry.decode_rows & 1 != 0
 
 
 def _finish(step, token, m, l, acc) -> None:

@@ -326,7 +326,8 @@ class Walk(NamedTuple):
         Returns:
             a function that starts the copies of chunk i, once for each, in order: where it is
             called beside a computation the compiler puts it there, for it has no branch. A page
-            that there is not is a copy of nothing. After the last, `move_on` is due.
+            that there is not is a copy of no rows (compiled and interpreted; on no chip yet).
+            After the last, `move_on` is due.
         """
         geometry = self.geometry
         buffer, pages = self._take(TO_FILL), geometry.chunk_pages
@@ -338,7 +339,7 @@ class Walk(NamedTuple):
             begin, end = self._pages_of(part)
             count += end - begin
             first = part.number * pages
-            # None that is no page of this sequence is looked up.
+            # Of what is none the copy names a page that there is, for a copy has an address.
             last = row + jnp.maximum(divided(part.stop - 1, geometry.page_size), 0)
             heads = jnp.int32(geometry.num_kv_heads)
             for j in range(pages):

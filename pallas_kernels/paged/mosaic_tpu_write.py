@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_chip
 from pallas_kernels.paged.mosaic_tpu_geometry import LANES, divided, remainder, round_up
+from pallas_kernels.stored_values import quantise
 
 RING, AHEAD = 16, 8  # windows in the ring, and read ahead of the one that is merged
 TILE, TILES_AHEAD = 64, 2  # tokens that are brought at once; how far ahead
@@ -83,22 +84,10 @@ def news(
 
 
 def _stored(values: jax.Array, scale: jax.Array | None, dtype) -> jax.Array:
-    """Values / scale, saturated into dtype; int8 rounds to nearest even, and has no NaN.
-
-    What needs neither is left to the kernel, which saturates infinities.
-    """
+    """Values as the cache stores them; what needs no scale is left to the kernel."""
     if scale is None and values.dtype == dtype:
         return values
-    stored = values.astype(jnp.float32)
-    if scale is not None:
-        scale = scale[:, None] if scale.ndim else scale
-        # XLA may multiply by the reciprocal of what a loop does not change; not through a barrier.
-        stored = stored / lax.optimization_barrier(jnp.broadcast_to(scale, stored.shape))
-    if dtype == jnp.int8:
-        stored = jnp.where(jnp.isnan(stored), 0, stored)
-        return jnp.clip(jnp.round(stored), -128, 127).astype(dtype)
-    largest = float(jnp.finfo(dtype).max)
-    return jnp.clip(stored, -largest, largest).astype(dtype)
+    return quantise(values, scale[:, None] if scale is not None and scale.ndim else scale, dtype)
 
 
 def _run_lengths(slots: jax.Array, window: int, tile: int) -> jax.Array:

@@ -5,7 +5,7 @@ borders to the pipeline. A run is instructions without a branch; where every tok
 sequence (decodes), it has two steps, and products are a step ahead of what is made of them::
 
     run             | k, k+1                     | k+2, k+3
-    DMA             | k+4            k+5         | k+6            k+7      pages into a ring
+    DMA             | k+6            k+7         | k+8            k+9      pages into a ring
     q @ K.T         | k+1            k+2         | k+3            k+4      into `dots`
     relu, weighed   | k              k+1         | k+2            k+3      summed over heads, masked
     rows of scores  |                            | octet                   to HBM, whole octets

@@ -200,6 +200,19 @@ def test_groups(heads):
 
 
 @pytest.mark.usefixtures("small_tiles")
+def test_heads_of_64_in_twos_whose_rows_are_no_power_of_two():
+    check(batch((1, 1), (30, 11), heads=(48, 2), head_size=64, page_size=16), "v6e")
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_a_decode_of_no_keys_looks_no_page_up():
+    arguments = batch((1,) * 8, (20, 1, 9, 33, 1, 17, 3, 8), pad_tokens=0, writes=False)
+    kv_lens, table = arguments["kv_lens"].copy(), arguments["page_table"].copy()
+    kv_lens[[1, 4]], table[1], table[4] = 0, 2**30, -7
+    check(arguments | {"kv_lens": kv_lens, "page_table": table})
+
+
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("generation", ["7x", sweep("v5e")])
 def test_decodes_share_steps(monkeypatch, generation):
     """Parts of any length, and more windows than the ring has."""
