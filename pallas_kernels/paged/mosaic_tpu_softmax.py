@@ -48,7 +48,7 @@ def finish(m: jax.Array, l: jax.Array, sink, v_factor):
     m_last = jnp.maximum(m, sink)
     shrink = jnp.exp2(m - m_last)
     total = l * shrink + jnp.exp2(sink - m_last)
-    some = total > 0
+    some = total != 0  # NaN stays NaN
     safe = jnp.where(some, total, 1.0)
     lse = jnp.where(some, (m_last + jnp.log2(safe)) * LN2, -jnp.inf)
     return jnp.where(some, shrink * v_factor / safe, 0.0), lse
