@@ -106,8 +106,8 @@ FACTOR, SLOPE, SINK, K_SCALE, V_SCALE, NONE = {0, 1}, {2}, {3}, {4, 5}, {6}, {8,
 def test_a_wrong_number_of_a_head_is_found_in_every_computation(monkeypatch):
     true = mosaic_tpu._per_head
 
-    def faulty(*arguments):
-        factor, v_factor, slope, sink, *rest = true(*arguments)
+    def faulty(*arguments, **more):
+        factor, v_factor, slope, sink, *rest = true(*arguments, **more)
         factor = factor.at[np.array([*FACTOR])].multiply(1.03)
         factor = factor.at[np.array([*K_SCALE])].set(factor[min(V_SCALE)])
         slope = slope.at[np.array([*SLOPE])].multiply(-1)
