@@ -54,6 +54,7 @@ def test_it_agrees_with_the_oracle(options):
     assert row.verdict == PASS, str(row)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "options", [DECODES, pytest.param({}, marks=pytest.mark.sweep)], ids=["decode", "mixed"]
 )

@@ -199,11 +199,13 @@ def test_groups(heads):
     check(batch((1, 3), (30, 11), heads=heads, page_size=16))
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("small_tiles")
 def test_heads_of_64_in_twos_whose_rows_are_no_power_of_two():
     check(batch((1, 1), (30, 11), heads=(48, 2), head_size=64, page_size=16), "v6e")
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("small_tiles")
 def test_a_decode_of_no_keys_looks_no_page_up():
     arguments = batch((1,) * 24, (40, 1, 33) * 8, pad_tokens=0, writes=False)
@@ -221,6 +223,7 @@ def test_decodes_share_steps(monkeypatch, generation):
     check(batch((1,) * 24, kv_lens, pad_tokens=0), generation)
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("small_tiles")
 def test_a_sequence_of_no_numbers_spoils_no_other():
     """Its values are NaN; they stay in a buffer that a shorter one does not fill."""
