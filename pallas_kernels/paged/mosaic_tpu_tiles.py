@@ -39,8 +39,8 @@ class Tiles(NamedTuple):
 #   decode, float8: 512 397, 221, -; 1024 392, 217, -; 2048 -, 216, 110; 1024, 4 buffers 387, 216,
 #     -; 2048, 2 and 4 buffers -, -, 124 and 110.
 # By steps, decode_64 of 7x, (block, chunk): (2048, 1024) 95; (2048, 512) 116; (2048, 256) 154.
-# The other entries follow these: v5p as v5e, float32 with half of bfloat16's keys in a block; v4
-# has 16 MiB of VMEM.
+# The other entries follow these: v5p as v5e, float32 with half of bfloat16's keys in a block, but
+# no fewer than in a chunk; v4 has 16 MiB of VMEM.
 TILES = {
     ("v4", "bfloat16", "decode"): Tiles(64, 256, 256, 3),
     ("v4", "bfloat16", "decode_64"): Tiles(64, 256, 256, 3),

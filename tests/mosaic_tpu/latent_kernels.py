@@ -6,6 +6,7 @@ from tpu_interpreter import tpu_interpreter
 
 from attnsel_jax.cache_layouts import LATENT_LAYOUTS
 from attnsel_jax.compare import compare
+from attnsel_jax.compare.comparison import FAIL
 from attnsel_jax.problems import Problem
 from attnsel_jax.problems.mla_inputs import mla_inputs
 
@@ -37,3 +38,19 @@ def row_of(kernel, layout="striped", *, generation="v5e", seed=0, **options):
     with tpu_interpreter(generation, seed=seed):
         (row,) = compare([problem], {"kernel": on_rows(kernel, layout)}, seed=seed).rows
     return row
+
+
+def found_faulty(interpret) -> None:
+    """Asserts that the oracle disagrees, or the interpreter sees a race or a full semaphore.
+
+    interpret: gives the row of a comparison.
+    """
+    try:
+        row = interpret()
+    except (AssertionError, RuntimeError) as error:
+        said = str(error)
+    else:
+        if row.verdict == FAIL:
+            return
+        said = str(row)
+    assert "race" in said.lower() or "semaphore" in said.lower(), said
