@@ -56,7 +56,7 @@ def batch(q_lens, kv_lens, *, seed=0, **options):
 
 
 # On each push the extremes, one of each kind of cache, and what "everything" has on demand alone.
-ON_DEMAND = ("page-32", "page-64", "page-128", "e4m3-unscaled", "e5m2", "window", "sinks",
+ON_DEMAND = ("page-32", "page-64", "page-128", "e4m3", "e5m2", "window", "sinks",
              "soft-cap", "alibi")  # fmt: skip
 
 
