@@ -195,9 +195,11 @@ def _gradients(
     tiles = fitted(backward_tiles(*_size_class(x)), static.q_len, static.kv_len)
     static = dataclasses.replace(static, tiles=tiles)
     delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - dlse
-    # Whether a row counts: it exists, and its lse is finite.
-    exists = None if _every_row_sees(static, x, who) else lse > -jnp.inf
-    delta = _counted(exists, delta, 0.0)
+    # Whether a row counts: it sees a key.
+    exists = None if _every_row_sees(static, x, who) else lse != -jnp.inf
+    delta, is_nan = _counted(exists, delta, 0.0), jnp.isnan(lse)
+    log2_sum = jnp.where(is_nan, mosaic_tpu_backward.NAN, _counted(exists, lse * LOG2E, jnp.inf))
+    log2_sum = _per_query(static, log2_sum, jnp.inf)
     bias, bias_of = _bias_operand(x.bias, static)
     if bias_of in ("both", "queries"):
         bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (0, _missing(static))))
@@ -208,8 +210,9 @@ def _gradients(
             k=jnp.swapaxes(x.k, 1, 2),
             v=jnp.swapaxes(x.v, 1, 2),
             dout=_queries(static, dout.astype(x.q.dtype), exists),
-            lse=_per_query(static, _counted(exists, lse * LOG2E, jnp.inf), jnp.inf),
-            delta=_per_query(static, delta, 0.0),
+            lse=log2_sum,
+            delta=_per_query(static, jnp.where(is_nan, 0.0, delta), 0.0),
+            has_nan=_of_kv_heads(static, log2_sum == mosaic_tpu_backward.NAN),
             bias=bias,
             slopes=x.alibi_slopes,
             q_segments=_row(who.q_segment_ids),
@@ -267,6 +270,12 @@ def _per_query(static: Static, x: jax.Array, fill: float) -> jax.Array:
     """[batch, num_q_heads, 1, q_len in whole tiles]."""
     x = jnp.pad(x, ((0, 0), (0, _missing(static)), (0, 0)), constant_values=fill)
     return jnp.swapaxes(x, 1, 2)[:, :, None]
+
+
+def _of_kv_heads(static: Static, is_nan: jax.Array) -> jax.Array:
+    """From [batch, num_q_heads, 1, q_len] to int32 [batch * num_kv_heads]: whether one is."""
+    of_heads = is_nan.reshape(-1, static.group * is_nan.shape[3])
+    return jnp.max(of_heads.astype(jnp.int32), axis=1)
 
 
 def _missing(static: Static) -> int:

@@ -30,13 +30,17 @@ from pallas_kernels.dense.mosaic_tpu_tiles import Tiles
 from pallas_kernels.dense.mosaic_tpu_walk import DIAGONAL, FREE, MASKED, Kind, Tile, Walk, before
 
 SUBLANES = tpu_chip.SUBLANES
+# What stands for an lse of NaN: weights of keys that are seen are inf, and those of others still 0.
+# Where q and dout are 0 (`_GridStep.clear_nan`), every product with inf is NaN, and with 0 is 0. No
+# bias that hides is this number.
+NAN = -(2.0**125)
 
 
 class Operands(NamedTuple):
     """The arrays as the kernel takes them; None = not given.
 
     Queries are padded to whole tiles. Those that do not exist are 0 in q, dout and a bias, and
-    their lse is inf: their weights are 0.
+    their lse is inf: their weights are 0. Where lse is NaN it comes as NAN, and delta as 0.
 
     Attributes:
         q: [batch, num_q_heads, head_dim, q_len].
@@ -44,6 +48,7 @@ class Operands(NamedTuple):
         v: [batch, num_kv_heads, kv_len, head_dim_v].
         dout: [batch, num_q_heads, head_dim_v, q_len].
         lse, delta: float32 [batch, num_q_heads, 1, q_len]; lse in base 2.
+        has_nan: int32 [batch * num_kv_heads], in scalar memory: whether a kv head's lse has a NaN.
         bias, slopes, q_segments, kv_segments: as in the forward kernel.
     """
 
@@ -53,6 +58,7 @@ class Operands(NamedTuple):
     dout: jax.Array
     lse: jax.Array
     delta: jax.Array
+    has_nan: jax.Array
     bias: jax.Array | None
     slopes: jax.Array | None
     q_segments: jax.Array | None
@@ -222,6 +228,7 @@ def _input_specs(static: Static, x: Operands, bias_of: str) -> dict:
         "dout": of_queries(x.v.shape[3]),
         "lse": row,
         "delta": row,
+        "has_nan": pl.BlockSpec(memory_space=pltpu.SMEM),
         "bias": pl.BlockSpec((None, None, *bias_block), bias_index),
         "slopes": pl.BlockSpec(memory_space=pltpu.SMEM),
         "q_segments": pl.BlockSpec((None, 1, tiles.major_q), lambda b, h, g, i, *_: (b, 0, i)),
@@ -409,6 +416,27 @@ class _GridStep(NamedTuple):
             result.dtype
         )
 
+    def clear_nan(self) -> None:
+        """Sets q and dout of queries whose lse is NaN, and keys that are NaN, to 0 in their blocks.
+
+        A key that is NaN is seen by such queries alone.
+        """
+        tiles = self.tiles
+
+        def of_queries(i, _):
+            here = pl.ds(pl.multiple_of(i * tiles.block_q, tiles.block_q), tiles.block_q)
+            is_nan = self.x["lse"][:, here] == NAN
+            for x in (self.x["q"], self.x["dout"]):
+                x[:, here] = jnp.where(is_nan, 0.0, x[:, here].astype(jnp.float32)).astype(x.dtype)
+
+        def of_keys(i, _):
+            here = pl.ds(pl.multiple_of(i * tiles.step_kv, tiles.step_kv), tiles.step_kv)
+            k = self.x["k"][here, :].astype(jnp.float32)
+            self.x["k"][here, :] = jnp.where(jnp.isnan(k), 0.0, k).astype(self.x["k"].dtype)
+
+        lax.fori_loop(0, tiles.major_q // tiles.block_q, of_queries, None)
+        lax.fori_loop(0, tiles.major_kv // tiles.step_kv, of_keys, None)
+
     def prologue(self, starts: jax.Array) -> None:
         """What sums begin with; those that no tile begins are 0."""
         walk, sums, results = self.walk, self.refs.sums, self.refs.results
@@ -451,6 +479,7 @@ def _kernel(
     )
     step = _GridStep(walk, x, refs, extras, g == 0)
 
+    pl.when(x["has_nan"][b * pl.num_programs(1) + h] > 0)(step.clear_nan)
     step.prologue((g == 0) & (q_major == 0))
     walk.run(step.all_products, step.sums_and_next_products)
     step.epilogue((g == static.group - 1) & (q_major == static.q_majors - 1))

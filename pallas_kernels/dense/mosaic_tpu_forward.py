@@ -305,7 +305,7 @@ class _GridStep(NamedTuple):
                 total += jnp.exp2((self.sink - top) * LOG2E)
             lane = lax.broadcasted_iota(jnp.int32, total.shape, 1)
             index = lane + (self.walk.q_major * self.tiles.major_q + i * self.tiles.block_q)
-            seen = (total > 0) & (index < q_len)
+            seen = (total != 0) & (index < q_len)  # NaN stays NaN
             out = _by_query(refs.acc[:, here], share / jnp.where(seen, total, 1.0), jnp.multiply)
             out = _by_query(out, seen, lambda a, s: jnp.where(s, a, 0.0))
             refs.out[:, here] = out.astype(refs.out.dtype)
