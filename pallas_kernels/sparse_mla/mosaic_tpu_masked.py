@@ -337,8 +337,24 @@ class _Pass:
         for i in range(sizes.block_q):
             of_token = lse[i * sizes.num_heads : (i + 1) * sizes.num_heads]
             scratch.lse[slot, i] = of_token.T[:1]
+        total = jnp.sum(scratch.running.l[...])
+        pl.when(total != total)(lambda: self._empty_unnamed(slot))
         self._each_output(tile, _start)
         reset(scratch.running)
+
+    def _empty_unnamed(self, slot: jax.Array) -> None:
+        """Sets the results of tokens that name nothing: added to NaN, MASKED is NaN."""
+        scratch = self.scratch
+
+        def one(place, carry):
+            @pl.when(jnp.max(scratch.masks[slot, place]) < 0)
+            def _():
+                scratch.out[slot, place] = jnp.zeros(scratch.out.shape[2:], scratch.out.dtype)
+                scratch.lse[slot, place] = jnp.full(scratch.lse.shape[2:], -jnp.inf)
+
+            return carry
+
+        jax.lax.fori_loop(0, self.sizes.block_q, one, 0)
 
     # Phases of a block.
 

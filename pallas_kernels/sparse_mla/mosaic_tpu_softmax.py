@@ -66,7 +66,7 @@ def finished(running: Running, factor: jax.Array) -> tuple[jax.Array, jax.Array]
         factor: of the values.
     """
     m, l = running.m[...], running.l[...]
-    seen = m > 0.5 * MASKED
+    seen = ~((m <= 0.5 * MASKED) & (l == l))  # NaN stays NaN
     rank = running.acc.shape[1]
     scaled = running.acc[...] * widened(jnp.where(seen, factor / l, 0.0), rank)
     out = jnp.where(widened(seen, rank), scaled, 0.0)
