@@ -67,8 +67,7 @@ def backward(
         dlse: the cotangent of lse.
         sinks: float32 [num_q_heads], or None.
     """
-    some = jnp.isfinite(lse)
-    x = cleared(static, x, some)
+    x, some = cleared(static, x, jnp.isfinite(lse)), lse != -jnp.inf
     delta = -jnp.where(some, dlse.astype(jnp.float32), 0.0)
     if sums_delta(static):
         missing = -static.q_len % BLOCK

@@ -27,7 +27,7 @@ def shifted(
         sinks, q_lens: the contract's.
     """
     bias = jnp.swapaxes(bias[..., 0], 1, 2).astype(jnp.float32)
-    some = (lse > -jnp.inf) & (bias > -jnp.inf)
+    some = (lse != -jnp.inf) & (bias != -jnp.inf)
     keys = jnp.where(some, lse + bias, -jnp.inf)
     if sinks is None:
         return jnp.where(some[..., None], out, jnp.zeros_like(out)), keys
@@ -41,5 +41,5 @@ def shifted(
     weight = jnp.exp(keys - top)
     total = jnp.where(empty, 1.0, weight + jnp.exp(sink - top))
     share = (weight / total)[..., None]
-    out = jnp.where(share > 0.0, out.astype(jnp.float32) * share, 0.0).astype(out.dtype)
+    out = jnp.where(share != 0.0, out.astype(jnp.float32) * share, 0.0).astype(out.dtype)
     return out, jnp.where(empty, -jnp.inf, top + jnp.log(total))

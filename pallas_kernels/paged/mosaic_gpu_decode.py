@@ -267,10 +267,10 @@ def _with_the_other(state: State, scratch: dict[str, Any]) -> State:
 
 def normalised(state: State) -> tuple[jax.Array, jax.Array]:
     """A partial result [64, head_dim], and its lse in units of log2."""
-    # Where nothing was seen the sum is 0, and so is acc.
-    total = jnp.where(state.l > 0, state.l, 1)
+    # Where nothing was seen the sum is 0, and so is acc; NaN stays NaN.
+    total = jnp.where(state.l != 0, state.l, 1)
     out = state.acc / over_columns(total, state.acc.shape[1])
-    return out, jnp.where(state.l > 0, state.m + jnp.log2(total), -jnp.inf)
+    return out, jnp.where(state.l != 0, state.m + jnp.log2(total), -jnp.inf)
 
 
 def leave(

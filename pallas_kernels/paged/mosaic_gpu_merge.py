@@ -105,8 +105,8 @@ def _finished(
     higher = jnp.maximum(m, sink)
     fade = jnp.exp2(m - higher)
     total = total * fade + jnp.exp2(sink - higher)
-    safe = jnp.where(total > 0, total, 1)
-    natural = jnp.where(total > 0, (higher + jnp.log2(safe)) * jnp.log(2.0), -jnp.inf)
+    safe = jnp.where(total != 0, total, 1)
+    natural = jnp.where(total != 0, (higher + jnp.log2(safe)) * jnp.log(2.0), -jnp.inf)
     return acc * fade * (factor / safe), natural
 
 

@@ -262,9 +262,9 @@ def normalised(
     m = jnp.maximum(state.m, sink)
     fade = jnp.exp2(state.m - m)
     total = state.l * fade + jnp.exp2(sink - m)
-    safe = jnp.where(total > 0, total, 1)
+    safe = jnp.where(total != 0, total, 1)
     scaled = state.acc * over_columns(fade * heads.v_factor[item.head] / safe, geometry.head_dim)
-    lse = jnp.where(total > 0, (m + jnp.log2(safe)) * jnp.log(2.0), -jnp.inf)
+    lse = jnp.where(total != 0, (m + jnp.log2(safe)) * jnp.log(2.0), -jnp.inf)
     return scaled.astype(geometry.out_dtype), lse
 
 
