@@ -85,7 +85,7 @@ def softmax_rows(
     slope = np.ones((1, 1))
     if soft_cap is not None:
         squashed = np.tanh(logits / soft_cap)
-        logits, slope = soft_cap * squashed, 1 - squashed**2
+        logits, slope = soft_cap * squashed, np.where(see, 1 - squashed**2, 0)
     if added is not None:
         logits = logits + np.where(see, added, 0)
     logits = np.where(see, logits, -np.inf)
@@ -99,7 +99,8 @@ def softmax_rows(
         total = total + np.exp(sinks - safe_peak)
     empty = total == 0
     lse = np.where(empty, -np.inf, np.log(np.where(empty, 1, total)) + safe_peak)
-    return weights / np.where(empty, 1, total)[:, None], lse, slope
+    weights = np.where(see, weights / np.where(empty, 1, total)[:, None], 0)  # of NaN rows too
+    return weights, lse, slope
 
 
 def attend(

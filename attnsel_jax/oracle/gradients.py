@@ -90,12 +90,13 @@ def _add_head(
     v = np.where(keys[:, None], arrays["v"][b, :, kv], 0)
     dout = np.where(some[:, None], dout, 0)
     p, lse, slope = softmax_rows(q, k, head.see, head.added, head.sinks, scale, numbers["soft_cap"])
+    q, k = (np.where(np.isnan(x), 0, x) for x in (q, k))  # p of who sees it is NaN
     dlse = np.where(np.isfinite(lse), dlse, 0)[:, None]
     products = dout * (p @ v)
     delta = products.sum(axis=1, keepdims=True)
     delta_size = (np.abs(dout) * (p @ np.abs(v))).sum(axis=1, keepdims=True)
     delta_spread = np.linalg.norm(products, axis=1, keepdims=True)
-    ds = p * (dout @ v.T - delta + dlse)
+    ds = np.where(head.see, p * (dout @ v.T - delta + dlse), 0)
     ds_size = p * (np.abs(dout) @ np.abs(v).T + delta_size + np.abs(dlse))
     sizes = abs(scale), np.abs(q), np.abs(k), np.abs(dout), 1
     for into, s, row, (factor, x_q, x_k, x_dout, sign) in (

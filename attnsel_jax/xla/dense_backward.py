@@ -7,6 +7,9 @@ With p = exp(logit - lse) and delta = sum(out * dout) - dlse, row by row::
 `ds` is the gradient of bias as it stands, and of an ALiBi slope times -|q_pos - kv_pos|; the p of a
 sink gives -p * delta. One block of keys after another, and for each the queries that see it: dk and
 dv are sums within the loop, dq is added to in place.
+
+Of a row whose lse is NaN, p is made inf where it sees a key (0 elsewhere), q and dout 0: their
+products are NaN there, and 0 elsewhere.
 """
 
 import jax
@@ -39,6 +42,8 @@ from attnsel_jax.xla.dense_tiles import (
     zero_unless,
 )
 
+NAN = -(2.0**125)  # stands for an lse of NaN; no bias that hides is this
+
 
 def gradients(
     static: Static,
@@ -54,16 +59,19 @@ def gradients(
     kv_len, heads = x.k.shape[1:3]
     delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1) - dlse
     # Rows that see nothing have p = exp(logit - inf) = 0. Heads first: a tile reads them by row.
-    empty = lse == -jnp.inf
+    empty, is_nan = lse == -jnp.inf, jnp.isnan(lse)
+    row_lse = jnp.where(is_nan, NAN, jnp.where(empty, jnp.inf, lse))
     row_lse, row_delta = (
         jnp.moveaxis(split_heads(a, static, 2), 1, 3)
-        for a in (jnp.where(empty, jnp.inf, lse), jnp.where(empty, 0.0, delta))
+        for a in (row_lse, jnp.where(empty | is_nan, 0.0, delta))
     )
 
     def part_step(part: Part, grads: Floats) -> Floats:
         x_part, who_part = arguments_of(static, x, who, part)
-        do = heads_first(static, part, dout)
-        rows = x_part.q, do, *(part_of(static, part, a, 1) for a in (row_lse, row_delta))
+        row_numbers = [part_of(static, part, a, 1) for a in (row_lse, row_delta)]
+        counts = ((row_numbers[0] != NAN) & (row_numbers[0] < jnp.inf))[..., None]
+        of_rows = x_part.q, heads_first(static, part, dout)
+        rows = *(zero_unless(counts, a) for a in of_rows), *row_numbers
         return lax.fori_loop(
             0,
             num_blocks(kv_len, static.block_kv),
@@ -93,6 +101,7 @@ def _kv_block(static: Static, x: Floats, who: Masks, rows, part: Part, j, grads:
     q_len, kv_len = x.q.shape[3], x.k.shape[2]
     kv_block = block_at(j, static.block_kv, kv_len)
     k, v = kv_rows(x.k, kv_block), kv_rows(x.v, kv_block)
+    k = zero_unless(~jnp.isnan(k), k)  # the lse of who sees it is NaN
 
     def q_step(i, carry, *, masked):
         grads, dk, dv = carry

@@ -169,9 +169,13 @@ def _attend(q, k, v, seen, exists, *, scale, soft_cap, added, sinks):
     k32, v32 = (
         jnp.repeat(jnp.where(used_kv, x.astype(jnp.float32), 0), repeats, 2) for x in (k, v)
     )
-    logits = scale * jnp.einsum("btnd,bsnd->bnts", q32, k32, precision=HIGHEST)
+    dots = jnp.einsum("btnd,bsnd->bnts", *map(_without_nan, (q32, k32)), precision=HIGHEST)
+    logits = scale * dots
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
+    # As a term NaN reaches the gradients of who sees it; as a factor it would reach all.
+    of_q, of_k = (jnp.isnan(x).any(-1).transpose(0, 2, 1) for x in (q32, k32))
+    logits = logits + jnp.where(of_q[..., None] | of_k[:, :, None], jnp.nan, 0)
     if added is not None:
         logits = logits + added
     sink = None if sinks is None else jnp.where(exists[:, None, :], sinks[:, None], -jnp.inf)
@@ -194,7 +198,16 @@ def _masked_softmax(logits, seen, sink):
     empty = total == 0
     total = jnp.where(empty, 1, total)
     lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
-    return weights / total[..., None], lse
+    return jnp.where(seen, weights / total[..., None], 0), lse
+
+
+@jax.custom_jvp
+def _without_nan(x: jax.Array) -> jax.Array:
+    """0 in place of NaN; the derivative is 1 everywhere."""
+    return jnp.where(jnp.isnan(x), 0, x)
+
+
+_without_nan.defjvp(lambda primals, tangents: (_without_nan(*primals), *tangents))
 
 
 def _alibi(slopes: jax.Array, q_pos: jax.Array, kv_pos: jax.Array) -> jax.Array:
