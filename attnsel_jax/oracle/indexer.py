@@ -45,7 +45,8 @@ def indexer_score_sizes(
 
 def topk_positions(scores: ArrayLike, topk: int) -> NDArray[np.int32]:
     """Positions [num_tokens, topk] of the largest scores, best first, ties to the lower; or -1."""
-    scores = float64(scores)
+    largest = np.finfo(np.float64).max  # inf is below NaN
+    scores = np.nan_to_num(float64(scores), nan=np.inf, posinf=largest, neginf=-np.inf)
     order = np.argsort(-scores, axis=1, kind="stable")[:, :topk]
     best = np.where(np.take_along_axis(scores, order, axis=1) == -np.inf, -1, order)
     positions = np.full((len(scores), topk), -1, np.int32)

@@ -80,8 +80,10 @@ def topk_positions(scores: jax.Array, topk: int) -> jax.Array:
     if topk < 1:
         raise ValueError(f"topk is {topk}, must be at least 1: how many positions to name")
     named = min(topk, scores.shape[1])
-    # top_k puts +0 before -0, which are a tie: heads of negative weight give -0.
-    best, positions = jax.lax.top_k(jnp.where(scores == 0, 0, scores), named)
+    # top_k puts +0 before -0, which are a tie: heads of negative weight give -0. And NaN by its
+    # sign, which is the machine's choice.
+    scores = jnp.where(jnp.isnan(scores), jnp.nan, jnp.where(scores == 0, 0, scores))
+    best, positions = jax.lax.top_k(scores, named)
     positions = jnp.where(best == -jnp.inf, -1, positions.astype(jnp.int32))
     return jnp.pad(positions, ((0, 0), (0, topk - named)), constant_values=-1)
 

@@ -24,7 +24,8 @@ The lightning indexer scores every cached position for every token and keeps the
     padding).
 
     topk_positions(scores, topk) -> int32 [num_tokens, topk]: the positions of the largest scores,
-        best first, ties to the lower position; -1 where fewer than topk positions are seen.
+        best first, ties to the lower position; -1 where fewer than topk positions are seen. NaN is
+        the largest score, whatever its sign: what is named shows it, what is left out would not.
 
 Source: DeepSeek-V3.2-Exp technical report, 2025.
 """

@@ -115,9 +115,10 @@ def _entries(scores, first: jax.Array, width: int) -> Entries:
 
 
 def _key_of(scores: jax.Array) -> jax.Array:
-    """int32 in the scores' order, both zeros alike, NaN above infinity."""
+    """int32 in the scores' order, both zeros alike, every NaN alike above infinity."""
     bits = pltpu.bitcast(jnp.where(scores == 0, 0.0, scores), jnp.int32)
-    return bits ^ ((bits >> 31) & jnp.int32(2**31 - 1))
+    ordered = bits ^ ((bits >> 31) & jnp.int32(2**31 - 1))
+    return jnp.where(jnp.isnan(scores), jnp.int32(2**31 - 1), ordered)
 
 
 def _sorted(entries: Entries) -> Entries:
