@@ -21,7 +21,8 @@ The maths, for batch b, query t, key s, query head n, kv head `n // (num_q_heads
 
 A row that sees no key gives out 0, and lse -inf (with a sink: lse = sinks[n]). Rows past `q_lens`
 see no key, and have no sink either: out 0, lse -inf. What k and v hold where no query sees them may
-be anything, NaN included.
+be anything, NaN included. A query that is NaN, or sees a key that is, gives out and lse NaN; so
+are the gradients that it is in.
 
 Args:
     q: [batch, q_len, num_q_heads, head_dim]; float32, bfloat16 or float16.
