@@ -144,6 +144,7 @@ def in_this_process(todo, ends, say):
         yield from steps.take(step) if on_time else steps.left(step)
 
 
+@pytest.mark.once
 def test_a_whole_run_writes_what_it_found(monkeypatch, tmp_path):
     quick = [p for p in checks.QUICK if p.name.startswith("quick.dense")][:2]
     monkeypatch.setattr(checks, "SETS", {"quick": quick})
@@ -265,6 +266,7 @@ def test_what_is_measured_runs_alone():
         assert not meanwhile or not (alone or any(span[0] for span in meanwhile))
 
 
+@pytest.mark.once
 def test_the_processes_take_steps_and_say_what_raised():
     work = dataclasses.asdict(WORKS["dense"])
     todo = [

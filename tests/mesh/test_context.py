@@ -80,6 +80,7 @@ def test_features_one_by_one(features, form, name):
     check(problem, mesh(seq=size), form, name, q_len="seq", kv_len="seq")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("form", ["ring"])
 def test_beside_batch_and_heads(form):
     options = DENSE | {"batch": 2, "heads": (8, 4), "alibi": True, "sinks": True, "q_len": 12}

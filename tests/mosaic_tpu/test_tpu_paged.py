@@ -193,6 +193,7 @@ def test_one_kernel_writes_and_attends():
     assert "output_tuple_indices = [2]" in calls[0]
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("heads", [(3, 1), *(sweep(heads) for heads in ((10, 1), (3, 3), (8, 1)))])
 def test_groups(heads):
@@ -215,6 +216,7 @@ def test_a_decode_of_no_keys_looks_no_page_up():
 
 
 @pytest.mark.usefixtures("small_tiles")
+@pytest.mark.once
 @pytest.mark.parametrize("generation", ["7x", sweep("v5e")])
 def test_decodes_share_steps(monkeypatch, generation):
     """Parts of any length, and more windows than the ring has."""
@@ -247,6 +249,7 @@ def test_large_pages_come_in_parts(monkeypatch):
     check(batch((1, 3), (49, 40), heads=(2, 1), page_size=32, sliding_window=20))
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("small_tiles")
 def test_more_queries_than_keys_see_nothing():
     arguments = batch((5, 1, 20), (7, 3, 22), writes=False)
@@ -277,6 +280,7 @@ def test_expired_pages_may_be_gone():
         assert deviation(name, results[name], answer).passed
 
 
+@pytest.mark.once
 def test_any_slot_mapping_is_honoured():
     """Tokens of one page far apart, in any order, to pages that nobody reads, and nowhere."""
     arguments = batch((44, 1, 4), (44, 3, 4), page_size=16, dtype="float32")

@@ -110,6 +110,7 @@ MORE_MASKED = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("options", MASKED_CASES.values(), ids=MASKED_CASES)
 def test_masked_tiles_agree_with_the_oracle(monkeypatch, options):
     monkeypatch.setattr(mosaic_tpu, "tiles", lambda *_, **__: MASKED)
