@@ -239,6 +239,16 @@ def test_compare_chooses_problems():
     assert "with --quick" in error_of("compare", "--quick", "--problem", "llama3.decode")
 
 
+def test_compare_draws_problems():
+    drawn = attnsel_json("compare", "--random", "2", "--seed", "7", "--list", "--backend", "XLA")
+    assert [problem["name"] for problem in drawn] == ["random.7000002", "random.7000003"]
+    assert {problem["op"] for problem in drawn} <= {"dense", "paged"}
+    assert attnsel_json("compare", "--list", "--problem", drawn[0]["name"]) == drawn[:1]
+    said = error_of("compare", "--random", "2", "--problem", "llama3")
+    assert "--random is 2, must be without --problem" in said
+    assert "0 are accepted" in error_of("compare", "--random", "1", "--backend", "MOSAIC_TPU")
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

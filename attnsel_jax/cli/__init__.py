@@ -50,6 +50,7 @@ app.command(
         "attnsel compare",
         "attnsel compare --quick --backend XLA --plot deviations.png",
         "attnsel compare --problem llama3 --problem 'gemma*' --json",
+        "attnsel compare --random 200 --seed 7 --backend MOSAIC_TPU",
     )
 )(compare)
 app.command(

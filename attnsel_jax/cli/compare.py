@@ -33,13 +33,21 @@ def compare(
     quick: Annotated[
         bool, typer.Option("--quick", help="Tiny problems that reach every feature.")
     ] = False,
+    random: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="That many small problems drawn at random, of those that a backend accepts; "
+            "another --seed draws others.",
+        ),
+    ] = None,
     list_problems: Annotated[
         bool, typer.Option("--list", help="Print the problems' names and what they are.")
     ] = False,
     device: Annotated[
         str | None, typer.Option(help="A device that is here: cpu, gpu, tpu:1. Default: jax's.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the problems' arrays.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the problems' arrays.")] = 0,
     plot: Annotated[
         Path | None, typer.Option(help="Write a picture of where backends deviate.")
     ] = None,
@@ -52,15 +60,17 @@ def compare(
     Exit code 0: all within their budgets; 1: one deviates; 3: nothing ran.
     """
     with callers_mistakes():
-        problems = _problems(problem, quick)
+        if random is None:
+            problems = _problems(problem, quick)
+        else:
+            problems = _random_problems(random, seed, backend, device, problem, quick)
     if list_problems:
         _print_problems(problems, json)
         return
     if plot is not None:
         _check_plot(plot)
     with callers_mistakes():
-        chip = _device(device)
-        comparison = _compared(problems, backend, chip, seed)
+        comparison = _compared(problems, backend, _device(device), seed)
     if plot is not None:
         _plot(comparison, plot)
     if json:
@@ -94,6 +104,24 @@ def _problems(names: list[str] | None, quick: bool) -> list[Any]:
             f"problem is {', '.join(names)}, must be of the quick set with --quick: leave it out"
         )
     return found
+
+
+def _random_problems(
+    count: int,
+    seed: int,
+    backends: list[str] | None,
+    device: str | None,
+    names: list[str] | None,
+    quick: bool,
+) -> list[Any]:
+    """Problems that one of the backends accepts there, of the numbers of a seed."""
+    from attnsel_jax.compare import accepting
+    from attnsel_jax.problems import random_problems
+
+    if names or quick:
+        given = "--problem" if names else "--quick"
+        raise ValueError(f"--random is {count}, must be without {given}: leave out one of them")
+    return list(random_problems(count, seed, accepting(backends, _device(device))))
 
 
 def _print_problems(problems: list[Any], as_json: bool) -> None:

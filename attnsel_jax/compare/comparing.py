@@ -128,6 +128,31 @@ def compare_arrays(
     return compare([given(op, arrays, gradients=gradients)], backends, device)
 
 
+def accepting(
+    backends: Backends = None, device: jax.Device | None = None
+) -> Callable[[Problem], bool]:
+    """Whether one of these backends accepts a problem; nothing runs.
+
+    Args:
+        backends: as in `compare`; a caller's function accepts whatever comes.
+        device: as in `compare`.
+
+    Raises:
+        ValueError: an unknown backend.
+    """
+    lowerings = _lowerings(backends).values()
+    chip = current_device() if device is None else device_of(device)
+
+    def accepts(problem: Problem) -> bool:
+        return any(
+            not isinstance(lowering, type)
+            or not _refusal(lowering, problem.op, problem.config, chip)
+            for lowering in lowerings
+        )
+
+    return accepts
+
+
 class _Case:
     """One problem's arrays, and the oracle's answer, made when first needed and once."""
 
