@@ -75,6 +75,8 @@ class Capabilities:
     attn_type: Constraint = DECODER
     num_heads: Constraint = ANYTHING
     num_kv_heads: Constraint = ANYTHING
+    num_index_heads: Constraint = ANYTHING
+    index_head_dim: Constraint = ANYTHING
     causal: Constraint = OneOf(True)
     has_sink: Constraint = NEVER
     has_sliding_window: Constraint = NEVER

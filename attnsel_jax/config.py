@@ -14,6 +14,8 @@ CacheDType = Literal[
 ]
 CACHE_DTYPES: tuple[str, ...] = get_args(CacheDType)
 OPS = ("dense", "paged", "mla", "sparse_mla")
+COUNTS = ("head_size", "block_size", "head_size_v", "num_heads", "num_kv_heads", "num_index_heads",
+          "index_head_dim")  # fmt: skip
 # What a cache dtype is stored as. fp8_ds_mla rows are bytes: 512 e4m3 values, 4 float32 scales,
 # 64 bfloat16 rope values.
 STORED_AS = {
@@ -53,6 +55,8 @@ class AttentionSelectorConfig:
             "sparse_mla".
         head_size_v: of v, where it differs from head_size; None = the same.
         num_heads, num_kv_heads: query heads and kv heads; None = not said.
+        num_index_heads, index_head_dim: of sparse MLA's indexer, where its kernel is asked for,
+            kv_cache_dtype and block_size then being those of its keys; None = it is not.
         causal: None = True for decoders, False for the other attention types.
         has_sliding_window, has_attention_chunk, has_soft_cap, has_bias, has_alibi, has_mask,
         has_segment_ids, has_lens, has_q_offset: which features the calls will use.
@@ -78,6 +82,8 @@ class AttentionSelectorConfig:
     head_size_v: int | None = None
     num_heads: int | None = None
     num_kv_heads: int | None = None
+    num_index_heads: int | None = None
+    index_head_dim: int | None = None
     causal: bool | None = None
     has_sliding_window: bool = False
     has_attention_chunk: bool = False
@@ -99,7 +105,7 @@ class AttentionSelectorConfig:
         put("dtype", dtype_name(self.dtype))
         put("kv_cache_dtype", kv_cache_dtype_name(self.kv_cache_dtype))
         put("attn_type", attention_type(self.attn_type))
-        for name in ("head_size", "block_size", "head_size_v", "num_heads", "num_kv_heads"):
+        for name in COUNTS:
             put(name, count(name, getattr(self, name), optional=name != "head_size"))
         if self.head_size_v == self.head_size:
             put("head_size_v", None)
@@ -110,6 +116,7 @@ class AttentionSelectorConfig:
         put("op", self._resolved_op())
         put("causal", self._resolved_causal())
         self._check_head_counts()
+        self._check_indexer()
 
     def _merges(self) -> bool:
         """Whether partial results will be merged."""
@@ -155,6 +162,15 @@ class AttentionSelectorConfig:
                 f"num_heads is {self.num_heads}, must be a multiple of num_kv_heads, "
                 f"{self.num_kv_heads}: each kv head serves as many query heads as every other"
             )
+
+    def _check_indexer(self) -> None:
+        for name in ("num_index_heads", "index_head_dim"):
+            asked = getattr(self, name)
+            if asked is not None and not self.use_sparse:
+                raise ValueError(
+                    f"{name} is {asked} and use_sparse is False, must be None: the indexer is "
+                    f"sparse MLA's; pass use_sparse=True and use_mla=True"
+                )
 
     @property
     def cache_dtype(self) -> str:

@@ -29,6 +29,8 @@ VALUES = {
     "block_size": "page size",
     "num_heads": "query heads",
     "num_kv_heads": "kv heads",
+    "num_index_heads": "index heads",
+    "index_head_dim": "index head size",
     "attn_type": "attention type",
     "jax_version": "jax",
 }

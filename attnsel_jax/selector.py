@@ -53,6 +53,8 @@ class FurtherQuestions(TypedDict, total=False):
     head_size_v: int | None
     num_heads: int | None
     num_kv_heads: int | None
+    num_index_heads: int | None
+    index_head_dim: int | None
     causal: bool | None
     has_sliding_window: bool
     has_attention_chunk: bool

@@ -102,6 +102,7 @@ def test_select_passes_every_option_on():
     config = attnsel_json("select", *options, "--no-causal", "--device", "cpu")["config"]
     expected = dict.fromkeys(flags, True) | values
     expected |= {"causal": False, "use_mla": False, "use_sparse": False}
+    expected |= {"num_index_heads": None, "index_head_dim": None}  # of sparse MLA alone
     assert config == expected
     sparse = attnsel_json(
         "select", "--head-size", "576", "--dtype", "bfloat16", "--use-mla", "--use-sparse",

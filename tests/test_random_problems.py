@@ -9,6 +9,7 @@ import itertools
 import numpy as np
 import pytest
 from gpu_interpreter import gpu_interpreter
+from mosaic_gpu.gpu_latents import with_raw_rows_apart
 from tpu_interpreter import tpu_interpreter
 
 from attnsel_jax.compare.deviations import deviation
@@ -105,7 +106,8 @@ def check(problem, backend, chip, *, seed=0):
 @pytest.mark.sweep
 @pytest.mark.parametrize("number", range(400))
 @pytest.mark.parametrize("backend", CHIPS_OF)
-def test_kernels_agree_with_the_oracle(backend, number):
+def test_kernels_agree_with_the_oracle(backend, number, monkeypatch):
+    with_raw_rows_apart(monkeypatch)
     problem = random_problem(number)
     chips = CHIPS_OF[backend]
     turn = number // len(TURNS) % len(chips)

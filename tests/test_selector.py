@@ -524,3 +524,36 @@ def test_select_with_a_fake_kernel_runs_nothing(monkeypatch):
     kernels = {"paged": "fake_kernel:run", "dense": "fake_kernel:run"}
     register_backend("FAKE", backend("FAKE", kernels=kernels), before="XLA")
     assert chosen() == "FAKE"
+
+
+# The indexer of sparse MLA: its own sizes are asked for where its kernel is.
+
+INDEXER = {"head_size": 576, "dtype": "bfloat16", "use_mla": True, "use_sparse": True}
+
+
+@pytest.mark.parametrize(
+    ("chip", "asked", "said"),
+    [
+        ("v6e", {"index_head_dim": 64}, "index_head_dim is 64, must be a multiple of 128"),
+        ("v6e", {"index_head_dim": 128, "kv_cache_dtype": "fp8", "block_size": 16},
+         "block_size is 16, must be a multiple of 32 with index keys of fp8_e4m3"),
+        ("h200", {"index_head_dim": 96}, "index_head_dim is 96, must be one of 64, 128, 192, 256"),
+        ("h200", {"index_head_dim": 128, "num_index_heads": 96},
+         "num_index_heads is 96, must be a multiple of 1, at most 64"),
+        ("h200", {"index_head_dim": 128, "kv_cache_dtype": "fp8"},
+         "kv_cache_dtype is fp8_e4m3, must be bfloat16 as the indexer's queries"),
+    ],
+)  # fmt: skip
+def test_an_indexer_that_the_chips_own_backend_refuses_is_xla_s(chip, asked, said):
+    answer = select(AttentionSelectorConfig(**INDEXER | asked), chip)
+    assert answer.backend.name == "XLA_MLA_SPARSE"
+    own = "MOSAIC_TPU_MLA_SPARSE" if chip == "v6e" else "MOSAIC_GPU_MLA_SPARSE"
+    reasons = [str(reason) for reason in answer.reasons[own]]
+    assert said in reasons
+    served = AttentionSelectorConfig(**INDEXER, index_head_dim=128, num_index_heads=64)
+    assert said not in [str(reason) for reason in select(served, chip).reasons[own]]
+
+
+def test_an_indexer_is_sparse_mla_s():
+    with pytest.raises(ValueError, match="index_head_dim is 128 and use_sparse is False, must be"):
+        AttentionSelectorConfig(128, "bfloat16", index_head_dim=128)

@@ -7,11 +7,14 @@ from attnsel_jax.backend import AttentionBackend
 from attnsel_jax.backends.mosaic_gpu_mla import GPU_LATENT, HALVES, other_half
 from attnsel_jax.capabilities import Rejection
 from attnsel_jax.config import AttentionSelectorConfig
-from attnsel_jax.constraints import OneOf
+from attnsel_jax.constraints import MultipleOf, OneOf
 from attnsel_jax.platforms import Device
 
 SPARSE = dataclasses.replace(
-    GPU_LATENT, kv_cache_dtype=OneOf(*HALVES, "fp8_e4m3", "fp8_e5m2", "fp8_ds_mla")
+    GPU_LATENT,
+    kv_cache_dtype=OneOf(*HALVES, "fp8_e4m3", "fp8_e5m2", "fp8_ds_mla"),
+    num_index_heads=MultipleOf(1, at_most=64),
+    index_head_dim=OneOf(64, 128, 192, 256),
 )
 
 
@@ -36,5 +39,8 @@ class MosaicGpuMlaSparseBackend(AttentionBackend):
     def supports_combination(
         cls, config: AttentionSelectorConfig, device: Device
     ) -> Sequence[Rejection]:
-        """As MLA's."""
+        """As MLA's; and the indexer's keys have its queries' dtype."""
+        if config.index_head_dim is not None and config.cache_dtype != config.dtype:
+            allowed = f"{config.dtype} as the indexer's queries"
+            return [Rejection("kv_cache_dtype", config.cache_dtype, allowed)]
         return other_half(config)

@@ -103,6 +103,8 @@ def _latent(arguments: Mapping[str, Any]) -> dict[str, Any]:
             "dtype": arguments["q_index"].dtype,
             "kv_cache_dtype": keys.dtype,
             "block_size": keys.shape[1],
+            "num_index_heads": arguments["q_index"].shape[1],
+            "index_head_dim": keys.shape[2],
         }
     if q is None or pages is None:  # top-k
         return {"head_size": DEEPSEEK_LATENT, "dtype": INDEX_DTYPE}
