@@ -27,6 +27,9 @@ QUANTISED = ("float8_e4m3fn", "float8_e5m2", "int8")
 LENGTHS = (1, 2, 5, 8, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 128, 129, 200, 257, 300)
 PAGE_SIZES = (16, 16, 64, 64, 8, 32, 128, 256, 1)
 MOST_TOKENS = 80  # of a ragged batch
+MOST_LISTS = (
+    24  # of sparse MLA's tokens: each is a list of rows, which interpreters copy one by one
+)
 
 
 class _Draw:
@@ -84,13 +87,13 @@ def _dense(draw: _Draw) -> dict[str, Any]:
     return shape | {"dtype": draw.one(DTYPES), "causal": causal} | options
 
 
-def _lengths(draw: _Draw, most_keys: int = 300) -> dict[str, Any]:
+def _lengths(draw: _Draw, most_tokens: int = MOST_TOKENS) -> dict[str, Any]:
     """Decodes, drafts, chunks, prompts and sequences without a new token."""
     q_lens, kv_lens, tokens = [], [], 0
     for _ in range(draw.one((1, 2, 3, 5, 9))):
-        kv_len = min(most_keys, draw.one(LENGTHS) + draw.one((0, 0, 0, 1)))
+        kv_len = draw.one(LENGTHS) + draw.one((0, 0, 0, 1))
         q_len = draw.one((1, 1, 1, 0, draw.below(5), draw.below(40), kv_len))
-        q_len = min(q_len, kv_len, MOST_TOKENS - tokens)
+        q_len = min(q_len, kv_len, most_tokens - tokens)
         tokens += q_len
         q_lens.append(q_len)
         kv_lens.append(kv_len)
@@ -121,16 +124,16 @@ def _paged(draw: _Draw) -> dict[str, Any]:
     return options
 
 
-def _latent(draw: _Draw) -> dict[str, Any]:
-    options = _lengths(draw) | {"num_heads": draw.one((1, 3, 8, 16, 16, 20, 64, 128))}
+def _latent(draw: _Draw, most_tokens: int) -> dict[str, Any]:
+    options = _lengths(draw, most_tokens) | {"num_heads": draw.one((1, 3, 8, 16, 16, 20, 64, 128))}
     if draw.chance(0.2):
         options |= {"rank": 32, "rope_dim": 8, "qk_nope_head_dim": 16}
     options |= {"dtype": draw.one(DTYPES)}
     return options | draw.features(0.15, soft_cap=lambda: 5.0, pad_seqs=lambda: draw.one((0, 4)))
 
 
-def _mla(draw: _Draw) -> dict[str, Any]:
-    options = _latent(draw) | draw.features(0.2, writes=lambda: False)
+def _mla(draw: _Draw, most_tokens: int = MOST_TOKENS) -> dict[str, Any]:
+    options = _latent(draw, most_tokens) | draw.features(0.2, writes=lambda: False)
     if draw.chance(0.1) and "rank" not in options:
         return options | {"cache_dtype": FP8_DS_MLA}
     if draw.chance(0.3):
@@ -139,7 +142,7 @@ def _mla(draw: _Draw) -> dict[str, Any]:
 
 
 def _sparse_mla(draw: _Draw) -> dict[str, Any]:
-    options = _mla(draw) | {"topk": draw.one((1, 8, 16, 64, 100, 128, 256))}
+    options = _mla(draw, MOST_LISTS) | {"topk": draw.one((1, 8, 16, 64, 100, 128, 256))}
     if "rank" not in options and draw.chance(0.2):
         options |= {"cache_dtype": FP8_DS_MLA, "scaled": False}
     return options
