@@ -4,6 +4,7 @@ On demand the kernels of chips that are not here run in their interpreters, with
 """
 
 import contextlib
+import dataclasses
 import itertools
 
 import numpy as np
@@ -79,9 +80,10 @@ def interpreter(backend, chip):
 
 def serving(problem, backend, chip):
     """The backend of that name, or of its latent kin, if it serves the problem on the chip."""
+    asked = dataclasses.replace(problem.config, needs_grad=problem.gradients)
     for kin in (backend, f"{backend}_MLA", f"{backend}_MLA_SPARSE"):
         kin = AttentionBackendEnum[kin].get_class()
-        if problem.op in kin.kernels and not kin.validate_configuration(problem.config, chip):
+        if problem.op in kin.kernels and not kin.validate_configuration(asked, chip):
             return kin
     return None
 
