@@ -120,7 +120,9 @@ def attend(
     in_rows = (tokens, geometry.num_q_heads, geometry.head_dim)
     registers = geometry.lse_lanes // LANES
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
-    scalars = [page_table.reshape(-1), kv_lens, cu_q_lens, num_seqs.reshape(1)]
+    # Decodes look up pages past a sequence's last one, and bring none of them.
+    pages = jnp.pad(page_table.reshape(-1), (0, geometry.block_pages))
+    scalars = [pages, kv_lens, cu_q_lens, num_seqs.reshape(1)]
     arrays = [q, numbers, by_row]
     if new is not None:
         scalars += [new.slots, new.run_lengths]
@@ -169,7 +171,7 @@ def attend(
                 pltpu.SMEM((3,), jnp.int32),
                 [pltpu.VMEM(in_rows, q.dtype)] * (2 * geometry.in_columns),
                 mosaic_tpu_heads.scratch_shapes(*in_rows, q.dtype),
-                mosaic_tpu_decode.scratch_shapes(geometry, kv_pages.dtype),
+                mosaic_tpu_decode.scratch_shapes(geometry, kv_pages.dtype, q.dtype),
                 mosaic_tpu_prefill.scratch_shapes(geometry, q.dtype),
                 mosaic_tpu_prompt.scratch_shapes(geometry, q.dtype),
                 [] if new is None else mosaic_tpu_write.scratch_shapes(new, kv_pages),

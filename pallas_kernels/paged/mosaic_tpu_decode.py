@@ -7,17 +7,21 @@ rows of that kv head are taken. So the softmax works on no row but the query hea
 What bounds it is how fast keys and values are loaded into the matrix unit. A head of 64 leaves half
 of it empty: two kv heads are put side by side first, the queries of the second in the upper lanes.
 
-So that one part's loading hides another's softmax, a step takes the parts of a whole buffer, of
-whichever tokens come, as one run of instructions without a branch::
+So that this loading never waits for a softmax, a step takes the parts of a whole buffer, of
+whichever tokens come, as one run of instructions without a branch, and weighs a step ahead::
 
     step        k                             k + 1
-    DMA       | parts of step k + 3         | ...       (drawn: 2 parts a step, 4 buffers)
-    q @ K.T   |      1           0 of k + 1 |      1
-    softmax   | 0            1              | 0
-    p @ V     |      0         1            |      0
+    q @ K.T   | 0 1 of k + 1                | 0 1 of k + 2       (drawn: 2 parts a step, 4 buffers)
+    softmax   |    0 1 of k + 1             |    0 1 of k + 2
+    p @ V     |        0 1 of k             |        0 1 of k + 1
+    DMA       |        parts of k + 3       |        parts of k + 4
     divide    | all of k - 1                | all of k
+
+Copies are started when the keys of k + 1 were read: for the compiler a copy may go where they lie,
+and neither passes the other.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -32,16 +36,17 @@ from pallas_kernels.paged.mosaic_tpu_walk import Part, Span
 from pallas_kernels.tpu_operands import as_operand
 
 
-def scratch_shapes(geometry: Geometry, cache_dtype) -> list:
+def scratch_shapes(geometry: Geometry, cache_dtype, q_dtype) -> list:
     """`Scratch`'s."""
     chunks, rows = geometry.chunks, geometry.all_decode_rows
     pairs = geometry.num_kv_heads // 2 if geometry.heads_at_once == 2 else 0
-    values = (chunks, pairs, geometry.chunk_tokens, LANES) if pairs else (1, 1, 8, LANES)
+    values = (2, chunks, pairs, geometry.chunk_tokens, LANES) if pairs else (1, 1, 1, 8, LANES)
     return [
-        pltpu.VMEM((chunks + 1, rows, geometry.k_lanes), jnp.float32),
-        pltpu.VMEM((rows, geometry.chunk_tokens), jnp.float32),
+        pltpu.VMEM((chunks, rows, geometry.k_lanes), jnp.float32),
+        pltpu.VMEM((chunks, rows, geometry.chunk_tokens), q_dtype),
         pltpu.VMEM((chunks, rows, LANES), jnp.float32),
-        pltpu.VMEM((chunks, rows, LANES), jnp.float32),
+        pltpu.VMEM((2, chunks, rows, LANES), jnp.float32),
+        pltpu.VMEM((2, chunks, rows, LANES), jnp.float32),
         pltpu.VMEM((chunks, rows, geometry.v_lanes), jnp.float32),
         pltpu.VMEM(values, cache_dtype),
         pltpu.SMEM((chunks,), jnp.int32),
@@ -52,15 +57,17 @@ class Scratch(NamedTuple):
     """What decodes keep, references.
 
     Attributes:
-        q: queries by row, of each chunk and of the next step's first.
-        logits: products of the next step's first chunk.
-        m, l, acc: sums after each chunk of the last step, by row.
-        values: of each chunk, where heads come in twos.
+        q: queries by row, of each chunk.
+        weights, shrink: of each chunk of the next step.
+        m, l: after each chunk, by row, of the last step and of the next one.
+        acc: after each chunk of the last step, by row.
+        values: of each chunk, where heads come in twos; of even and of odd steps.
         tokens: of each chunk of the last step.
     """
 
     q: Any
-    logits: Any
+    weights: Any
+    shrink: Any
     m: Any
     l: Any
     acc: Any
@@ -70,7 +77,7 @@ class Scratch(NamedTuple):
 
 def begin(step) -> None:
     """Makes lanes that are no key's, and rows between groups, numbers: they are multiplied, too."""
-    for scratch in Scratch(*step.scratch)[:5]:
+    for scratch in Scratch(*step.scratch)[:6]:
         scratch[...] = jnp.zeros_like(scratch)
 
 
@@ -83,24 +90,28 @@ def attend_spans(step, span: Span) -> Span:
     token = part.token - step.first_token
     for i in range(walk.geometry.chunks):
         scratch.tokens[i] = token  # what is written there now is overwritten
-    scratch.logits[...] = _logits(step, part, first, 0, _load_q(step, 0, token))
+    _weigh(step, first, shift, jnp.int32(0))()
 
-    def attend_step(buffer):
-        ahead = walk.step_ahead()
-        pl.when(jnp.logical_not(ahead))(walk.start_next)
+    def attend_step(buffer, side):
         goes_on = walk.goes_on(buffer)
+        beside = goes_on & walk.step_ahead()
+        pl.when(jnp.logical_not(beside))(walk.start_next)
         following = lax.cond(goes_on, walk.wait_step, lambda: buffer)
 
-        @pl.when(ahead)
+        @pl.when(beside)
         def _():
-            _attend(step, buffer, following, shift, walk.start_beside())
+            _attend(step, buffer, following, shift, side, walk.start_beside())
             walk.move_on()
 
-        pl.when(jnp.logical_not(ahead))(lambda: _attend(step, buffer, following, shift, None))
-        return following, goes_on
+        alone = goes_on & jnp.logical_not(beside)
+        pl.when(alone)(lambda: _attend(step, buffer, following, shift, side))
+        pl.when(jnp.logical_not(goes_on))(lambda: _attend(step, buffer, None, shift, side))
+        return following, goes_on, 1 - side
 
-    last, _ = lax.while_loop(
-        lambda state: state[1], lambda state: attend_step(state[0]), (first, jnp.bool_(True))
+    last, _, _ = lax.while_loop(
+        lambda state: state[1],
+        lambda state: attend_step(state[0], state[2]),
+        (first, jnp.bool_(True), jnp.int32(0)),
     )
     _finish_all(step)
     part = walk.part_in(last, walk.geometry.chunks - 1, shift)
@@ -130,49 +141,65 @@ def _groups(geometry: Geometry):
         yield slice(first, first + geometry.group), slice(row, row + geometry.group)
 
 
-def _attend(step, buffer, following, shift, start) -> None:
-    """A step, without a branch: each part adds to its token's sums.
+def _attend(step, buffer, following, shift, side, start=None) -> None:
+    """A step, without a branch: the next one's parts are weighed, then this one's values added.
 
-    A chunk's products are beside the softmax of the one before, those of the next step's first one
-    beside this one's last. Tokens are written in the next step, for divisions take long: each
-    part's, of which a token's last one stays.
+    So no product waits for a softmax. Tokens are written in the next step, for divisions take long:
+    each part's, of which a token's last one stays.
 
     Args:
-        step, buffer, following, shift: this step's buffer, and the next one's, or this one's.
+        step, buffer, following, shift: this step's buffer, and the next one's; None = none follows.
+        side: of the values that the step before has put in scratch.
         start: of `start_beside`: copies are started beside it; None = none are.
     """
     walk, scratch = step.walk, Scratch(*step.scratch)
     chunks = walk.geometry.chunks
-    parts = [walk.part_in(buffer, i, shift) for i in range(chunks)]
-    parts.append(walk.part_in(following, 0, shift))
-    tokens = [part.token - step.first_token for part in parts]
-    q = [_load_q(step, i, token) for i, token in enumerate(tokens)]
-    logits = [scratch.logits[...]]
-    m, l = scratch.m[chunks - 1], scratch.l[chunks - 1]
-    acc = scratch.acc[chunks - 1]
     _finish_all(step)
+    scratch.m[0], scratch.l[0] = scratch.m[1], scratch.l[1]
+    weights, shrink, acc = scratch.weights[...], scratch.shrink[...], scratch.acc[chunks - 1]
+    keep = None if following is None else _weigh(step, following, shift, 1 - side)
+    for i in range(chunks if start is not None else 0):
+        start(i)
     for i in range(chunks):
-        weights, shrink, m, l = _softmax(step, parts[i], logits[i], m, l)
-        if i + 1 < chunks:
-            logits.append(_logits(step, parts[i + 1], buffer, i + 1, q[i + 1]))
-        if start is not None:
-            start(i)
-        acc = _add_values(step, parts[i], buffer, i, weights, shrink, acc)
-        scratch.m[i], scratch.l[i], scratch.acc[i] = m, l, acc
-    logits.append(_logits(step, parts[chunks], following, 0, q[chunks]))
-    for i in range(chunks):
-        scratch.tokens[i] = tokens[i]
-    scratch.logits[...] = logits[chunks]
+        part = walk.part_in(buffer, i, shift)
+        acc = _add_values(step, part, buffer, i, side, weights[i], shrink[i], acc)
+        scratch.acc[i], scratch.tokens[i] = acc, part.token - step.first_token
+    if keep is not None:
+        keep()
+
+
+def _weigh(step, buffer, shift, side) -> Callable[[], None]:
+    """Weighs the keys of a step; returns what puts the weights where the next step finds them.
+
+    Values of heads in twos go to this side of the scratch.
+    """
+    walk, scratch = step.walk, Scratch(*step.scratch)
+    chunks = walk.geometry.chunks
+    parts = [walk.part_in(buffer, i, shift) for i in range(chunks)]
+    q = [_load_q(step, i, part.token - step.first_token) for i, part in enumerate(parts)]
+    logits = [_logits(step, part, buffer, i, side, q[i]) for i, part in enumerate(parts)]
+    m, l = scratch.m[1, chunks - 1], scratch.l[1, chunks - 1]
+    found = []
+    for part, products in zip(parts, logits, strict=True):
+        found.append(_softmax(step, part, products, m, l))
+        m, l = found[-1][2:]
+
+    def keep() -> None:
+        for i, (weights, shrink, m, l) in enumerate(found):
+            scratch.weights[i], scratch.shrink[i] = weights, shrink
+            scratch.m[1, i], scratch.l[1, i] = m, l
+
+    return keep
 
 
 def _finish_all(step) -> None:
     """Writes what each part of the last step has come to."""
     scratch = Scratch(*step.scratch)
     for i in range(step.walk.geometry.chunks):
-        _finish(step, scratch.tokens[i], scratch.m[i], scratch.l[i], scratch.acc[i])
+        _finish(step, scratch.tokens[i], scratch.m[0, i], scratch.l[0, i], scratch.acc[i])
 
 
-def _logits(step, part: Part, buffer, i: int, q) -> jax.Array:
+def _logits(step, part: Part, buffer, i: int, side, q) -> jax.Array:
     """Products of the keys of a part, chunk i of a buffer, with its token's queries."""
     geometry, pages = step.walk.geometry, step.walk.geometry.chunk_pages
     buffers = step.walk.buffers.at[buffer, pl.ds(i * pages, pages)]
@@ -180,7 +207,7 @@ def _logits(step, part: Part, buffer, i: int, q) -> jax.Array:
     def logits_of(unit, rows):
         if geometry.heads_at_once == 2:
             k, v = _keys_and_values_of_two(geometry, buffers, unit)
-            Scratch(*step.scratch).values[i, unit] = rows_kept(v, _kept(step, part))
+            Scratch(*step.scratch).values[side, i, unit] = rows_kept(v, _kept(step, part))
         else:
             k = geometry.read(buffers.at[:, unit], 0, geometry.k_lanes)
         return product(rows, as_operand(k, step.q.dtype), 1)
@@ -204,17 +231,18 @@ def _softmax(step, part: Part, logits, m, l) -> tuple[jax.Array, ...]:
     slope = step.rows[2][:, :1] if step.has_slope else None
     logits = softmax.join(logits, part.q_pos, kv_pos, soft_cap=step.soft_cap, slope=slope)
     limits = step.walk.masks.limits(part.q_pos, part.start, part.stop)
-    weights, shrink, m, l = softmax.update(softmax.mask(logits, kv_pos, limits), m, l)
+    logits = softmax.mask(logits, kv_pos, limits)
+    weights, shrink, m, l = softmax.update(logits, m, l, by_lane=True)
     return weights.astype(step.q.dtype), jnp.where(is_first, 0.0, shrink), m, l
 
 
-def _add_values(step, part: Part, buffer, i: int, weights, shrink, acc) -> jax.Array:
+def _add_values(step, part: Part, buffer, i: int, side, weights, shrink, acc) -> jax.Array:
     """Adds the weighted values of a part, chunk i of a buffer, to what `shrink` keeps of acc."""
     geometry, pages = step.walk.geometry, step.walk.geometry.chunk_pages
 
     def values_of(unit, rows):
         if geometry.heads_at_once == 2:
-            v = Scratch(*step.scratch).values[i, unit]
+            v = Scratch(*step.scratch).values[side, i, unit]
         else:
             there = step.walk.buffers.at[buffer, pl.ds(i * pages, pages), unit]
             v = geometry.read(there, geometry.v_start, 2 * geometry.head_dim)
@@ -295,6 +323,7 @@ def _of_odd_heads(geometry: Geometry) -> jax.Array:
 def _finish(step, token, m, l, acc) -> None:
     """Puts a token's output and lse into the tile: what its last part says stays."""
     geometry = step.walk.geometry
+    l = jnp.broadcast_to(jnp.sum(l, axis=1, keepdims=True), l.shape)
     factor, lse = softmax.finish(m, l, step.rows[3], step.rows[1])
     values = acc * softmax.widened(factor, geometry.v_lanes)
     values = jnp.where(factor[:, :1] != 0, values, 0.0)

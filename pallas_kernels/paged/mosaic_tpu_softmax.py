@@ -4,8 +4,11 @@ Logits are in base 2. An unseen key's logit is UNSEEN, far below where a running
 that its weight is 0 whatever the row has seen so far.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 START, UNSEEN = -1e30, -1e38
 LN2 = 0.6931471805599453
@@ -27,12 +30,13 @@ def mask(logits, kv_pos, limits):
     return jnp.where(may if first is None else may & (kv_pos >= first), logits, UNSEEN)
 
 
-def update(logits: jax.Array, m: jax.Array, l: jax.Array):
+def update(logits: jax.Array, m: jax.Array, l: jax.Array, *, by_lane: bool = False):
     """One step of the running softmax.
 
     Args:
         logits: [rows, keys].
-        m, l: [rows, 128], the same along lanes.
+        m, l: [rows, 128], the same along lanes; or l by lane.
+        by_lane: whether l is summed by lane, and all lanes of it are to be added at the end.
 
     Returns:
         weights [rows, keys], the factor [rows, 128] on what was summed before, m, l.
@@ -40,7 +44,15 @@ def update(logits: jax.Array, m: jax.Array, l: jax.Array):
     m_next = jnp.maximum(m, jnp.max(logits, axis=1, keepdims=True))
     weights = jnp.exp2(logits - m_next[:, :1])
     shrink = jnp.exp2(m - m_next)
-    return weights, shrink, m_next, l * shrink + jnp.sum(weights, axis=1, keepdims=True)
+    lanes = m.shape[1]
+    if by_lane and weights.shape[1] % lanes == 0:
+        every = range(0, weights.shape[1], lanes)
+        total = functools.reduce(jnp.add, [weights[:, i : i + lanes] for i in every])
+    else:
+        total = jnp.sum(weights, axis=1, keepdims=True)
+        if by_lane:
+            total = jnp.where(lax.broadcasted_iota(jnp.int32, m.shape, 1) == 0, total, 0.0)
+    return weights, shrink, m_next, l * shrink + total
 
 
 def finish(m: jax.Array, l: jax.Array, sink, v_factor):

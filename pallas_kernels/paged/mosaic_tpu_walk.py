@@ -339,16 +339,13 @@ class Walk(NamedTuple):
             begin, end = self._pages_of(part)
             count += end - begin
             first = part.number * pages
-            # Of what is none the copy names a page that there is, for a copy has an address.
-            last = row + jnp.maximum(divided(part.stop - 1, geometry.page_size), 0)
             heads = jnp.int32(geometry.num_kv_heads)
             for j in range(pages):
-                entry = jnp.minimum(row + first + j, last)
                 is_there = first + j < end
                 if self.masks.has_start:
-                    entry = jnp.maximum(entry, row + divided(part.start, geometry.page_size))
                     is_there &= first + j >= begin
-                source = self._page(entry)
+                # Of what is none the copy names any page, for a copy has an address.
+                source = self._page(row + first + j)
                 some = pl.ds(0, jnp.where(is_there, heads, 0))
                 there = self.buffers.at[buffer, i * pages + j, some]
                 pltpu.make_async_copy(source.at[some], there, self.arrived.at[buffer]).start()
