@@ -339,11 +339,12 @@ class Walk(NamedTuple):
             begin, end = self._pages_of(part)
             count += end - begin
             first = part.number * pages
+            skipped, stop = begin - first, end - first
             heads = jnp.int32(geometry.num_kv_heads)
             for j in range(pages):
-                is_there = first + j < end
+                is_there = stop > j
                 if self.masks.has_start:
-                    is_there &= first + j >= begin
+                    is_there &= skipped <= j
                 # Of what is none the copy names any page, for a copy has an address.
                 source = self._page(row + first + j)
                 some = pl.ds(0, jnp.where(is_there, heads, 0))
