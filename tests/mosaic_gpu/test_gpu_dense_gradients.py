@@ -244,9 +244,8 @@ def test_a_planted_fault_goes_red(monkeypatch, name):
 TILED = {"causal": True, "heads": (1, 1), "q_len": 140, "kv_len": 140}
 
 
-@pytest.mark.parametrize(
-    "options", [{}, pytest.param({"bias": (True,) * 4}, marks=pytest.mark.sweep)], ids=str
-)
+@pytest.mark.sweep
+@pytest.mark.parametrize("options", [{}, {"bias": (True,) * 4}], ids=str)
 def test_tiles_change_no_numbers_and_a_second_call_gives_the_same_bits(monkeypatch, options):
     made = problem("tiled", **TILED | options).make()
     arguments = {name: jnp.asarray(x) for name, x in made.items() if name != "causal"}

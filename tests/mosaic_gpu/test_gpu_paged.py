@@ -79,6 +79,7 @@ def test_every_size(head_size, page_size):
     check(batch(*LONG, heads=(2, 1), head_size=head_size, page_size=page_size))
 
 
+@pytest.mark.sweep
 def test_more_query_heads_than_rows():
     """71 heads of one group: two tiles of rows, one head more than there is."""
     check(batch((1,), (40,), heads=(71, 1), sinks=True, alibi=True))
@@ -126,6 +127,7 @@ def test_tiles_change_speed_and_never_numbers(monkeypatch, decode, prefill):
     check(batch(*LONG, heads=(2, 1), **EVERYTHING))
 
 
+@pytest.mark.sweep
 def test_a_result_comes_again_bit_for_bit():
     arguments = batch((1,), (150,), heads=(1, 1))  # cut over all cores, and merged
     first, second = (gpu_paged.results_of(arguments, "h200") for _ in range(2))

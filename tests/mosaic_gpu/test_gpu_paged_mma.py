@@ -100,7 +100,7 @@ def test_mixed_batches(chip, name):
 
 @pytest.mark.parametrize(
     ("kv_lens", "options"),
-    [((130, 75), {}), ((200, 75), {"cache_dtype": "float8_e4m3fn", "scales": "head"})],
+    [((130, 75), {}), sweep((200, 75), {"cache_dtype": "float8_e4m3fn", "scales": "head"})],
     ids=["16 bits", "float8"],
 )
 def test_blackwell_s_ring_goes_round(monkeypatch, kv_lens, options):
@@ -139,7 +139,8 @@ def test_no_sequences(chip):
 expired = functools.partial(gpu_paged.expired, 6, (1, 1), -7, 10**5)
 
 
-@pytest.mark.parametrize("chip", ["a100", sweep("b200")])
+@pytest.mark.sweep
+@pytest.mark.parametrize("chip", ["a100", "b200"])
 def test_expired_pages_are_not_asked_for(chip):
     """Nothing clips on Ampere: the interpreter raises at a copy from outside the cache."""
     junk, clipped = expired()
