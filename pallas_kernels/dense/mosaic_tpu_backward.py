@@ -13,6 +13,7 @@ further calls; their dq are summed in float32, so memory stays linear in the len
 """
 
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -29,7 +30,7 @@ from pallas_kernels.dense.mosaic_tpu_schedule import Static, Work
 from pallas_kernels.dense.mosaic_tpu_tiles import Tiles
 from pallas_kernels.dense.mosaic_tpu_walk import DIAGONAL, FREE, MASKED, Kind, Tile, Walk, before
 
-SUBLANES = tpu_chip.SUBLANES
+LANES, SUBLANES = tpu_chip.LANES, tpu_chip.SUBLANES
 # What stands for an lse of NaN: weights of keys that are seen are inf, and those of others still 0.
 # Where q and dout are 0 (`_GridStep.clear_nan`), every product with inf is NaN, and with 0 is 0. No
 # bias that hides is this number.
@@ -127,10 +128,12 @@ def _of_major(
         blocks = blocks._replace(**dict(zip(made, refs, strict=False)))
         sums, *slots = refs[len(made) :]
         scratch = _Refs(blocks, _Sums(*sums), *slots)
-        _kernel(static, bias_of, Work(rows, columns, majors, facts), kv_major[0], inputs, scratch)
+        work = Work(rows, columns, majors, facts)
+        _kernel(static, bias_of, order, work, kv_major[0], inputs, scratch)
 
-    f32 = jnp.float32
-    logit_tile = pltpu.VMEM((tiles.block_kv, tiles.block_q), f32)
+    f32, order = jnp.float32, "kv" if tpu_chip.current().mxu > LANES else "vk"
+    weights = pltpu.VMEM((tiles.block_kv, tiles.block_q), x.q.dtype)
+    whole = pltpu.VMEM((tiles.block_kv, tiles.block_q), f32)
     used_keys = pltpu.VMEM((tiles.block_kv, head_dim), x.k.dtype)
     arrays = pl.pallas_call(
         kernel,
@@ -145,10 +148,10 @@ def _of_major(
                     pltpu.VMEM((head_dim, tiles.major_kv + tiles.step_kv), f32),
                     pltpu.VMEM((head_dim_v, tiles.major_kv + tiles.step_kv), f32),
                 ],
-                [logit_tile] * 2,
-                [logit_tile] * 2,
-                [logit_tile] * 2 if static.soft_cap is not None else [],
-                [] if static.uses_every_key else [used_keys] * 2,
+                weights,
+                weights,
+                [whole] if x.bias is not None or x.slopes is not None else [],
+                [] if static.uses_every_key else [used_keys],
             ],
         ),
         out_shape=[getattr(results, name)[1] for name in made],
@@ -252,17 +255,27 @@ class _Refs(NamedTuple):
     Attributes:
         results: the results' blocks.
         sums: the gradients so far.
-        tile, dp, slope, keys: two slots each: a tile's logits; products of v and dout; derivative
-            of the soft cap (with one only); the keys [block_kv, head_dim], those that no query
-            sees set to 0 (if there may be such).
+        p, ds: a tile's weights and the gradients of its products with q, as they are multiplied.
+        whole: the gradients of its finished logits, float32 (if some result is made of them).
+        keys: its keys [block_kv, head_dim], those that no query sees set to 0 (if there may be
+            such).
     """
 
     results: Gradients
     sums: _Sums
-    tile: list[jax.Array]
-    dp: list[jax.Array]
-    slope: list[jax.Array]
+    p: jax.Array
+    ds: jax.Array
+    whole: list[jax.Array]
     keys: list[jax.Array]
+
+
+class _Weights(NamedTuple):
+    """What a step's keys and queries make, and the keys; see `_Refs`."""
+
+    p: jax.Array
+    ds: jax.Array
+    whole: jax.Array
+    k: jax.Array
 
 
 class _GridStep(NamedTuple):
@@ -274,6 +287,7 @@ class _GridStep(NamedTuple):
         refs: everything else in VMEM.
         extras: what else the logits depend on.
         is_first_head: whether it is the first of its group.
+        order: which of k and v is first in the sums of a step.
     """
 
     walk: Walk
@@ -281,6 +295,7 @@ class _GridStep(NamedTuple):
     refs: _Refs
     extras: Extras
     is_first_head: jax.Array
+    order: str
 
     @property
     def tiles(self) -> Tiles:
@@ -295,12 +310,10 @@ class _GridStep(NamedTuple):
         """A step's keys in their tile."""
         return slice(step * self.tiles.step_kv, (step + 1) * self.tiles.step_kv)
 
-    def logits(self, t: Tile, step: int, slot: int, kind: Kind) -> jax.Array:
-        """Logits of a step's keys, and these keys, into the slot; gives their values."""
-        static, refs = self.walk.static, self.refs
-        at = self.walk.where(t, step, kind)
+    def weights(self, t: Tile, step: int, kind: Kind) -> Iterator[_Weights | None]:
+        """A step's weights: first what logits give, then all; others' products come between."""
+        static, at = self.walk.static, self.walk.where(t, step, kind)
         keys, queries = pl.ds(at.kv, at.shape[0]), pl.ds(at.q, at.shape[1])
-        here, some = self.keys_in_tile(step), slice(self.walk.unseen(step, kind), None)
         k, v = self.x["k"][keys, :], self.x["v"][keys, :]
         mask = logits.seen(static, self.extras, at) if kind == MASKED else None
         if kind == MASKED and not static.uses_every_key:
@@ -310,75 +323,72 @@ class _GridStep(NamedTuple):
         dots = logits.matmul(k, self.x["q"][:, queries])
         s, slope = logits.finished(static, self.extras, dots, at)
         s = logits.below_diagonal(s) if kind == DIAGONAL else logits.hidden(mask, s)
-        refs.tile[slot][here, some] = s
-        if refs.keys:
-            refs.keys[slot][here, :] = k
-        if slope is not None:
-            refs.slope[slot][here, some] = slope
-        return v
+        p = jnp.exp2(s * (logits.unit(static, self.extras) * LOG2E) - self.x["lse"][:, queries])
+        yield None
+        whole = p * (logits.matmul(v, self.x["dout"][:, queries]) - self.x["delta"][:, queries])
+        ds = whole if slope is None else whole * slope
+        yield _Weights(p.astype(k.dtype), ds.astype(k.dtype), whole, k)
 
-    def dp(self, v: jax.Array, t: Tile, step: int, slot: int, kind: Kind) -> None:
-        """Products of a step's values with dout into the slot."""
-        at, here = self.walk.where(t, step, kind), self.keys_in_tile(step)
-        dout = self.x["dout"][:, pl.ds(at.q, at.shape[1])]
-        self.refs.dp[slot][here, self.walk.unseen(step, kind) :] = logits.matmul(v, dout)
+    def keep(self, made: _Weights, step: int, kind: Kind) -> None:
+        """A step's weights are kept for the sums."""
+        here, some = self.keys_in_tile(step), slice(self.walk.unseen(step, kind), None)
+        self.refs.p[here, some] = made.p
+        self.refs.ds[here, some] = made.ds
+        for kept in self.refs.whole:
+            kept[here, some] = made.whole
+        for kept in self.refs.keys:
+            kept[here, :] = made.k
 
-    def all_products(self, t: Tile, slot: int, kind: Kind) -> None:
-        """Logits and dp of a whole tile."""
+    def all_weights(self, t: Tile, _: int, kind: Kind) -> None:
+        """Weights of a whole tile."""
         for step in self.steps:
-            self.dp(self.logits(t, step, slot, kind), t, step, slot, kind)
+            *_, made = self.weights(t, step, kind)
+            self.keep(made, step, kind)
 
-    def weights(self, t: Tile, step: int, slot: int, kind: Kind) -> tuple[jax.Array, jax.Array]:
-        """Weights of a step's keys and the gradients of their logits, float32."""
-        at, here = self.walk.where(t, step, kind), self.keys_in_tile(step)
-        queries, some = pl.ds(at.q, at.shape[1]), slice(self.walk.unseen(step, kind), None)
-        to_log2 = logits.unit(self.walk.static, self.extras) * LOG2E
-        p = jnp.exp2(self.refs.tile[slot][here, some] * to_log2 - self.x["lse"][:, queries])
-        return p, p * (self.refs.dp[slot][here, some] - self.x["delta"][:, queries])
-
-    def sums_and_next_products(
-        self, t: Tile, after: Tile | None, slot: int, kind: Kind, kind_after: Kind
+    def sums_and_next_weights(
+        self, t: Tile, after: Tile | None, _: int, kind: Kind, kind_after: Kind
     ) -> None:
-        """A tile's part of the gradients from its slot; the following tile's products.
+        """A tile's part of the gradients from its weights; those of the following tile.
 
-        The compiler keeps near the order of this code. On v6e a free tile takes 1077 cycles if the
-        following one's dp comes with its logits, 1035 after dv, where less is to be pushed into the
-        matrix unit at once; on the diagonal the first is better, by 3 %.
+        What a step keeps is read before the same step of the following tile comes there: one slot
+        does. The compiler keeps near the order of this code. The products for sums push much into
+        the matrix unit and multiply little by it, those for weights the other way round: on v6e a
+        free tile takes 1023 cycles if both of these come first, and 952 in turn; with dk first 952,
+        with dv first 967, but on v5e 2780 and 2587.
         """
-        refs, dtype = self.refs, self.x["q"].dtype
-        dp_first = DIAGONAL in (kind, kind_after)
+        refs = self.refs
         ends_keys = kind == DIAGONAL and self.keys_end
         ends_queries = kind == DIAGONAL and self.queries_end
         dq, first = None, self.walk.begins_keys(t) & self.is_first_head
         for step in self.steps:
-            if after is not None:
-                v = self.logits(after, step, 1 - slot, kind_after)
-            if after is not None and dp_first:
-                self.dp(v, after, step, 1 - slot, kind_after)
             at, here = self.walk.where(t, step, kind), self.keys_in_tile(step)
             unseen = self.walk.unseen(step, kind)
             keys, queries = pl.ds(at.kv, at.shape[0]), pl.ds(at.q, at.shape[1])
-            p, ds = self.weights(t, step, slot, kind)
-            if refs.results.logits is not None:
-                refs.results.logits[keys, queries] = ds
-            if refs.results.slopes is not None:
-                distance = logits.distance(at).reshape(-1, SUBLANES, at.shape[1])
-                parts = jnp.sum(ds.reshape(distance.shape) * distance, axis=0)
-                refs.results.slopes[:, queries] += parts
-            if refs.slope:
-                ds *= refs.slope[slot][here, unseen:]
-            p, ds = p.astype(dtype), ds.astype(dtype)
-            dv = logits.matmul(self.x["dout"][:, queries], p, (1, 1))
-            self.add("v", keys, first, dv, ends_keys)
-            if after is not None and not dp_first:
-                self.dp(v, after, step, 1 - slot, kind_after)
-            dk = logits.matmul(self.x["q"][:, queries], ds, (1, 1))
-            self.add("k", keys, first, dk, ends_keys)
-            k = refs.keys[slot][here, :] if refs.keys else self.x["k"][keys, :]
+            p, ds = refs.p[here, unseen:], refs.ds[here, unseen:]
+            k = refs.keys[0][here, :] if refs.keys else self.x["k"][keys, :]
+            for kept in refs.whole:
+                self.of_logits(kept[here, unseen:], at)
+            next_weights = None if after is None else self.weights(after, step, kind_after)
+            for name in self.order:
+                made = None if next_weights is None else next(next_weights)
+                of, weights = {"k": ("q", ds), "v": ("dout", p)}[name]
+                part = logits.matmul(self.x[of][:, queries], weights, (1, 1))
+                self.add(name, keys, first, part, ends_keys)
             part = logits.matmul(k, ds, (0, 0))
             dq = part if dq is None else logits.added_from(dq, unseen, part)
+            if made is not None:
+                self.keep(made, step, kind_after)
         first = self.walk.of_row(schedule.FIRST_HERE, t.row) == t.column
         self.add("q", self.queries(t), first, dq, ends_queries)
+
+    def of_logits(self, ds: jax.Array, at: logits.Where) -> None:
+        """Gradients of a step's finished logits: into those of the bias, and of the slopes."""
+        results, queries = self.refs.results, pl.ds(at.q, at.shape[1])
+        if results.logits is not None:
+            results.logits[pl.ds(at.kv, at.shape[0]), queries] = ds
+        if results.slopes is not None:
+            distance = logits.distance(at).reshape(-1, SUBLANES, at.shape[1])
+            results.slopes[:, queries] += jnp.sum(ds.reshape(distance.shape) * distance, axis=0)
 
     def queries(self, t: Tile) -> pl.Slice:
         """A tile's queries in their major block."""
@@ -465,7 +475,7 @@ class _GridStep(NamedTuple):
 
 
 def _kernel(
-    static: Static, bias_of: str, work: Work, kv_major: jax.Array, x: dict, refs: _Refs
+    static: Static, bias_of: str, order: str, work: Work, kv_major: jax.Array, x: dict, refs: _Refs
 ) -> None:
     """One grid step."""
     b, h, g, q_major = (pl.program_id(axis) for axis in range(4))
@@ -477,11 +487,11 @@ def _kernel(
         q_segments=x.get("q_segments"),
         kv_segments=x.get("kv_segments"),
     )
-    step = _GridStep(walk, x, refs, extras, g == 0)
+    step = _GridStep(walk, x, refs, extras, g == 0, order)
 
     pl.when(x["has_nan"][b * pl.num_programs(1) + h] > 0)(step.clear_nan)
     step.prologue((g == 0) & (q_major == 0))
-    walk.run(step.all_products, step.sums_and_next_products)
+    walk.run(step.all_weights, step.sums_and_next_weights)
     step.epilogue((g == static.group - 1) & (q_major == static.q_majors - 1))
 
 

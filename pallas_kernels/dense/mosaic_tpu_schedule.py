@@ -7,6 +7,7 @@ whole major block is excluded, loads them.
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -84,26 +85,48 @@ class Static:
         return not self.has_kv_lens and self.kv_len % self.tiles.block_kv == 0
 
     @property
+    def free_below(self) -> tuple[int, ...] | None:
+        """Free tiles in each pair of major blocks, where all others are on the diagonal.
+
+        None where other tiles need a mask too: some are on the edge of something else, or are not
+        square.
+        """
+        return None if self._behind is None else tuple(np.sum(self._behind > 0, (1, 3)).flat)
+
+    @property
+    def together(self) -> int:
+        """Free tiles in one run of code."""
+        tiles, free = self.tiles, math.gcd(*(self.free_below or (0,)))
+        if not tiles.longest or not free:
+            return tiles.together
+        upwards = range(min(free, tiles.together), tiles.longest + 1)
+        return max((n for n in upwards if free % n == 0), default=tiles.together)
+
+    @property
     def diagonal(self) -> int:
         """Tiles on the diagonal in each pair of major blocks that has any.
 
-        0 where other tiles need a mask too: some are on the edge of something else, are not
-        square, or are free ones that are over.
+        0 where other tiles need a mask too, among them free ones that are over.
         """
+        if self._behind is None or any(free % self.together for free in self.free_below):
+            return 0
+        on = np.sum(self._behind == 0, (1, 3))
+        return int(on.max()) if np.all((on == 0) | (on == on.max())) else 0
+
+    @property
+    def _behind(self) -> np.ndarray | None:
+        """[q_majors, rows, kv_majors, columns]: how far tiles are from the diagonal, or None."""
         tiles, block = self.tiles, self.tiles.block_q
         bounded = self.sliding_window != (None, None) or self.attention_chunk_size is not None
         edges = self.q_len, self.kv_len, self.q_offset
         whole = tiles.block_kv == block and not any(edge % block for edge in edges)
         if not self.causal or not whole or self.by_arrays or bounded:
-            return 0
+            return None
         row = np.arange(self.q_majors * self.rows)[:, None]
         column = np.arange(self.kv_majors * self.columns)
         exists = (row < self.q_len // block) & (column < self.kv_len // block)
         behind = np.where(exists, row + self.q_offset // block - column, -1)
-        behind = behind.reshape(self.q_majors, self.rows, self.kv_majors, self.columns)
-        on, free = np.sum(behind == 0, (1, 3)), np.sum(behind > 0, (1, 3))
-        alike = np.all((on == 0) | (on == on.max())) and not np.any(free % tiles.together)
-        return int(on.max()) if alike else 0
+        return behind.reshape(self.q_majors, self.rows, self.kv_majors, self.columns)
 
     @property
     def uses_every_key(self) -> bool:
@@ -184,7 +207,7 @@ def work_list(static: Static, who: Masks) -> Work:
     broken = ~every & (index >= free_start[..., None])
     free_stop = xp.where(broken.any(-1), _first(xp, broken), static.columns)
     free_stop = xp.where(every.any(-1), free_stop, free_start)
-    free_stop = free_stop - _surplus(xp, free_stop - free_start, static.tiles.together)
+    free_stop = free_stop - _surplus(xp, free_stop - free_start, static.together)
     free = free_stop - free_start
     kinds = (free, stop - start - free)
     is_free = (index >= free_start[..., None]) & (index < free_stop[..., None])

@@ -1,15 +1,17 @@
 """How a dense TPU kernel walks its work list inside one grid step: two tiles to a block.
 
 A kernel splits what it does with a tile in two: `first_half` fills one of two slots (products of
-the matrix unit), `second_half` empties it (vector work, and more products). One straight-line block
-of code does the second half of a tile and the first half of the next, so that the units overlap::
+the matrix unit), `second_half` empties it (more products). Which has the vector work is the
+kernel's, and so is whether one slot does, filled step by step as it is emptied. One straight-line
+block of code does the second half of a tile and the first half of the next, so that the units
+overlap::
 
     tile 0   first │ second
     tile 1         │ first  │ second
     tile 2                  │ first  │ second
 
 A grid step begins with one half of its first tile that needs a mask. Then come the tiles in which
-every query sees every key, `Tiles.together` of them to one run of code without a branch, and then
+every query sees every key, `Static.together` of them to one run of code without a branch, and then
 the others with a mask, two to a run; nothing is done alone where the kinds meet. Where those with a
 mask are the diagonal, they are one run in all, and a step's keys meet only the queries that are not
 before them. The more tiles to a run, the less often the matrix unit runs empty at its end; each has
@@ -168,7 +170,7 @@ class Walk(NamedTuple):
                 both_halves(tiles[i], tiles[i + 1], i % 2, FREE, FREE)
             return self._ahead_of(tiles[-1], together, FREE)  # among the vectors: costs no cycles
 
-        together = self.static.tiles.together
+        together = self.static.together
         begun = self._ahead_of(first_free, together, FREE)
         begun = jax.tree.map(
             lambda after, alone: jnp.where(masked > 0, after, alone),

@@ -50,6 +50,8 @@ TILED = (
     problem("segments, some blocks empty", segments=3, causal=True),
     problem("slopes, over two major blocks of keys", alibi=True, heads=(4, 2), q_len=130,
             kv_len=300, sliding_window=(None, 200), dtype="bfloat16", gradients=True),
+    problem("slopes, two tiles with a mask", alibi=True, heads=(1, 1), q_len=100, kv_len=250,
+            gradients=True),
     problem("packed, padded", segments=3, batch=2, q_len=150, kv_len=270, q_lens=(150, 118),
             kv_lens=(270, 123), sinks=True, soft_cap=8.0, gradients=True),
     problem("bias for keys and heads, two-sided window", bias=(False, True, False, True), batch=2,
@@ -102,6 +104,11 @@ def test_tiles_agree_with_the_oracle(case):
         (problem("dead parts", q_len=1024, heads=(1, 1), causal=True, soft_cap=8.0, sinks=True,
                  gradients=True), Tiles(256, 256, 128, 1024, 1024)),
         pytest.param(
+            problem("five free tiles to a run", q_len=640, heads=(1, 1), causal=True,
+                    gradients=True), Tiles(128, 128, 128, 640, 640, longest=7),
+            marks=pytest.mark.once,
+        ),
+        pytest.param(
             problem("major blocks, keys before all queries", q_len=1024, kv_len=1536, q_offset=512,
                     causal=True, alibi=True, gradients=True), Tiles(128, 128, 128, 512, 512),
             marks=pytest.mark.sweep,
@@ -111,6 +118,9 @@ def test_tiles_agree_with_the_oracle(case):
 )  # fmt: skip
 def test_a_diagonal_in_one_run_agrees_with_the_oracle(case, tiles, monkeypatch):
     use(tiles, monkeypatch)
+    for key in mosaic_tpu_tiles.TILES:
+        if key[2].startswith("forward"):  # takes two slots in turn
+            monkeypatch.setitem(mosaic_tpu_tiles.TILES, key, dataclasses.replace(tiles, longest=0))
     check(case, detect_races=True)
 
 
@@ -282,6 +292,17 @@ def test_masked_tiles_are_known_to_be_the_diagonal(options, tiles):
     call = static(tiles=dataclasses.replace(CUT, major_q=1024, major_kv=1024), **sizes)
     call = dataclasses.replace(call, tiles=mosaic_tpu_tiles.fitted(call.tiles, call.q_len, 1024))
     assert call.diagonal == tiles
+
+
+@pytest.mark.parametrize(
+    ("length", "together"), [(1024, 7), (640, 5), (384, 3), (256, 1), (128, 4)]
+)
+def test_free_tiles_that_are_known_are_all_taken_in_equal_runs(length, together):
+    """28, 10, 3, 1 and no free tiles below the diagonal."""
+    tiles = Tiles(128, 128, 128, length, length, 4, longest=7)
+    call = static(q_len=length, kv_len=length, tiles=tiles)
+    assert call.together == together
+    assert call.diagonal == length // 128
 
 
 @pytest.mark.parametrize("together", [2, 4])
