@@ -12,6 +12,7 @@ import attnsel_jax
 from attnsel_jax import AttentionMetadata, LatentCache, MeshAxes, oracle, use_mesh_axes
 from attnsel_jax.problems.indexer_inputs import indexer_inputs
 
+pytestmark = pytest.mark.once
 ORDER = ("q_index", "weights", "index_pages", "page_table", "kv_lens", "cu_q_lens", "num_seqs")
 LENGTHS = [((1, 6, 0, 2), (35, 25, 7, 2)), ((6, 2, 1, 0), (7, 35, 2, 25))]
 

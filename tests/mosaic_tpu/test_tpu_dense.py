@@ -166,7 +166,8 @@ def test_longer_problems_and_every_gradient_agree_with_the_oracle(case):
 @pytest.mark.once
 @pytest.mark.parametrize(
     ("options", "tiles"),
-    [({"causal": True, "sliding_window": 200}, Tiles(128, 256, 128, 384, 256)),
+    [pytest.param({"causal": True, "sliding_window": 200}, Tiles(128, 256, 128, 384, 256),
+                  marks=pytest.mark.sweep),
      ({}, Tiles(128, 128, 128, 384, 384, together=4))],
     ids=["other sizes", "four together, two left over"],
 )  # fmt: skip
