@@ -9,9 +9,7 @@ warpgroup that multiplies sends for tiles itself: blocks that share a core have 
 another, and a copy takes one thread and no registers.
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import gpu_mma
-from pallas_kernels.gpu_mma import free_slot
+from pallas_kernels.gpu_tma_ring import Ring
 from pallas_kernels.paged import mosaic_gpu_decode, mosaic_gpu_prefill
 from pallas_kernels.paged.mosaic_gpu_ampere import Shared, attend_tiles, swizzle_of
 from pallas_kernels.paged.mosaic_gpu_attend import Rows, State, seen_of
@@ -31,51 +29,6 @@ from pallas_kernels.paged.mosaic_gpu_schedule import Schedule
 from pallas_kernels.paged.mosaic_gpu_tiles import Phase
 
 F32 = jnp.float32
-
-
-class Ring(NamedTuple):
-    """Tiles that are brought ahead, each into the next of a ring of slots.
-
-    Attributes:
-        count: int32 []: tiles, which are counted from 0.
-        full: a barrier for each slot.
-        before: a barrier of what was sent for before.
-        bring: (tile, slot) -> None: sends for a tile.
-    """
-
-    count: Any
-    full: Any
-    before: Any
-    bring: Callable[[Any, Any], None]
-
-    def begin(self) -> None:
-        """Sends for the first tiles; what was sent for before has arrived when it ends."""
-        for i in range(self.full.shape[0] - 1):
-            pl.when(i < self.count)(functools.partial(self.bring, jnp.int32(i), i))
-        plgpu.barrier_wait(self.before)
-
-    def slot_of(self, tile: Any) -> Any:
-        """Where a tile is; sends for the one that the slot read before is for."""
-        stages = self.full.shape[0]
-        slot, later = lax.rem(tile, jnp.int32(stages)), tile + (stages - 1)
-
-        @pl.when(later < self.count)
-        def _():
-            reads_come_first()
-            self.bring(later, free_slot(slot, stages))
-
-        arrived(self.full.at[slot])
-        return slot
-
-
-def reads_come_first() -> None:
-    """What has been read of shared memory comes before what TMA, sent for next, writes there."""
-    plgpu.commit_smem()
-
-
-def arrived(full: Any) -> None:
-    """Waits for a tile."""
-    plgpu.barrier_wait(full)
 
 
 def decode(

@@ -25,7 +25,7 @@ from gpu_paged import (
 
 from attnsel_jax.backends.mosaic_gpu import PAGED as DECLARED
 from attnsel_jax.cache_layouts import LAYOUTS
-from pallas_kernels import gpu_chip, gpu_mma
+from pallas_kernels import gpu_chip, gpu_mma, gpu_tma_ring
 from pallas_kernels.paged import (
     mosaic_gpu,
     mosaic_gpu_ampere,
@@ -218,7 +218,7 @@ def test_a_planted_fault_goes_red(monkeypatch, chip, fault):
 )
 def test_a_planted_race_is_seen(monkeypatch, name, fault):
     with_tiles(monkeypatch, "b200", 64, 2)
-    monkeypatch.setattr(mosaic_gpu_blackwell, name, fault)
+    monkeypatch.setattr(gpu_tma_ring, name, fault)
     with pytest.raises(RACE, match=r"RACE DETECTED|already at phase"):
         check(batch((70,), (200,), heads=(1, 1)), "b200")
 
