@@ -11,6 +11,7 @@ AMPERE, HOPPER, BLACKWELL = (DeviceCapability(major, 0) for major in (8, 9, 10))
 HEAD_SIZES = OneOf(64, 80, 96, 128, 192, 256)
 HEAD_SIZES_V = {192: (128, 192)}  # others: as head_size
 AMPERE_SIZES = OneOf(64, 80, 96, 128)  # of dense, interpreted and compiled; the kernels take others
+BLACKWELL_GRADIENTS = OneOf(64, 80, 96, 128, 192)  # at 256 dk and dv fill TMEM
 
 FLOAT8 = ("fp8_e4m3", "fp8_e5m2")
 CACHES = OneOf("bfloat16", "float16", *FLOAT8)
@@ -67,8 +68,9 @@ def of_chip(config: AttentionSelectorConfig, device: Device) -> Iterator[Rejecti
 
 
 def _of_blackwell(config: AttentionSelectorConfig) -> Iterator[Rejection]:
-    if config.needs_grad:
-        yield Rejection("needs_grad", True, "False with compute_capability 10.0")
+    if config.needs_grad and config.head_size not in BLACKWELL_GRADIENTS:
+        beside = "with needs_grad, compute_capability 10.0"
+        yield Rejection("head_size", config.head_size, BLACKWELL_GRADIENTS, beside)
 
 
 def _of_ampere(config: AttentionSelectorConfig) -> Iterator[Rejection]:

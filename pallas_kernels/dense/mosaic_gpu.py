@@ -105,9 +105,9 @@ def dense_attention(
         bias without keys is a pass over the output.
 
     Gradients:
-        Of q, k, v, bias, alibi_slopes and sinks, through out and lse, on Hopper and Ampere. A
-        bias's is added up in a kernel of its own where the bias has keys; under `jax.jit` it costs
-        nothing where it is not asked for.
+        Of q, k, v, bias, alibi_slopes and sinks, through out and lse. A bias's is added up in a
+        kernel of its own where the bias has keys; under `jax.jit` it costs nothing where it is not
+        asked for.
 
     Reference:
         Shah et al., "FlashAttention-3", 2024.

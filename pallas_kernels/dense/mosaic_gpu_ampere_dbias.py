@@ -1,10 +1,11 @@
-"""The gradient of a bias on Ampere: a block owns a tile of the bias, and adds up what shares it.
+"""The gradient of a bias by `mma.sync`, on Ampere and Blackwell: a block owns a tile of the bias.
 
-    cp.async   q, dout, k, v of step i + stages - 1
+    copies     q, dout, k, v of step i + stages - 1      cp.async; TMA on Blackwell
     4 warps    q k', dout v' | weights from lse | sums += dlogits      64 queries x 64 keys
 
-What a block owns and goes through is what it is on Hopper (`mosaic_gpu_dbias`), but for its 64
-queries. What hides the copies is another block on the same multiprocessor, or another stage.
+It adds up what shares its tile. What it owns and goes through is what it is on Hopper
+(`mosaic_gpu_dbias`), but for its 64 queries. What hides the copies is another block on the same
+multiprocessor, or another stage.
 """
 
 import functools
@@ -17,12 +18,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dense.mosaic_gpu_ampere import swizzle_of
-from pallas_kernels.dense.mosaic_gpu_ampere_backward import as_matrices, bring_rows, load_numbers
+from pallas_kernels.dense.mosaic_gpu_ampere_backward import load_numbers
 from pallas_kernels.dense.mosaic_gpu_dbias import shares, steps_of
 from pallas_kernels.dense.mosaic_gpu_geometry import Static, row_of
+from pallas_kernels.dense.mosaic_gpu_mma_copies import COPIES
 from pallas_kernels.dense.mosaic_gpu_tiles import BackwardTiles
 from pallas_kernels.dense.mosaic_gpu_weights import TILE, Arrays, Place, logit_gradients, weights
-from pallas_kernels.gpu_mma import SWIZZLE, Ring, left_strips, products, sums, swizzled
+from pallas_kernels.gpu_mma import SWIZZLE, left_strips, products, sums, swizzled
 
 
 class Shared(NamedTuple):
@@ -33,6 +35,7 @@ class Shared(NamedTuple):
     k: Any
     v: Any
     sums: Any  # [TILE, TILE] in the result's dtype, None without queries
+    copies: Any  # `mosaic_gpu_mma_copies`
 
 
 def bias_gradient(static: Static, x: Arrays, dtype: Any, tiles: BackwardTiles) -> jax.Array:
@@ -45,26 +48,31 @@ def bias_gradient(static: Static, x: Arrays, dtype: Any, tiles: BackwardTiles) -
     query_blocks = pl.cdiv(static.q_len, TILE) if by_query else 1
     key_blocks = pl.cdiv(static.kv_len, TILE)
     shape = (*owned, query_blocks * TILE if by_query else 1, key_blocks * TILE)
-    x = as_matrices(static, x)
+    means = COPIES[static.capability]
+    x = means.arrays(static, x)
     given = Arrays(*(field is not None for field in x))
 
     def body(sharers: Any, *refs: Any) -> None:
         refs = list(refs)
         arrays = Arrays(*(refs.pop(0) if there else None for there in given))
         result, *rings = refs[:5]
-        sums = refs[5] if by_query else None
-        block(static, arrays, result, Shared(*rings, sums), sharers)
+        sums, *barriers = refs[5:] if by_query else (None, *refs[5:])
+        block(static, arrays, result, Shared(*rings, sums, means(barriers)), sharers)
 
     tile = functools.partial(swizzled, dtype=x.q.dtype, swizzle=swizzle_of(static))
     tiles_of = [tile(stages, TILE, size) for size in (static.head_dim, static.head_dim_v) * 2]
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(shape, dtype if by_query else jnp.float32),
-        scratch_types=tiles_of + [swizzled(TILE, TILE, dtype=dtype)] * by_query,
+        scratch_types=[
+            *tiles_of,
+            *[swizzled(TILE, TILE, dtype=dtype)] * by_query,
+            *means.barrier_types(stages, 4),
+        ],
         grid=(*owned, query_blocks, key_blocks),
         grid_names=("batch", "head", "query", "key"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        kernel_name="attnsel_dense_dbias_ampere",
+        kernel_name="attnsel_dense_dbias_mma",
     )(sharers, *(field for field in x if field is not None))
 
 
@@ -77,10 +85,11 @@ def block(static: Static, x: Arrays, result: Any, shared: Shared, sharers: Any) 
         b, head, query = steps.where(n)
         kv_head = lax.div(head, jnp.int32(static.group))
         q, dout, k, v = (ring.at[slot] for ring in shared[:4])
-        bring_rows(static.q_len, b, query, head, (x.q, x.dout), (q, dout))
-        bring_rows(static.kv_len, b, key, kv_head, (x.k, x.v), (k, v))
+        bring = shared.copies.bring
+        bring(static.q_len, b, query, head, (x.q, x.dout), (q, dout), slot)
+        bring(static.kv_len, b, key, kv_head, (x.k, x.v), (k, v), slot)
 
-    ring = Ring(shared.q.shape[0], steps.count, 4, bring_step)
+    ring = shared.copies.ring(shared.q.shape[0], steps.count, 4, bring_step)
     ring.begin()
     strips = functools.partial(left_strips, swizzle=swizzle_of(static))
 

@@ -18,7 +18,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dense import mosaic_gpu_ampere_backward, mosaic_gpu_ampere_dbias
+from pallas_kernels.dense import (
+    mosaic_gpu_ampere_backward,
+    mosaic_gpu_ampere_dbias,
+    mosaic_gpu_blackwell_backward,
+)
 from pallas_kernels.dense.mosaic_gpu_dbias import bias_gradient
 from pallas_kernels.dense.mosaic_gpu_dkv import key_gradients
 from pallas_kernels.dense.mosaic_gpu_dq import query_gradients
@@ -41,6 +45,11 @@ KERNELS = {
         mosaic_gpu_ampere_dbias.bias_gradient,
     ),
     (9, 0): (query_gradients, key_gradients, bias_gradient),
+    (10, 0): (
+        mosaic_gpu_blackwell_backward.query_gradients,
+        mosaic_gpu_blackwell_backward.key_gradients,
+        mosaic_gpu_ampere_dbias.bias_gradient,
+    ),
 }
 
 
@@ -114,16 +123,11 @@ def sums_delta(static: Static) -> bool:
 
 
 def check_backward(static: Static) -> None:
-    """Refuses what no chip's kernels give, and what would spill.
+    """Refuses what would spill.
 
     Raises:
         ValueError: the argument, its value, what is allowed.
     """
-    if static.capability not in KERNELS:
-        raise ValueError(
-            "compute_capability is {}.{}, must be 8.0 or 9.0 where gradients are taken with "
-            "MOSAIC_GPU: use CUDNN or XLA".format(*static.capability)
-        )
     added = static.alibi or static.bias is not None
     if static.capability != (9, 0):  # what others do not take, their tables of tiles say
         return

@@ -7,6 +7,7 @@ faster than two. Tuning changes speed, never numbers.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -141,7 +142,7 @@ class BackwardTiles:
         q_stages: query tiles in flight where keys are owned (dk, dv).
         split: dk and dv of the same keys are two warpgroups'.
         tied: whether addresses of what stays are computed in the loops (`gpu_addresses`).
-        block_q: queries of a tile where keys are owned (Ampere).
+        block_q: queries of a tile where keys are owned (Ampere, Blackwell).
     """
 
     block_kv: int
@@ -213,6 +214,20 @@ AMPERE_BACKWARD_TILES = {
         CROWDED: BackwardTiles(32, 2, 2, 2, split=False, bias_stages=1, block_q=16),
     },
 }
+# Columns of a tile in TMEM, where 512 hold two tiles of logits, dk and dv; what dbias, by mma.sync,
+# takes of a core's memory.
+_128, _64 = (
+    functools.partial(BackwardTiles, n, 2, 2, 2, split=False, block_q=n) for n in (128, 64)
+)
+BLACKWELL_BACKWARD_TILES = {
+    64: {PLAIN: _128()},
+    80: {PLAIN: _128(bias_stages=1)},
+    96: {PLAIN: _128(bias_stages=1)},
+    128: {PLAIN: _128(bias_stages=1)},
+    192: {PLAIN: _64(bias_stages=1)},
+}
+# By head_dim.
+OTHER_BACKWARD_TILES = {(8, 0): AMPERE_BACKWARD_TILES, (10, 0): BLACKWELL_BACKWARD_TILES}
 
 
 def backward_tiles(
@@ -224,13 +239,14 @@ def backward_tiles(
     Raises:
         ValueError: the chip has no backward for the head size.
     """
-    if capability == (8, 0):
-        if head_dim not in AMPERE_BACKWARD_TILES:
-            allowed = ", ".join(map(str, AMPERE_BACKWARD_TILES))
+    if capability in OTHER_BACKWARD_TILES:
+        sizes = OTHER_BACKWARD_TILES[capability]
+        if head_dim not in sizes:
+            allowed = ", ".join(map(str, sizes))
             raise ValueError(
-                f"head_dim is {head_dim}, must be one of {allowed} where gradients are taken on "
-                f"compute_capability 8.0: use CUDNN or XLA"
+                "head_dim is {}, must be one of {} where gradients are taken on "
+                "compute_capability {}.{}: use CUDNN or XLA".format(head_dim, allowed, *capability)
             )
-        return _of_class(AMPERE_BACKWARD_TILES[head_dim], capped, segmented, added)
+        return _of_class(sizes[head_dim], capped, segmented, added)
     classes = BACKWARD_TILES[head_dim, head_dim_v]
     return _of_class(classes, capped, segmented, added)
