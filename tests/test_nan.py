@@ -115,17 +115,14 @@ def test_dense_rows_are_nan_with_their_gradients_and_no_others(monkeypatch, name
     cotangents = rng.standard_normal(clean["q"].shape), rng.standard_normal((2, LENGTH, 2))
     cotangents = cotangents[0].astype(clean["q"].dtype), cotangents[1].astype(np.float32)
     kernel = AttentionBackendEnum[name].get_class().get_kernel("dense")
-    with place() as chip:
-        if is_gpu and chip.capability == (10, 0):  # gives no gradients
-            cotangents = None
+    with place():
         wanted, got = results(kernel, (clean, spoiled), "stacked", cotangents=cotangents)
     rows, keys = nan_rows_and_keys(see)
     check(got[0], wanted[0], rows[..., None])
     check(got[1], wanted[1], rows)
-    if cotangents is not None:
-        for of, is_nan in {"q": rows, "k": keys, "v": keys}.items():
-            check(got[2][of], wanted[2][of], is_nan[..., None], beside=is_gpu)
-        assert np.isnan(got[2].get("sinks", np.nan)).all()
+    for of, is_nan in {"q": rows, "k": keys, "v": keys}.items():
+        check(got[2][of], wanted[2][of], is_nan[..., None], beside=is_gpu)
+    assert np.isnan(got[2].get("sinks", np.nan)).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
