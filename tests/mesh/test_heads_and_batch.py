@@ -215,6 +215,7 @@ def one_group(call, i, groups):
     return cut(q), cut(k), cut(v), cache, groups_of(metadata)[i]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("on_a_mesh", [False, True])
 def test_groups_of_sequences_with_their_pages(on_a_mesh):
     """Each group's result is what it has alone; the cache is each group's rows together."""
@@ -237,6 +238,7 @@ def test_groups_of_sequences_with_their_pages(on_a_mesh):
     close(written.pages, alone.pages)
 
 
+@pytest.mark.once
 def test_groups_of_latents_with_their_pages():
     on = mesh(data=2, model=4)
     _, _, _, _, metadata = paged_call(2)
@@ -275,6 +277,7 @@ def test_a_cache_of_more_heads_than_k_holds_copies(on_a_mesh):
     close(copies.pages, np.repeat(np.asarray(written.pages), 2, axis=3))
 
 
+@pytest.mark.once
 def test_an_impl_reads_the_arrays_too():
     on = mesh(model=4)
     q, k, v, cache, metadata = paged_call()

@@ -83,11 +83,8 @@ def tabled_but_small(*key, is_decode):
     )
 
 
-@pytest.mark.once
-@pytest.mark.parametrize(
-    ("generation", "cache_dtype"),
-    [TABLED[0], *(pytest.param(*key, marks=pytest.mark.sweep) for key in TABLED[1:])],
-)
+@pytest.mark.sweep
+@pytest.mark.parametrize(("generation", "cache_dtype"), TABLED)
 def test_it_agrees_with_what_the_table_chooses(monkeypatch, generation, cache_dtype):
     monkeypatch.setattr(mosaic_tpu, "tiles_for", tabled_but_small)
     row = row_of(mla_attention, generation=generation, cache_dtype=cache_dtype, **BOTH_KINDS)
