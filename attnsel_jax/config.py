@@ -166,10 +166,22 @@ class AttentionSelectorConfig:
     def _check_indexer(self) -> None:
         for name in ("num_index_heads", "index_head_dim"):
             asked = getattr(self, name)
-            if asked is not None and not self.use_sparse:
+            if asked is None:
+                continue
+            if not self.use_sparse:
                 raise ValueError(
                     f"{name} is {asked} and use_sparse is False, must be None: the indexer is "
                     f"sparse MLA's; pass use_sparse=True and use_mla=True"
+                )
+            if None in (self.num_index_heads, self.index_head_dim):
+                raise ValueError(
+                    f"num_index_heads is {self.num_index_heads} and index_head_dim is "
+                    f"{self.index_head_dim}, must be numbers both, or None both"
+                )
+            if self.kv_cache_dtype == "fp8_ds_mla":
+                raise ValueError(
+                    f"kv_cache_dtype is fp8_ds_mla with {name} {asked}, must be the dtype of the "
+                    f"indexer's keys: ask about the attention itself without {name}"
                 )
 
     @property

@@ -57,6 +57,8 @@ class MultipleOf:
 
     def __str__(self) -> str:
         limit = f", at most {self.at_most}" if self.at_most is not None else ""
+        if self.base == 1 and limit:
+            return limit.removeprefix(", ")
         return f"a multiple of {self.base}{limit}"
 
     def samples(self) -> Iterable[Any]:

@@ -50,6 +50,7 @@ FEATURES = {
     "needs_lse": "lse",
 }
 _MACHINE = ("platform", "compute_capability", "generation")
+_OF_THE_INDEXER = ("num_index_heads", "index_head_dim")
 _DENSE_HAS_NONE = ("kv_cache_dtype", "block_size")  # no cache: the question never asks
 
 
@@ -70,6 +71,8 @@ class Row:
         """A value field's allowed values, as text."""
         allowed = getattr(self.capabilities, field)
         if self.op == "dense" and field in _DENSE_HAS_NONE:
+            return "-"
+        if self.op != "sparse_mla" and field in _OF_THE_INDEXER:
             return "-"
         if field == "head_size_v" and allowed is None:
             return "as head size"

@@ -106,9 +106,10 @@ def test_select_passes_every_option_on():
     assert config == expected
     sparse = attnsel_json(
         "select", "--head-size", "576", "--dtype", "bfloat16", "--use-mla", "--use-sparse",
-        "--device", "cpu",
-    )  # fmt: skip
-    assert sparse["config"]["op"] == "sparse_mla"
+        "--device", "cpu", "--num-index-heads", "64", "--index-head-dim", "128",
+    )["config"]  # fmt: skip
+    assert sparse["op"] == "sparse_mla"
+    assert (sparse["num_index_heads"], sparse["index_head_dim"]) == (64, 128)
 
 
 def test_select_prints_reasons_and_a_verdict():
@@ -247,7 +248,8 @@ def test_compare_draws_problems():
     assert attnsel_json("compare", "--list", "--problem", drawn[0]["name"]) == drawn[:1]
     said = error_of("compare", "--random", "2", "--problem", "llama3")
     assert "--random is 2, must be without --problem" in said
-    assert "0 are accepted" in error_of("compare", "--random", "1", "--backend", "MOSAIC_TPU")
+    said = error_of("compare", "--random", "1", "--backend", "MOSAIC_TPU")
+    assert "backend is MOSAIC_TPU, on this device: accepts is False for 200 problems" in said
 
 
 @pytest.mark.parametrize(

@@ -529,6 +529,7 @@ def test_select_with_a_fake_kernel_runs_nothing(monkeypatch):
 # The indexer of sparse MLA: its own sizes are asked for where its kernel is.
 
 INDEXER = {"head_size": 576, "dtype": "bfloat16", "use_mla": True, "use_sparse": True}
+SERVED = {"index_head_dim": 128, "num_index_heads": 64}
 
 
 @pytest.mark.parametrize(
@@ -539,21 +540,32 @@ INDEXER = {"head_size": 576, "dtype": "bfloat16", "use_mla": True, "use_sparse":
          "block_size is 16, must be a multiple of 32 with index keys of fp8_e4m3"),
         ("h200", {"index_head_dim": 96}, "index_head_dim is 96, must be one of 64, 128, 192, 256"),
         ("h200", {"index_head_dim": 128, "num_index_heads": 96},
-         "num_index_heads is 96, must be a multiple of 1, at most 64"),
+         "num_index_heads is 96, must be at most 64"),
         ("h200", {"index_head_dim": 128, "kv_cache_dtype": "fp8"},
          "kv_cache_dtype is fp8_e4m3, must be bfloat16 as the indexer's queries"),
     ],
 )  # fmt: skip
 def test_an_indexer_that_the_chips_own_backend_refuses_is_xla_s(chip, asked, said):
-    answer = select(AttentionSelectorConfig(**INDEXER | asked), chip)
+    answer = select(AttentionSelectorConfig(**INDEXER | SERVED | asked), chip)
     assert answer.backend.name == "XLA_MLA_SPARSE"
     own = "MOSAIC_TPU_MLA_SPARSE" if chip == "v6e" else "MOSAIC_GPU_MLA_SPARSE"
     reasons = [str(reason) for reason in answer.reasons[own]]
     assert said in reasons
-    served = AttentionSelectorConfig(**INDEXER, index_head_dim=128, num_index_heads=64)
-    assert said not in [str(reason) for reason in select(served, chip).reasons[own]]
+    reasons = select(AttentionSelectorConfig(**INDEXER, **SERVED), chip).reasons[own]
+    assert {reason.argument for reason in reasons} <= {"jax_version"}
 
 
-def test_an_indexer_is_sparse_mla_s():
-    with pytest.raises(ValueError, match="index_head_dim is 128 and use_sparse is False, must be"):
-        AttentionSelectorConfig(128, "bfloat16", index_head_dim=128)
+@pytest.mark.parametrize(
+    ("question", "said"),
+    [
+        ({"head_size": 128, "dtype": "bfloat16", **SERVED},
+         "num_index_heads is 64 and use_sparse is False, must be None"),
+        ({**INDEXER, "index_head_dim": 128},
+         "num_index_heads is None and index_head_dim is 128, must be numbers both, or None both"),
+        ({**INDEXER, **SERVED, "kv_cache_dtype": "fp8_ds_mla"},
+         "kv_cache_dtype is fp8_ds_mla with num_index_heads 64, must be the dtype of the index"),
+    ],
+)  # fmt: skip
+def test_questions_about_no_indexer(question, said):
+    with pytest.raises(ValueError, match=said):
+        AttentionSelectorConfig(**question)

@@ -121,7 +121,12 @@ def _random_problems(
     if names or quick:
         given = "--problem" if names else "--quick"
         raise ValueError(f"--random is {count}, must be without {given}: leave out one of them")
-    return list(random_problems(count, seed, accepting(backends, _device(device))))
+    chip = _device(device)
+    try:
+        return list(random_problems(count, seed, accepting(backends, chip)))
+    except ValueError as error:
+        asked = ", ".join(backends or ["every one"])
+        raise ValueError(f"backend is {asked}, on {chip or 'this device'}: {error}") from error
 
 
 def _print_problems(problems: list[Any], as_json: bool) -> None:

@@ -43,8 +43,12 @@ def select(
     head_size_v: Annotated[int | None, typer.Option(help="Of v, where it differs.")] = None,
     num_heads: Annotated[int | None, typer.Option(help="Query heads.")] = None,
     num_kv_heads: Annotated[int | None, typer.Option(help="Kv heads.")] = None,
-    num_index_heads: Annotated[int | None, typer.Option(help="Heads of the indexer.")] = None,
-    index_head_dim: Annotated[int | None, typer.Option(help="Size of such a head.")] = None,
+    num_index_heads: Annotated[
+        int | None, typer.Option(help="Of the indexer, if that is asked for.")
+    ] = None,
+    index_head_dim: Annotated[
+        int | None, typer.Option(help="With it; cache and page are then those of its keys.")
+    ] = None,
     causal: Annotated[bool | None, typer.Option(help="Default: as attn_type says.")] = None,
     has_sliding_window: Annotated[bool, _feature("--has-sliding-window", "A window.")] = False,
     has_attention_chunk: Annotated[

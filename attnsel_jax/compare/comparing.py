@@ -131,7 +131,7 @@ def compare_arrays(
 def accepting(
     backends: Backends = None, device: jax.Device | None = None
 ) -> Callable[[Problem], bool]:
-    """Whether one of these backends accepts a problem; nothing runs.
+    """A function of a problem: whether one of these backends accepts it; nothing runs.
 
     Args:
         backends: as in `compare`; a caller's function accepts whatever comes.

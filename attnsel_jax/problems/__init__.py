@@ -22,7 +22,7 @@ __all__ = ["DEFAULT", "QUICK", "SETS", "Problem", "given", "named", "question", 
 def named(names: Iterable[str]) -> tuple[Problem, ...]:
     """The problems of these names: of a set, of one problem, or of a family such as "llama3".
 
-    `random.17` is the 17th of those that are drawn.
+    `random.17` is number 17, from 0, of those that are drawn.
 
     Raises:
         ValueError: a name is none of these.
@@ -32,7 +32,8 @@ def named(names: Iterable[str]) -> tuple[Problem, ...]:
     for name in names:
         family, _, number = name.partition(".")
         if family == FAMILY and number.isdecimal():
-            found[name] = random_problem(int(number))
+            problem = random_problem(int(number))
+            found[problem.name] = problem
             continue
         matches = [p for p in SETS.get(name, ()) or everything.values()
                    if name in SETS or p.name == name or p.name.startswith(f"{name}.")]  # fmt: skip

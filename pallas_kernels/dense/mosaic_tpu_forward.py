@@ -58,6 +58,11 @@ class Operands(NamedTuple):
 def forward(static: Static, x: Operands, bias_of: str, work: Work) -> tuple[jax.Array, jax.Array]:
     """Gives out [batch, num_q_heads, head_dim_v, q_len] and lse [batch, num_q_heads, 1, q_len]."""
     tiles = static.tiles
+    if static.together % 2:
+        raise ValueError(
+            f"tiles.longest is {tiles.longest}, must be 0 for the forward kernel, whose runs have "
+            f"an even number of tiles, not {static.together}"
+        )
     batch, num_q_heads, _, q_len = x.q.shape
     head_dim_v = x.v.shape[2]
     specs = _input_specs(static, x, bias_of, work)

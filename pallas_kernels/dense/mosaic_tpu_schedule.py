@@ -7,6 +7,7 @@ whole major block is excluded, loads them.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -84,7 +85,7 @@ class Static:
         """Whether every key of every tile exists."""
         return not self.has_kv_lens and self.kv_len % self.tiles.block_kv == 0
 
-    @property
+    @functools.cached_property
     def free_below(self) -> tuple[int, ...] | None:
         """Free tiles in each pair of major blocks, where all others are on the diagonal.
 
@@ -93,16 +94,17 @@ class Static:
         """
         return None if self._behind is None else tuple(np.sum(self._behind > 0, (1, 3)).flat)
 
-    @property
+    @functools.cached_property
     def together(self) -> int:
         """Free tiles in one run of code."""
-        tiles, free = self.tiles, math.gcd(*(self.free_below or (0,)))
-        if not tiles.longest or not free:
+        tiles = self.tiles
+        free = math.gcd(*(self.free_below or (0,))) if tiles.longest else 0
+        if not free:
             return tiles.together
         upwards = range(min(free, tiles.together), tiles.longest + 1)
         return max((n for n in upwards if free % n == 0), default=tiles.together)
 
-    @property
+    @functools.cached_property
     def diagonal(self) -> int:
         """Tiles on the diagonal in each pair of major blocks that has any.
 
@@ -113,7 +115,7 @@ class Static:
         on = np.sum(self._behind == 0, (1, 3))
         return int(on.max()) if np.all((on == 0) | (on == on.max())) else 0
 
-    @property
+    @functools.cached_property
     def _behind(self) -> np.ndarray | None:
         """[q_majors, rows, kv_majors, columns]: how far tiles are from the diagonal, or None."""
         tiles, block = self.tiles, self.tiles.block_q
@@ -161,7 +163,7 @@ class Work(NamedTuple):
     """The work list, int32; one batch row's part stands for all where nothing differs by row.
 
     Tiles are of two kinds: in a free one every query sees every key; all others are computed with
-    a mask. Of free ones a major block has a multiple of `Tiles.together`: what is over is masked.
+    a mask. Of free ones a major block has a multiple of `Static.together`: what is over is masked.
 
     Attributes:
         rows: [8, batch * kv_majors * q_majors * rows]: for a row of tiles and a major block of

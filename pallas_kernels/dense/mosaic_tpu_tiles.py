@@ -25,8 +25,9 @@ class Tiles:
         major_q: queries in VMEM at a time, a multiple of block_q.
         major_kv: keys in VMEM at a time, a multiple of block_kv.
         together: tiles that need no mask in one run of code without a branch, an even number.
-        longest: the same at most, of a kernel that takes any number, where it is known by now how
-            many there are, and that they can all be taken so; 0 = never more than `together`.
+        longest: the same at most, of a kernel that takes any number (the backward), where it is
+            known by now how many there are: the largest number up to it that divides them; 0 =
+            always `together`.
     """
 
     block_q: int

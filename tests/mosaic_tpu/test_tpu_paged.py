@@ -207,6 +207,16 @@ def test_heads_of_64_in_twos_whose_rows_are_no_power_of_two():
 
 
 @pytest.mark.once
+@pytest.mark.parametrize(("generation", "head_size"), [("7x", 64), sweep("v5e", 128)])
+def test_sums_by_lane_over_several_parts(monkeypatch, generation, head_size):
+    """Chunks of whole registers, as on a chip: row sums are kept by lane from part to part."""
+    tiles = mosaic_tpu_tiles.Tiles(32, 256, 128, 3)
+    monkeypatch.setattr(mosaic_tpu, "tiles_for", lambda *_: tiles)
+    shape = {"head_size": head_size, "page_size": 16, "dtype": "bfloat16", "pad_tokens": 0}
+    check(batch((1, 1, 1), (300, 129, 5), **shape), generation)
+
+
+@pytest.mark.once
 @pytest.mark.usefixtures("small_tiles")
 def test_a_decode_of_no_keys_looks_no_page_up():
     arguments = batch((1,) * 24, (40, 1, 33) * 8, pad_tokens=0, writes=False)
