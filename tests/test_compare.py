@@ -15,7 +15,7 @@ from attnsel_jax.capabilities import Capabilities
 from attnsel_jax.compare import budgets, compare, compare_arrays
 from attnsel_jax.compare.comparison import Comparison
 from attnsel_jax.compare.deviations import deviation
-from attnsel_jax.compare.expected import Expected
+from attnsel_jax.compare.expected import Expected, expected
 from attnsel_jax.compare.picture import edges, plot
 from attnsel_jax.constraints import EITHER, OneOf
 from attnsel_jax.problems import DEFAULT, QUICK, named
@@ -284,6 +284,28 @@ def test_an_empty_rows_lse_must_be_minus_infinity(got, outside):
     found = deviation("lse", np.array([got]), wanted)
     assert found.share_outside == outside
     json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_a_budget_that_is_no_number_allows_nothing_but_the_expected():
+    wanted = Expected(np.zeros(3), np.array([np.nan, np.nan, 1.0]), ("token",))
+    found = deviation("lse", np.array([0.0, 1e-9, 0.5]), wanted)
+    assert found.share_outside == 1 / 3
+    assert found.worst.at == {"token": 1}
+    assert not found.passed
+
+
+def test_a_sink_of_minus_infinity_hides_no_fault():
+    arguments = paged_inputs(
+        np.random.default_rng(0), heads=(2, 1), head_size=64, q_lens=(1, 3), kv_lens=(20, 9),
+        dtype="float32",
+    ) | {"sinks": np.array([-np.inf, 0.5], np.float32)}  # fmt: skip
+    answers = expected("paged", arguments)
+    for name in ("out", "lse"):
+        wrong = answers[name].values.copy()
+        assert deviation(name, wrong, answers[name]).passed
+        wrong[:, 0] += 1e-3
+        assert not deviation(name, wrong, answers[name]).passed
+
 
 
 def test_json_has_every_row_and_only_plain_types():

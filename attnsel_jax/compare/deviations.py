@@ -104,6 +104,7 @@ def deviation(quantity: str, got: NDArray, expected: Expected) -> Deviation:
         return Deviation(quantity, 0.0, None, 0.0, 0.0, 1, np.zeros((0, 0), np.float32))
     with np.errstate(divide="ignore", invalid="ignore"):
         excess = np.where(error == 0, 0, error / expected.budget)
+    excess[np.isnan(excess)] = np.inf  # a budget that is no number allows nothing
     at = np.unravel_index(np.argmax(excess), excess.shape)
     coordinates = dict(zip(expected.axes, map(int, at), strict=True))
     pair = (_value_at(x, at) for x in (got, expected.values))
@@ -111,7 +112,7 @@ def deviation(quantity: str, got: NDArray, expected: Expected) -> Deviation:
         quantity,
         relative,
         Worst(coordinates, *pair, float(expected.budget[at])),
-        float(np.mean(error > expected.budget)),
+        float(np.mean(excess > 1)),
         float(excess[at]),
         *_map(excess, expected.axes),
     )

@@ -156,11 +156,19 @@ def _logit_size(
     added: NDArray[np.float64] | None,
     sinks: NDArray[np.float64] | None,
 ) -> NDArray[np.float64]:
-    """No less than |scale| * sum of |q_d k_d|, by Cauchy and Schwarz; and what is added."""
-    longest = np.linalg.norm(k, axis=1).max(initial=0)
-    size = abs(scale) * np.linalg.norm(q, axis=1) * longest
+    """No less than |scale| * sum of |q_d k_d|, by Cauchy and Schwarz; and what is added.
+
+    Of what is finite: who sees more has no number to be near.
+    """
+    keys, queries = (_finite(np.linalg.norm(x, axis=1)) for x in (k, q))
+    size = abs(scale) * queries * keys.max(initial=0)
     if added is not None:
-        size = size + np.abs(np.where(np.isfinite(added), added, 0)).max(axis=1, initial=0)
+        size = size + np.abs(_finite(added)).max(axis=1, initial=0)
     if sinks is not None:
-        size = size + np.abs(sinks)
+        size = size + np.abs(_finite(sinks))
     return size
+
+
+def _finite(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """0 in place of NaN and infinities."""
+    return np.where(np.isfinite(x), x, 0)

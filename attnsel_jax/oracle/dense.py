@@ -65,7 +65,6 @@ def attend_dense(
             added=head.added,
             sinks=head.sinks,
         )
-    logit_size[~np.isfinite(logit_size)] = 0
     return Attended(out, lse, magnitude, logit_size)
 
 
