@@ -307,7 +307,6 @@ def test_a_sink_of_minus_infinity_hides_no_fault():
         assert not deviation(name, wrong, answers[name]).passed
 
 
-
 def test_json_has_every_row_and_only_plain_types():
     kernels = {"good": faulty_kernels.dense(None), "bad": faulty_kernels.dense("segment leak"),
                "MOSAIC_GPU": "MOSAIC_GPU"}  # fmt: skip

@@ -25,6 +25,7 @@ DTYPES = ("float32", "bfloat16")
 CACHES = (*DTYPES, "float8_e4m3fn", "float8_e5m2", "int8")
 LOG2E = 1.4426950408889634
 MOST_ROWS = 64  # of a page that one copy brings
+LEAST_BUFFERS = 3
 
 
 def paged_attention(
@@ -110,10 +111,13 @@ def _geometry(q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, of_class
     page_bytes = num_kv_heads * lane_tiles * page_size * round_up(lanes, LANES)
     page_bytes *= kv_pages.dtype.itemsize
     # The buffers take a third of VMEM: many heads, or wide ones, have fewer keys in a block.
-    third = tpu_chip.current().vmem_bytes // 3
-    most = max(1, third // (tiles.num_buffers * page_bytes))
-    chunk_pages = min(max(1, tiles.chunk_tokens // page_size), 1 << (most.bit_length() - 1))
-    chunks = max(1, min(tiles.block_tokens // page_size, most) // chunk_pages)
+    third = tpu_chip.current().vmem_bytes // 3 // page_bytes
+    num_buffers, wanted = tiles.num_buffers, tiles.block_tokens // page_size
+    most, with_one_less = (_power_of_two(third // n) for n in (num_buffers, num_buffers - 1))
+    if num_buffers > LEAST_BUFFERS and most < min(wanted, with_one_less):
+        num_buffers, most = num_buffers - 1, with_one_less
+    chunk_pages = min(max(1, tiles.chunk_tokens // page_size), most)
+    chunks = max(1, min(wanted, most) // chunk_pages)
     chunks = 1 << (chunks.bit_length() - 1)
     tile_tokens = _tile_tokens(q, tiles)
     # Heads that are half a register: XLA keeps tokens along lanes, and so do prompts.
@@ -126,8 +130,13 @@ def _geometry(q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, of_class
         num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
         page_size=page_size, page_parts=parts, pages_per_seq=parts * page_table.shape[1],
         num_tokens=num_tokens, tile_tokens=tile_tokens, in_columns=in_columns,
-        block_pages=chunks * chunk_pages, chunk_pages=chunk_pages, num_buffers=tiles.num_buffers,
+        block_pages=chunks * chunk_pages, chunk_pages=chunk_pages, num_buffers=num_buffers,
     )  # fmt: skip
+
+
+def _power_of_two(most: int) -> int:
+    """The largest one up to a number, 1 at least."""
+    return 1 << (max(1, most).bit_length() - 1)
 
 
 def _tile_tokens(q: jax.Array, tiles: Tiles) -> int:

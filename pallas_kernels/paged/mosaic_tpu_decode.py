@@ -346,6 +346,7 @@ def _as_lanes(geometry: Geometry, lse: jax.Array) -> jax.Array:
     row, lane = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
     size, group = geometry.decode_rows, geometry.group
     head = jnp.where(lax.rem(row, size) < group, row // size * group + lax.rem(row, size), -1)
-    spread = softmax.widened(jnp.maximum(lse, -1e38), geometry.lse_lanes)  # no -inf * 0
+    finite = jnp.where(lse == -jnp.inf, -1e38, lse)  # no -inf * 0; NaN stays NaN
+    spread = softmax.widened(finite, geometry.lse_lanes)
     line = jnp.sum(jnp.where(head == lane, spread, 0.0), axis=0, keepdims=True)
     return jnp.where(line <= -1e38, -jnp.inf, line)

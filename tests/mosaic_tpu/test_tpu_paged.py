@@ -151,6 +151,16 @@ def test_tiles_change_no_numbers(monkeypatch, q_lens, kv_lens):
         assert np.array_equal(cache.view(np.uint8), caches[0].view(np.uint8))
 
 
+@pytest.mark.parametrize(("kv_heads", "buffers"), [(8, 5), (10, 4)])
+def test_a_buffer_more_does_not_halve_the_others(kv_heads, buffers):
+    q, pages = (jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+                for shape in ((64, 8 * kv_heads, 128), (9, kv_heads, 2, 64, 128)))  # fmt: skip
+    with tpu_chip.for_generation("7x"):
+        table = jax.ShapeDtypeStruct((64, 48), jnp.int32)
+        geometry = mosaic_tpu._geometry(q, pages, table, "decode")
+    assert (geometry.num_buffers, geometry.block_pages * 64) == (buffers, 1024)
+
+
 def test_the_table_has_every_key():
     """A chip's entry for each width of cache and each class of shapes, and nothing else."""
     classes = {
