@@ -28,7 +28,7 @@ LAYERS = {
     r"pallas_kernels": 0,
     r"attnsel_jax\.(config|constraints|platforms|envs|jax_versions|qualnames|static_arguments)": 1,
     r"attnsel_jax\.(capabilities|cache_layouts|kv_cache|metadata|vllm_metadata|backend_names)": 2,
-    r"attnsel_jax\.mosaic_gpu_limits": 2,
+    r"attnsel_jax\.mosaic_(gpu|tpu)_limits": 2,
     r"attnsel_jax\.(backend|xla)": 3,
     r"attnsel_jax\.(impls|backends|jitted_kernels|mesh)": 4,
     r"attnsel_jax\.(registry|forcing|plugins)": 5,

@@ -1,30 +1,15 @@
 """MOSAIC_TPU: attention (dense and paged) by Pallas kernels, Mosaic TPU."""
 
-from attnsel_jax.backend import AttentionBackend
-from attnsel_jax.capabilities import Capabilities
-from attnsel_jax.config import AttentionType
-from attnsel_jax.constraints import EITHER, MultipleOf, OneOf
+import dataclasses
+from collections.abc import Sequence
 
-DENSE = Capabilities(
-    platform=OneOf("tpu"),
-    generation=OneOf("v4", "v5e", "v5p", "v6e", "7x"),
-    dtype=OneOf("float32", "bfloat16"),
-    head_size=MultipleOf(8, at_most=256),
-    head_size_v=MultipleOf(8, at_most=256),
-    attn_type=OneOf(*AttentionType),
-    causal=EITHER,
-    has_sink=EITHER,
-    has_sliding_window=EITHER,
-    has_attention_chunk=EITHER,
-    has_soft_cap=EITHER,
-    has_bias=EITHER,
-    has_alibi=EITHER,
-    has_segment_ids=EITHER,
-    has_lens=EITHER,
-    has_q_offset=EITHER,
-    needs_grad=EITHER,
-    needs_lse=EITHER,
-)
+from attnsel_jax.backend import AttentionBackend
+from attnsel_jax.capabilities import Capabilities, Rejection
+from attnsel_jax.config import AttentionSelectorConfig, AttentionType
+from attnsel_jax.constraints import ANYTHING, EITHER, MultipleOf, OneOf
+from attnsel_jax.mosaic_tpu_limits import of_v4
+from attnsel_jax.platforms import Device
+
 PAGED = Capabilities(
     platform=OneOf("tpu"),
     generation=OneOf("v4", "v5e", "v5p", "v6e", "7x"),
@@ -38,8 +23,19 @@ PAGED = Capabilities(
     has_sliding_window=EITHER,
     has_attention_chunk=EITHER,
     has_soft_cap=EITHER,
-    has_alibi=EITHER,
-    needs_lse=EITHER,
+    has_alibi=EITHER, needs_lse=EITHER,
+)  # fmt: skip
+DENSE = dataclasses.replace(
+    PAGED,
+    kv_cache_dtype=ANYTHING,
+    head_size=MultipleOf(8, at_most=256),
+    head_size_v=MultipleOf(8, at_most=256),
+    block_size=ANYTHING,
+    has_bias=EITHER,
+    has_segment_ids=EITHER,
+    has_lens=EITHER,
+    has_q_offset=EITHER,
+    needs_grad=EITHER,
 )
 
 
@@ -55,3 +51,10 @@ class MosaicTpuBackend(AttentionBackend):
     }
     layout = "side_by_side"
     preferred_block_size = 64
+
+    @classmethod
+    def supports_combination(
+        cls, config: AttentionSelectorConfig, device: Device
+    ) -> Sequence[Rejection]:
+        """Caches of more heads than v4 has room for."""
+        return list(of_v4(config, device))

@@ -26,6 +26,7 @@ CACHES = (*DTYPES, "float8_e4m3fn", "float8_e5m2", "int8")
 LOG2E = 1.4426950408889634
 MOST_ROWS = 64  # of a page that one copy brings
 LEAST_BUFFERS = 3
+SMALL_VMEM = 16 * 2**20
 
 
 def paged_attention(
@@ -140,11 +141,15 @@ def _power_of_two(most: int) -> int:
 
 
 def _tile_tokens(q: jax.Array, tiles: Tiles) -> int:
-    """Queries of a grid step: no more than there are, and than two fifths of VMEM hold."""
+    """Queries of a grid step: no more than there are, and than two fifths of VMEM hold.
+
+    Of v4's 16 MiB a quarter, since what else a kernel keeps is as large as elsewhere.
+    """
     num_tokens, num_q_heads, head_dim = q.shape
     # Queries and outputs come and go in two buffers each; queries and sums are kept once more.
     of_token = num_q_heads * round_up(head_dim, LANES) * (6 * q.dtype.itemsize + 8)
-    most = max(ROWS, tpu_chip.current().vmem_bytes * 2 // 5 // of_token)
+    vmem = tpu_chip.current().vmem_bytes
+    most = max(ROWS, (vmem // 4 if vmem == SMALL_VMEM else vmem * 2 // 5) // of_token)
     most = min(tiles.tile_tokens, 1 << (most.bit_length() - 1))
     return min(most, max(ROWS, 1 << (num_tokens - 1).bit_length()))
 

@@ -16,6 +16,7 @@ from attnsel_jax.cache_layouts import LAYOUTS
 from attnsel_jax.compare.deviations import deviation
 from attnsel_jax.compare.expected import expected
 from attnsel_jax.compare.kernel_runs import run
+from attnsel_jax.config import AttentionSelectorConfig
 from attnsel_jax.kv_cache import KVCache
 from attnsel_jax.platforms import Device
 from attnsel_jax.problems import QUICK
@@ -368,6 +369,36 @@ EVERYTHING = {"sinks": True, "alibi": True, "soft_cap": 8.0, "sliding_window": 2
 @pytest.mark.parametrize("chip", ["v5e", "v6e", "7x", *map(sweep, ("v4", "v5p"))])
 def test_a_sample_compiles(chip):
     compiles(chip, heads=(8, 2), head_size=128, page_size=16, **EVERYTHING)
+
+
+@pytest.mark.parametrize(
+    ("asked", "most"),
+    [
+        ({"head_size": 128, "num_kv_heads": 32}, 16),
+        ({"head_size": 192, "num_kv_heads": 9}, 8),
+        ({"head_size": 64, "num_kv_heads": 9, "kv_cache_dtype": "float32"}, 8),
+    ],
+)
+def test_v4_has_room_for_so_many_kv_heads(asked, most):
+    def reasons(chip, **changed):
+        config = AttentionSelectorConfig(dtype="bfloat16", op="paged", **asked | changed)
+        return [str(r) for r in MosaicTpuBackend.validate_configuration(config, Device.named(chip))]
+
+    (reason,) = reasons("v4")
+    assert (
+        f"num_kv_heads is {asked['num_kv_heads']}, must be at most {most} with head_size" in reason
+    )
+    assert not reasons("v4", num_kv_heads=most)
+    assert not reasons("v5e")
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("heads", [(64, 16, 64), (64, 8, 128), (16, 16, 128), (8, 8, 256)])
+@pytest.mark.parametrize("tokens", [1, 260])
+def test_many_heads_compile_for_v4(heads, tokens):
+    *heads, head_size = heads
+    q_lens, kv_lens = (tokens, 1), (300, 40)
+    compiles("v4", q_lens, kv_lens, heads=heads, head_size=head_size, dtype="bfloat16")
 
 
 @pytest.mark.sweep
