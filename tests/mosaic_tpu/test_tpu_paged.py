@@ -61,10 +61,20 @@ ON_DEMAND = ("page-32", "page-64", "page-128", "e4m3", "e5m2", "int8", "bfloat16
              "chunked", "sinks", "soft-cap", "alibi")  # fmt: skip
 
 
+ON_OLD_JAX_TOO = ("mixed", "bfloat16", "e4m3-unscaled", "cross", "everything")
+
+
+def when(problem):
+    """The marks of a quick problem."""
+    name = problem.name.split(".")[-1]
+    if name in ON_DEMAND:
+        return pytest.mark.sweep
+    return () if name in ON_OLD_JAX_TOO else pytest.mark.once
+
+
 @pytest.mark.parametrize(
     "problem",
-    [sweep(p) if p.name.split(".")[-1] in ON_DEMAND else p for p in PAGED],
-    ids=[problem.name for problem in PAGED],
+    [pytest.param(problem, marks=when(problem), id=problem.name) for problem in PAGED],
 )
 def test_quick_problems(problem):
     reasons = MosaicTpuBackend.validate_configuration(problem.config, Device.named("v5e"))
