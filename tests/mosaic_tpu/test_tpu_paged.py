@@ -58,7 +58,7 @@ def batch(q_lens, kv_lens, *, seed=0, **options):
 
 # On each push the extremes, one of each kind of cache, and what "everything" has on demand alone.
 ON_DEMAND = ("page-32", "page-64", "page-128", "e4m3", "e5m2", "int8", "bfloat16-cache", "window",
-             "chunked", "sinks", "soft-cap", "alibi")  # fmt: skip
+             "two-sided-window", "chunked", "sinks", "soft-cap", "alibi")  # fmt: skip
 
 
 ON_OLD_JAX_TOO = ("mixed", "bfloat16", "e4m3-unscaled", "cross", "everything")
@@ -127,17 +127,11 @@ MANY = {
     "float32": ((8, 4), {"head_size": 128, "dtype": "float32"}),
     "int8": ((16, 8), {"cache_dtype": "int8", "scales": "head"}),
 }
-QUICKLY = ("v6e", "64")  # kv heads in twos where the matrix unit is 256 wide, short spans turned
 
 
-@pytest.mark.once
-@pytest.mark.parametrize(
-    ("generation", "case"),
-    [
-        which if which == QUICKLY else sweep(*which)
-        for which in itertools.product(("v5e", "v6e"), MANY)
-    ],
-)
+@pytest.mark.sweep
+@pytest.mark.parametrize("case", MANY)
+@pytest.mark.parametrize("generation", ["v5e", "v6e"])
 def test_many_heads(monkeypatch, generation, case):
     heads, options = MANY[case]
     tiles = SMALL._replace(tile_tokens=128, block_tokens=64, chunk_tokens=32)

@@ -202,6 +202,7 @@ class _NoCopy:
         """Waits for nothing."""
 
 
+@pytest.mark.sweep
 def test_the_checks_pass_without_a_fault():
     everything = {"sliding_window": 9, "sinks": True, "soft_cap": 3.0, "alibi": True}
     assert found_in("out", "lse", "kv_pages", **everything) == set()
