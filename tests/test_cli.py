@@ -250,6 +250,9 @@ def test_compare_draws_problems():
     assert "--random is 2, must be without --problem" in said
     said = error_of("compare", "--random", "1", "--backend", "MOSAIC_TPU")
     assert "backend is MOSAIC_TPU, on this device: accepts is False for 200 problems" in said
+    unknown = error_of("compare", "--random", "1", "--backend", "XLAA")
+    assert "backend is 'XLAA'" in unknown
+    assert "on this device" not in unknown
 
 
 @pytest.mark.parametrize(

@@ -122,8 +122,9 @@ def _random_problems(
         given = "--problem" if names else "--quick"
         raise ValueError(f"--random is {count}, must be without {given}: leave out one of them")
     chip = _device(device)
+    accepts = accepting(backends, chip)
     try:
-        return list(random_problems(count, seed, accepting(backends, chip)))
+        return list(random_problems(count, seed, accepts))
     except ValueError as error:
         asked = ", ".join(backends or ["every one"])
         raise ValueError(f"backend is {asked}, on {chip or 'this device'}: {error}") from error

@@ -1,7 +1,5 @@
 """Gradients of dense attention on Ampere: interpreted against the oracle, and by the compiler."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,17 +22,18 @@ from test_gpu_dense_gradients import (
     WINDOWED,
     agrees_though_rows_are_far,
     biased,
+    forgetting,
+    gives_every_gradient,
     one_row_less,
     one_tile_less,
     problem,
+    row_of,
     without_delta,
     without_distance,
     without_slope,
 )
 
-from attnsel_jax.compare import compare
-from attnsel_jax.compare.comparison import FAIL, PASS
-from attnsel_jax.compare.expected import gradient_names
+from attnsel_jax.compare.comparison import FAIL
 from pallas_kernels import gpu_mma
 from pallas_kernels.dense import (
     mosaic_gpu,
@@ -68,35 +67,19 @@ CAPPED = problem("capped", causal=True, soft_cap=8.0, q_len=70)
 LONG = problem("long", causal=True, q_len=200, heads=(1, 1))
 
 
-def row_of(case):
-    with gpu_interpreter("a100"):
-        (row,) = compare([case], {"MOSAIC_GPU": mosaic_gpu.dense_attention}).rows
-        assert row.verdict in (PASS, FAIL), str(row)
-    return row
-
-
 @pytest.mark.parametrize(
     "case",
     [pytest.param(c, marks=[] if c.name in BY_DEFAULT else pytest.mark.sweep) for c in DECLARED],
     ids=lambda case: case.name,
 )
 def test_gradients_agree_with_the_oracle(case):
-    row = row_of(case)
-    assert row.verdict == PASS, str(row)
-    wanted = {f"grad {name}" for name in gradient_names(case.make())}
-    assert wanted == {d.quantity for d in row.deviations if d.quantity.startswith("grad")}
+    gives_every_gradient(case, "a100")
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", FAR)
 def test_a_bias_of_queries_may_be_as_large_as_it_likes(name):
     agrees_though_rows_are_far(name, "a100")
-
-
-def forgetting(**fields):
-    """The backward told of a call without these."""
-    backward = mosaic_gpu_backward.backward
-    return lambda static, *rest: backward(dataclasses.replace(static, **fields), *rest)
 
 
 def one_key_tile_less(*args):
@@ -135,7 +118,7 @@ FAULTS = {
 @pytest.mark.parametrize(("case", "module", "name", "fault"), FAULTS.values(), ids=FAULTS)
 def test_a_planted_fault_goes_red(monkeypatch, case, module, name, fault):
     monkeypatch.setattr(module, name, fault)
-    assert row_of(case).verdict == FAIL
+    assert row_of(case, "a100").verdict == FAIL
 
 
 @pytest.mark.sweep
