@@ -30,15 +30,16 @@ LENGTH = 140
 SHAPES = {
     "causal": {"causal": True, "sinks": True},
     "window": {"causal": True, "sliding_window": 40, "q_offset": -3},
+    "added": {"causal": True, "soft_cap": 8.0, "alibi_slopes": True, "bias": True},
 }
 
 
-def on_gpu(chip, *marks):
+def on_gpu(chip, *marks, name="MOSAIC_GPU"):
     """A test's (backend, interpreter), where jax has one."""
     missing = not hasattr(plgpu, "InterpretGPUParams")
     marks = [pytest.mark.skipif(missing, reason="jax has no Mosaic GPU interpreter"), *marks]
     interpreter = functools.partial(gpu_interpreter, chip, detect_races=False)
-    return pytest.param("MOSAIC_GPU", interpreter, marks=marks, id=chip)
+    return pytest.param(name, interpreter, marks=marks, id=chip)
 
 
 def on(name, *marks):
@@ -53,8 +54,12 @@ def dense_arguments(shape, dtype):
     rng = np.random.default_rng(0)
     drawn = {name: rng.standard_normal((2, LENGTH, 1 + (name == "q"), 64)) for name in "qkv"}
     clean = {name: x.astype(dtype) for name, x in drawn.items()} | SHAPES[shape]
-    if clean.pop("sinks", False):
-        clean["sinks"] = np.asarray([0.5, -1.0], np.float32)
+    added = {
+        "sinks": np.asarray([0.5, -1.0], np.float32),
+        "alibi_slopes": np.asarray([0.25, 0.0625], np.float32),
+        "bias": rng.standard_normal((1, 2, LENGTH, LENGTH)).astype(dtype),
+    }
+    clean |= {name: x for name, x in added.items() if name in clean}
     spoiled = clean | {"q": clean["q"].copy(), "k": clean["k"].copy()}
     spoiled["q"][0, [0, 70], 0, 5] = np.nan
     spoiled["k"][1, 70, 0, 5] = np.nan
@@ -163,8 +168,14 @@ sweep = pytest.mark.sweep
                 on("XLA"), on("XLA_REFERENCE"), on("MOSAIC_TPU", sweep),
                 *(on_gpu(chip, sweep) for chip in ("h200", "a100", "b200")),
             ),
-            "mla": (on("XLA_MLA"), on("MOSAIC_TPU_MLA", sweep)),
-            "sparse_mla": (on("XLA_MLA_SPARSE"), on("MOSAIC_TPU_MLA_SPARSE", pytest.mark.once)),
+            "mla": (
+                on("XLA_MLA"), on("MOSAIC_TPU_MLA", sweep),
+                on_gpu("h200", sweep, name="MOSAIC_GPU_MLA"),
+            ),
+            "sparse_mla": (
+                on("XLA_MLA_SPARSE"), on("MOSAIC_TPU_MLA_SPARSE", pytest.mark.once),
+                on_gpu("h200", sweep, name="MOSAIC_GPU_MLA_SPARSE"),
+            ),
         }.items()
         for case in cases
     ],
@@ -172,7 +183,8 @@ sweep = pytest.mark.sweep
 def test_rows_of_a_batch_are_nan_and_no_others(monkeypatch, op, name, place):
     """A query, that of an empty list, and the second sequence's first key are NaN."""
     monkeypatch.setattr(sparse_tpu, "tiles", lambda *_, **__: MASKED)  # both halves
-    clean = MAKES[op](np.random.default_rng(0), **RAGGED)
+    of_gpu = {"dtype": "bfloat16"} if "GPU" in name else {}
+    clean = MAKES[op](np.random.default_rng(0), **RAGGED, **of_gpu)
     q, k = ("q", "k") if op == "paged" else ("ql_nope", "kv_c")
     spoiled = clean | {q: clean[q].copy(), k: clean[k].copy()}
     spoiled[q][1, 0, 5] = spoiled[k][OF_SECOND.start, ..., 5] = np.nan
