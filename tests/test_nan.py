@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from gpu_interpreter import gpu_interpreter
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from mosaic_gpu.gpu_latents import with_raw_rows_apart
 from tpu_interpreter import tpu_interpreter
 
 from attnsel_jax import AttentionBackendEnum, oracle
@@ -183,6 +184,7 @@ sweep = pytest.mark.sweep
 def test_rows_of_a_batch_are_nan_and_no_others(monkeypatch, op, name, place):
     """A query, that of an empty list, and the second sequence's first key are NaN."""
     monkeypatch.setattr(sparse_tpu, "tiles", lambda *_, **__: MASKED)  # both halves
+    with_raw_rows_apart(monkeypatch)  # else the interpreter waits without end
     of_gpu = {"dtype": "bfloat16"} if "GPU" in name else {}
     clean = MAKES[op](np.random.default_rng(0), **RAGGED, **of_gpu)
     q, k = ("q", "k") if op == "paged" else ("ql_nope", "kv_c")
