@@ -1,5 +1,6 @@
 """What every test starts from: nothing forced, no variable set, no plug-in left behind."""
 
+import gc
 import os
 
 # The tests compile some thousand tiny programs and run each once: XLA's own passes all run, LLVM's
@@ -16,6 +17,13 @@ import pytest
 
 from attnsel_jax import AttentionBackendEnum, global_force_attn_backend, unregister_backend
 from attnsel_jax.envs import BACKEND_VARIABLES
+
+
+def pytest_collection_finish():
+    """jaxprs are many small objects, and live as long as a test: looked through less often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)

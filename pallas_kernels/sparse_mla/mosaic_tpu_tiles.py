@@ -29,6 +29,8 @@ class Tiles(NamedTuple):
 
 
 TILES: dict[tuple[str, str, str], Tiles] = {
+    ("v4", "float32", "decode"): Tiles(block_kv=256, buffers=4),  # twice that does not fit
+    ("v4", "float32", "prefill"): Tiles(block_kv=256, buffers=4),
     ("v4", "bfloat16", "decode"): Tiles(block_kv=512, buffers=4),
     ("v4", "bfloat16", "prefill"): Tiles(block_kv=512, buffers=4),
     ("v5e", "bfloat16", "decode"): Tiles(block_kv=512, buffers=4),
@@ -46,7 +48,7 @@ def tiles(generation: str, cache_dtype: str, *, is_decode: bool, topk: int) -> T
     """The sizes for a chip, a cache dtype and a kind of batch; less where lists are short.
 
     A dtype that has no entry of its own takes bfloat16's: what is scarce is descriptors, and those
-    are one a row whatever the row holds.
+    are one a row whatever the row holds. Only v4's VMEM, of 16 MiB, is scarce, too.
     """
     shape_class = "decode" if is_decode else "prefill"
     key = (generation, cache_dtype, shape_class)

@@ -81,7 +81,8 @@ LONGER = (
 
 
 # "everything" has these, too.
-ONCE = ("slopes, over two major blocks of keys", "packed, padded")
+ONCE = ("slopes, over two major blocks of keys", "packed, padded",
+        "bias for keys and heads, two-sided window", "segments, some blocks empty")  # fmt: skip
 
 
 def check(case, generation="v5e", *, detect_races=False):

@@ -57,11 +57,12 @@ def batch(q_lens, kv_lens, *, seed=0, **options):
 
 
 # On each push the extremes, one of each kind of cache, and what "everything" has on demand alone.
-ON_DEMAND = ("page-32", "page-64", "page-128", "e4m3", "e5m2", "int8", "bfloat16-cache", "window",
-             "two-sided-window", "chunked", "sinks", "soft-cap", "alibi")  # fmt: skip
+ON_DEMAND = ("page-32", "page-64", "page-128", "e4m3", "e5m2", "int8", "bfloat16-cache",
+             "float32-cache", "window", "two-sided-window", "chunked", "sinks", "soft-cap",
+             "alibi")  # fmt: skip
 
 
-ON_OLD_JAX_TOO = ("mixed", "bfloat16", "e4m3-unscaled", "cross", "everything")
+ON_OLD_JAX_TOO = ("mixed", "cross", "everything")
 
 
 def when(problem):
@@ -257,13 +258,12 @@ def test_a_sequence_of_no_numbers_spoils_no_other():
     arguments = batch((1,) * 8, (60, 60, 60, 9, 1, 17, 3, 33), pad_tokens=0)
     pages = arguments["kv_pages"].copy()
     pages[1, arguments["page_table"][:3, : 60 // 8].ravel()] = np.nan
+    spoiled = arguments | {"kv_pages": pages}
     with tpu_interpreter("v5e"):
-        found, sound = (
-            np.asarray(run(KERNEL, "paged", these, layout="side_by_side")["out"], np.float32)
-            for these in (arguments | {"kv_pages": pages}, arguments)
-        )
-    assert np.isnan(found[:3]).all()
-    assert np.array_equal(found[3:], sound[3:])
+        out = run(KERNEL, "paged", spoiled, layout="side_by_side")["out"]
+    assert np.isnan(np.asarray(out[:3], np.float32)).all()
+    sound = expected("paged", arguments)["out"]
+    assert (deviation("out", out, sound).map[3:] <= 1).all()
 
 
 @pytest.mark.once
@@ -283,6 +283,7 @@ def test_more_queries_than_keys_see_nothing():
     assert np.isneginf(lse[[0, 1, 2, 5], 1]).all()
 
 
+@pytest.mark.once
 def test_no_sequences():
     arguments = batch((3, 1), (9, 4))
     arguments["slot_mapping"] = np.full_like(arguments["slot_mapping"], -1)
