@@ -24,6 +24,10 @@ class Tiles:
         consumers: warpgroups of `rows` queries each.
         turns: whether consumers issue their products in turn (Hopper).
         tied: whether the queries' addresses are computed in the loop (Hopper, `gpu_addresses`).
+        bounded: whether the compiler knows how far that loop counts, as where segments leave no
+            tile without masks; nothing is tied there without this.
+        registers: of a thread of a consumer, and of the producer; None = those that so many
+            consumers have (Hopper).
         rows: queries of a consumer: wgmma's M, tcgen05's.
         walking: (stages, slots of queries) where a core walks over blocks of queries; None = a
             block of the grid for each (Hopper, `mosaic_gpu_plan`).
@@ -34,16 +38,18 @@ class Tiles:
     consumers: int = 2
     turns: bool = False
     tied: bool = False
+    bounded: bool = False
+    registers: tuple[int, int] | None = None
     rows: int = 64
     walking: tuple[int, int] | None = None
 
 
 # Shape classes: a soft cap takes registers for its tanh, segment ids take shared memory, a bias and
-# slopes take registers beside either; `CROWDED` is these and one of those, `BOUNDED` a window or
-# chunks beside lengths or offsets that are read: with three consumers at 64 up to 188 + 188 bytes
-# spilled.
+# slopes take registers beside either; `CROWDED` is these and one of those, `MARKED` these and
+# segment ids, `BOUNDED` a window or chunks beside lengths or offsets that are read: with three
+# consumers at 64 up to 188 + 188 bytes spilled.
 PLAIN, CAPPED, SEGMENTED, ADDED, CROWDED = "plain", "capped", "segmented", "added", "crowded"
-BOUNDED = "bounded"
+MARKED, BOUNDED = "marked", "bounded"
 # Capability -> (head_dim, head_dim_v) -> shape class -> tiles; bfloat16 and float16 are alike.
 TILES = {
     (8, 0): {
@@ -90,6 +96,7 @@ TILES = {
             CAPPED: Tiles(64, 2, tied=True),
             SEGMENTED: Tiles(64, 2, tied=True),
             ADDED: Tiles(64, 2, tied=True),
+            MARKED: Tiles(64, 2, tied=True, bounded=True, registers=(240, 24)),
         },
     },
     (10, 0): {
@@ -127,7 +134,7 @@ def _of_class(
     classes: Mapping[str, Any], capped: bool, segmented: bool, added: bool, bounded: bool = False
 ) -> Any:
     """What the call's own class has, else what each thing in it asks for, else the plain tiles."""
-    asked = [CROWDED] * (added and (capped or segmented))
+    asked = [MARKED] * (added and segmented) + [CROWDED] * (added and (capped or segmented))
     asked += [ADDED] * added + [SEGMENTED] * segmented + [CAPPED] * capped + [BOUNDED] * bounded
     return next((classes[name] for name in asked if name in classes), classes[PLAIN])
 
