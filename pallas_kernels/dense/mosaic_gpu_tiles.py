@@ -46,10 +46,10 @@ class Tiles:
 
 # Shape classes: a soft cap takes registers for its tanh, segment ids take shared memory, a bias and
 # slopes take registers beside either; `CROWDED` is these and one of those, `MARKED` these and
-# segment ids, `BOUNDED` a window or chunks beside lengths or offsets that are read: with three
-# consumers at 64 up to 188 + 188 bytes spilled.
+# segment ids, `SLOPED` segment ids and slopes without a cap or a bias, `BOUNDED` a window or chunks
+# beside lengths or offsets that are read: with three consumers at 64 up to 188 + 188 bytes spilled.
 PLAIN, CAPPED, SEGMENTED, ADDED, CROWDED = "plain", "capped", "segmented", "added", "crowded"
-MARKED, BOUNDED = "marked", "bounded"
+MARKED, SLOPED, BOUNDED = "marked", "sloped", "bounded"
 # Capability -> (head_dim, head_dim_v) -> shape class -> tiles; bfloat16 and float16 are alike.
 TILES = {
     (8, 0): {
@@ -67,9 +67,14 @@ TILES = {
             CAPPED: Tiles(128, 4, walking=(4, 2)),
             SEGMENTED: Tiles(128, 4, walking=(4, 2)),
             ADDED: Tiles(128, 4),
+            SLOPED: Tiles(64, 6),
             BOUNDED: Tiles(128, 4),
         },
-        (80, 80): {PLAIN: Tiles(128, 4, walking=(3, 2)), ADDED: Tiles(128, 4)},
+        (80, 80): {
+            PLAIN: Tiles(128, 4, walking=(3, 2)),
+            ADDED: Tiles(128, 4),
+            SLOPED: Tiles(64, 6),
+        },
         (96, 96): {
             PLAIN: Tiles(128, 4, walking=(3, 2)),
             ADDED: Tiles(128, 4),
@@ -119,14 +124,17 @@ def forward_tiles(
     capped: bool,
     segmented: bool,
     added: bool = False,
+    sloped: bool = False,
     bounded: bool = False,
 ) -> Tiles:
     """The tiles of a shape class on a chip.
 
-    `added`: with a bias or slopes; `bounded`: with a window or chunks beside lengths or offsets
-    that are read.
+    `added`: with a bias or slopes; `sloped`: with slopes and no bias; `bounded`: with a window or
+    chunks beside lengths or offsets that are read.
     """
     classes = TILES[chip.capability][head_dim, head_dim_v]
+    if sloped and segmented and not capped and SLOPED in classes:
+        return classes[SLOPED]
     return _of_class(classes, capped, segmented, added, bounded)
 
 
