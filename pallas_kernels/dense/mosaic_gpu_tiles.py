@@ -95,6 +95,7 @@ TILES = {
         (192, 192): {
             PLAIN: Tiles(64, 2, walking=(2, 2)),
             ADDED: Tiles(64, 2, tied=True),
+            MARKED: Tiles(64, 2, tied=True, bounded=True),
         },
         (256, 256): {
             PLAIN: Tiles(64, 2),
