@@ -73,7 +73,7 @@ TILES = {
         (80, 80): {
             PLAIN: Tiles(128, 4, walking=(3, 2)),
             ADDED: Tiles(128, 4),
-            SLOPED: Tiles(64, 6),
+            MARKED: Tiles(64, 6),
         },
         (96, 96): {
             PLAIN: Tiles(128, 4, walking=(3, 2)),
