@@ -155,6 +155,7 @@ def dense_attention(
             capped=soft_cap is not None,
             segmented=q_segment_ids is not None,
             added=x.bias is not None or alibi_slopes is not None,
+            sloped=alibi_slopes is not None and x.bias is None,
             bounded=bounds and rows is not None,
         ),
         capability=chip.capability,

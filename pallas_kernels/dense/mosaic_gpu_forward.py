@@ -189,14 +189,15 @@ def queries_slot(static: Static, shared: Shared, n: jax.Array, wg: Any) -> Any:
 def block(static: Static, x: Operands, out: Any, lse: Any, shared: Shared, together: int) -> None:
     """One block of the grid, by the roles of its warpgroups."""
     wg = lax.axis_index("wg")
-    of_a_consumer, of_the_producer = REGISTERS[static.tiles.consumers]
+    tiles = static.tiles
+    of_a_consumer, of_the_producer = tiles.registers or REGISTERS[tiles.consumers]
 
-    @pl.when(wg < static.tiles.consumers)
+    @pl.when(wg < tiles.consumers)
     def _():
         plgpu.set_max_registers(of_a_consumer, action="increase")
         consume(static, x, out, lse, shared, together, wg)
 
-    @pl.when(wg == static.tiles.consumers)
+    @pl.when(wg == tiles.consumers)
     def _():
         plgpu.set_max_registers(of_the_producer, action="decrease")
         if not values_are_whole(static):  # it takes a warpgroup to clear some
@@ -389,7 +390,8 @@ def attend(static: Static, x: Operands, shared: Shared, place: Place, wg, slot_q
             plgpu.barrier_wait(shared.turn.at[wg])
 
         def products(o_ref, s_ref):
-            q_here = shared.q.at[tied_to(tile, slot_q, tied=static.tiles.tied)]
+            how = {"tied": static.tiles.tied, "bounded": static.tiles.bounded}
+            q_here = shared.q.at[tied_to(tile, slot_q, **how)]
             plgpu.wgmma(s_ref, q_here, shared.k.at[slot].transpose((1, 0)))
             plgpu.wgmma(o_ref, p, shared.v.at[before])
             if turns:

@@ -24,6 +24,10 @@ class Tiles:
         consumers: warpgroups of `rows` queries each.
         turns: whether consumers issue their products in turn (Hopper).
         tied: whether the queries' addresses are computed in the loop (Hopper, `gpu_addresses`).
+        bounded: whether the compiler knows how far that loop counts, as where segments leave no
+            tile without masks; nothing is tied there without this.
+        registers: of a thread of a consumer, and of the producer; None = those that so many
+            consumers have (Hopper).
         rows: queries of a consumer: wgmma's M, tcgen05's.
         walking: (stages, slots of queries) where a core walks over blocks of queries; None = a
             block of the grid for each (Hopper, `mosaic_gpu_plan`).
@@ -34,16 +38,18 @@ class Tiles:
     consumers: int = 2
     turns: bool = False
     tied: bool = False
+    bounded: bool = False
+    registers: tuple[int, int] | None = None
     rows: int = 64
     walking: tuple[int, int] | None = None
 
 
 # Shape classes: a soft cap takes registers for its tanh, segment ids take shared memory, a bias and
-# slopes take registers beside either; `CROWDED` is these and one of those, `BOUNDED` a window or
-# chunks beside lengths or offsets that are read: with three consumers at 64 up to 188 + 188 bytes
-# spilled.
+# slopes take registers beside either; `CROWDED` is these and one of those, `MARKED` these and
+# segment ids, `SLOPED` segment ids and slopes without a cap or a bias, `BOUNDED` a window or chunks
+# beside lengths or offsets that are read: with three consumers at 64 up to 188 + 188 bytes spilled.
 PLAIN, CAPPED, SEGMENTED, ADDED, CROWDED = "plain", "capped", "segmented", "added", "crowded"
-BOUNDED = "bounded"
+MARKED, SLOPED, BOUNDED = "marked", "sloped", "bounded"
 # Capability -> (head_dim, head_dim_v) -> shape class -> tiles; bfloat16 and float16 are alike.
 TILES = {
     (8, 0): {
@@ -61,9 +67,14 @@ TILES = {
             CAPPED: Tiles(128, 4, walking=(4, 2)),
             SEGMENTED: Tiles(128, 4, walking=(4, 2)),
             ADDED: Tiles(128, 4),
+            SLOPED: Tiles(64, 6),
             BOUNDED: Tiles(128, 4),
         },
-        (80, 80): {PLAIN: Tiles(128, 4, walking=(3, 2)), ADDED: Tiles(128, 4)},
+        (80, 80): {
+            PLAIN: Tiles(128, 4, walking=(3, 2)),
+            ADDED: Tiles(128, 4),
+            MARKED: Tiles(64, 6),
+        },
         (96, 96): {
             PLAIN: Tiles(128, 4, walking=(3, 2)),
             ADDED: Tiles(128, 4),
@@ -84,12 +95,14 @@ TILES = {
         (192, 192): {
             PLAIN: Tiles(64, 2, walking=(2, 2)),
             ADDED: Tiles(64, 2, tied=True),
+            MARKED: Tiles(64, 2, tied=True, bounded=True),
         },
         (256, 256): {
             PLAIN: Tiles(64, 2),
             CAPPED: Tiles(64, 2, tied=True),
             SEGMENTED: Tiles(64, 2, tied=True),
             ADDED: Tiles(64, 2, tied=True),
+            MARKED: Tiles(64, 2, tied=True, bounded=True, registers=(240, 24)),
         },
     },
     (10, 0): {
@@ -112,14 +125,17 @@ def forward_tiles(
     capped: bool,
     segmented: bool,
     added: bool = False,
+    sloped: bool = False,
     bounded: bool = False,
 ) -> Tiles:
     """The tiles of a shape class on a chip.
 
-    `added`: with a bias or slopes; `bounded`: with a window or chunks beside lengths or offsets
-    that are read.
+    `added`: with a bias or slopes; `sloped`: with slopes and no bias; `bounded`: with a window or
+    chunks beside lengths or offsets that are read.
     """
     classes = TILES[chip.capability][head_dim, head_dim_v]
+    if sloped and segmented and not capped and SLOPED in classes:
+        return classes[SLOPED]
     return _of_class(classes, capped, segmented, added, bounded)
 
 
@@ -127,7 +143,7 @@ def _of_class(
     classes: Mapping[str, Any], capped: bool, segmented: bool, added: bool, bounded: bool = False
 ) -> Any:
     """What the call's own class has, else what each thing in it asks for, else the plain tiles."""
-    asked = [CROWDED] * (added and (capped or segmented))
+    asked = [MARKED] * (added and segmented) + [CROWDED] * (added and (capped or segmented))
     asked += [ADDED] * added + [SEGMENTED] * segmented + [CAPPED] * capped + [BOUNDED] * bounded
     return next((classes[name] for name in asked if name in classes), classes[PLAIN])
 

@@ -135,10 +135,11 @@ def _geometry(q, kv_pages, page_table, masks, soft_cap, has_slopes) -> Geometry:
     is_narrow = kv_pages.dtype.itemsize == 1
     dtype = jnp.dtype(jnp.float16) if is_narrow else kv_pages.dtype
     added = has_slopes or soft_cap is not None
-    scales = gpu_chip.current().capability in SCALE_ROWS
+    scales = dtype != q.dtype and gpu_chip.current().capability in SCALE_ROWS
     tiles = tiles_for_chip(
-        head_dim, kv_pages.dtype.itemsize, added=added, bounded=masks.bound_first_keys
-    )
+        head_dim, kv_pages.dtype.itemsize, added=added, bounded=masks.bound_first_keys,
+        scaled=scales,
+    )  # fmt: skip
     return Geometry(
         num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
         page_size=page_size, pages_per_seq=page_table.shape[1], num_tokens=num_tokens,
@@ -146,7 +147,7 @@ def _geometry(q, kv_pages, page_table, masks, soft_cap, has_slopes) -> Geometry:
         out_dtype=q.dtype, masks=masks,
         tiles=tiles,
         soft_cap=None if soft_cap is None else float(soft_cap) * LOG2E, has_slopes=has_slopes,
-        has_row_factors=dtype != q.dtype and not scales, scales_rows=dtype != q.dtype and scales,
+        has_row_factors=dtype != q.dtype and not scales, scales_rows=scales,
         num_blocks=gpu_chip.current().num_cores * tiles.blocks,
     )  # fmt: skip
 

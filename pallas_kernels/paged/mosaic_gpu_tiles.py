@@ -74,6 +74,16 @@ BOUNDED = {
     2: {size: Tiles(Phase(64, 4, tied=True), Phase(64, 4)) for size in (96, 128)},
     1: {128: ADDED[1][128]},
 }
+# Prompts of bfloat16 over a float16 cache, whose queries lie in shared memory a second time, as
+# they are multiplied: (head size, whether nothing caps, adds or bounds) -> phase. With the tiles
+# above 128 and 192 want 30 KiB and 14 KiB too many; at 64 a plain call spills 4 + 4 bytes.
+SCALED = {
+    (64, True): Phase(64, 4),
+    (128, True): Phase(64, 3, overlapped=True),
+    (128, False): Phase(64, 3),
+    (192, True): Phase(64, 2, 1, tied=True),
+    (192, False): Phase(64, 2, 1, tied=True),
+}
 # One warpgroup a block (mma takes 64 rows), and two blocks a core to hide each other's waits; no
 # copy of 16 rows of queries, the least that four warps share at any head size, crosses their end.
 AMPERE = {
@@ -107,11 +117,13 @@ TILES = {"a100": AMPERE, "b200": BLACKWELL, "h100": HOPPER, "h200": HOPPER}
 EACH_SIZE = ("a100", "b200")  # whose tables have every head size that they take
 ADDED_TILES = {"b200": BLACKWELL_ADDED, "h100": ADDED, "h200": ADDED}
 BOUNDED_TILES = {"h100": BOUNDED, "h200": BOUNDED}
+SCALED_PROMPTS = {"h100": {2: SCALED}, "h200": {2: SCALED}}
 
 
 def tiles_for_chip(
-    head_dim: int, itemsize: int, *, added: bool = False, bounded: bool = False
-) -> Tiles:
+    head_dim: int, itemsize: int, *, added: bool = False, bounded: bool = False,
+    scaled: bool = False,
+) -> Tiles:  # fmt: skip
     """The sizes for the chip that is traced for.
 
     Args:
@@ -119,6 +131,7 @@ def tiles_for_chip(
         itemsize: bytes of a cached number.
         added: whether something is added to the logits or caps them.
         bounded: whether a row's keys begin where its position says.
+        scaled: whether the kernels bring queries to the dtype that they multiply.
 
     Raises:
         ValueError: it is a chip, or a head size, that these kernels do not run with.
@@ -145,4 +158,6 @@ def tiles_for_chip(
     size = min(size for size in by_size if size >= head_dim)
     asked = [ADDED_TILES] * added + [BOUNDED_TILES] * bounded
     of_chip = [tables.get(chip.name, {}).get(itemsize, {}) for tables in asked]
-    return next((of_size[size] for of_size in of_chip if size in of_size), by_size[size])
+    tiles = next((of_size[size] for of_size in of_chip if size in of_size), by_size[size])
+    prompts = SCALED_PROMPTS.get(chip.name, {}).get(itemsize, {}) if scaled else {}
+    return tiles._replace(prefill=prompts.get((size, not asked), tiles.prefill))

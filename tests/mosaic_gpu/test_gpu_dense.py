@@ -308,6 +308,7 @@ def test_a_slot_that_is_still_read_is_not_overwritten(monkeypatch, cut_tiles):
     [
         (mosaic_gpu_tiles.Tiles(64, 3, 2), True),
         (mosaic_gpu_tiles.Tiles(64, 4, 3, turns=True), True),
+        (mosaic_gpu_tiles.Tiles(64, 2, tied=True, bounded=True, registers=(240, 24)), True),
         (mosaic_gpu_tiles.Tiles(128, 2), False),
     ],
     ids=str,
@@ -328,7 +329,10 @@ def test_tuning_changes_speed_and_never_numbers(tiles, exact, monkeypatch, cut_t
 
 
 def test_registers_of_a_block_s_roles_fit_what_it_is_launched_with():
-    for consumers, (consumer, producer) in mosaic_gpu_forward.REGISTERS.items():
+    registers = [*mosaic_gpu_forward.REGISTERS.items()]
+    for by_class in mosaic_gpu_tiles.TILES[9, 0].values():
+        registers += [(t.consumers, t.registers) for t in by_class.values() if t.registers]
+    for consumers, (consumer, producer) in registers:
         launched = 65536 // (128 * (consumers + 1)) // 8 * 8 * (consumers + 1)
         assert consumers * consumer + producer <= launched
 
@@ -402,6 +406,33 @@ def features_of(features):
 def test_every_declared_feature_compiles(features, sizes, monkeypatch):
     few_cores(monkeypatch)  # the sizes above are compiled with a block of the grid for each
     compiles("h200", head_size=sizes[0], head_size_v=sizes[1], **features_of(features))
+
+
+# At 256 all of these spilled but segments alone, 4 + 4 to 64 + 72 bytes; at 64 and 80 slopes did.
+SEGMENTS, SLOPES = FEATURES[9], FEATURES[8]
+BIASES = {
+    "no bias": {},
+    "bias": FEATURES[4],
+    "float32 bias": {"bias": jax.ShapeDtypeStruct((1, 4, 1100, 1100), "float32")},
+    "bias of keys": FEATURES[5],
+}
+ADDED_TO = {"slopes": SLOPES, "slopes and a cap": SLOPES | FEATURES[2], "no slopes": {}}
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("more", ADDED_TO.values(), ids=ADDED_TO)
+@pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
+def test_segments_beside_what_is_added_compile(bias, more, causal, sizes):
+    options = SEGMENTS | bias | more | {"causal": causal}
+    compiles("h200", head_size=sizes[0], head_size_v=sizes[1], **options)
+
+
+@pytest.mark.sweep
+def test_segments_beside_a_bias_and_slopes_at_the_largest_head_size():
+    check(problem("marked", head_size=256, q_len=140, kv_len=150, segments=2, alibi=True,
+                  bias=(True, True, True, True), heads=(1, 1)))  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -62,10 +62,15 @@ def test_every_quick_problem(name):
         sweep((1, 1), {"head_size": 256}),
         sweep((2, 1), {"head_size": 96, **MASKS["both ends"]}),
         sweep((1, 1), {"head_size": 128, "cache_dtype": "float8_e4m3fn", "sliding_window": 20}),
+        sweep((2, 1), {"cache_dtype": "float16", "head_size": 64}),
+        sweep((2, 1), {"cache_dtype": "float16", "head_size": 128}),
+        sweep((2, 1), {"cache_dtype": "float16", "head_size": 128, **EVERYTHING}),
+        sweep((1, 1), {"cache_dtype": "float16", "head_size": 192, **EVERYTHING}),
     ],
     ids=[
         *("everything", "window", "two-sided", "chunked", "e4m3", "e5m2", "float16", "256"),
-        *("both ends at 96", "window, e4m3 at 128"),
+        *("both ends at 96", "window, e4m3 at 128", "float16 at 64", "float16 at 128"),
+        *("everything, float16 at 128", "everything, float16 at 192"),
     ],
 )
 def test_mixed_batches(heads, options):
@@ -248,6 +253,22 @@ def test_every_cache_compiles(monkeypatch, cache_dtype, page_size, head_size):
         monkeypatch, "h200", head_size=head_size, page_size=page_size, cache_dtype=cache_dtype,
         **EVERYTHING,
     )  # fmt: skip
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("page_size", [16, 32, 64])
+@pytest.mark.parametrize("features", [{}, {"alibi": True, "soft_cap": 8.0}], ids=str)
+@pytest.mark.parametrize(("cache_dtype", "head_size"), CACHES)
+def test_what_masks_nothing_compiles(monkeypatch, features, page_size, cache_dtype, head_size):
+    gpu_paged.compiled(
+        monkeypatch, "h200", head_size=head_size, page_size=page_size, cache_dtype=cache_dtype,
+        **features,
+    )  # fmt: skip
+
+
+def test_prompts_of_bfloat16_over_a_float16_cache_fit_shared_memory(monkeypatch):
+    """Their queries lie there twice."""
+    gpu_paged.compiled(monkeypatch, "h200", head_size=128, cache_dtype="float16")
 
 
 @pytest.mark.sweep
