@@ -17,6 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.paged.mosaic_gpu_geometry import Geometry, swizzled
 
+MOST_HELD = 4  # pages of a tile, over a wait: of 24 registers eight were spilled
+
 
 class Span(NamedTuple):
     """Tiles of keys that a block attends to before it takes the next: int32 scalars.
@@ -84,11 +86,14 @@ def produce(
 
         def bring_tile(i, count):
             slot = lax.rem(count, stages)
-            pages = pages_of(span, span.first_tile + i, keys, page_table, geometry)
+            look_up = functools.partial(
+                pages_of, span, span.first_tile + i, keys, page_table, geometry
+            )
+            held = look_up() if keys <= MOST_HELD * geometry.page_size else None
             for side, smem, full, empty in sides:
                 pl.when(count >= stages)(functools.partial(plgpu.barrier_wait, empty.at[slot]))
                 size = min(keys, geometry.page_size)
-                for j, (page, offset) in enumerate(pages):
+                for j, (page, offset) in enumerate(held or look_up()):
                     plgpu.copy_gmem_to_smem(
                         kv_pages.at[side, page, span.kv_head, pl.ds(offset, size)],
                         smem.at[slot, pl.ds(j * size, size)],
