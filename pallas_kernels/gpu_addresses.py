@@ -15,7 +15,7 @@ from jax import lax
 ABOVE_ALL_COUNTS = 30  # 2**30: no loop over tiles is that long
 
 
-def tied_to(count: jax.Array, index: Any, *, tied: bool = True, bounded: bool = False) -> Any:
+def tied_to(count: jax.Array, index: Any, *, tied: bool = True, by_square: bool = False) -> Any:
     """An index, as a number that the compiler has to compute again at each turn of a loop.
 
     Args:
@@ -23,14 +23,14 @@ def tied_to(count: jax.Array, index: Any, *, tied: bool = True, bounded: bool = 
         index: int32 []: comes back.
         tied: False = it comes back as it is: where registers are left, 10 to 50 instructions a
             turn are saved.
-        bounded: whether the compiler sees that the count is below 2**30 (LLVM, of a loop that
-            begins at a known number): then it knows that number shifted to be 0, and ties nothing.
-            A square is 0, 1 or 4 modulo 8, which no compiler has been seen to know: four
+        by_square: for where the compiler sees that the count is below 2**30 (LLVM, of a loop that
+            begins at a known number): it knows that number shifted to be 0, and ties nothing. A
+            square is 0, 1 or 4 modulo 8, which no compiler has been seen to know: four
             instructions on scalars, for one.
     """
     if not tied:
         return index
-    if bounded:
+    if by_square:
         square = count * count
         return index + (square & lax.shift_right_logical(square, jnp.int32(2)) & 1)
     return index + lax.shift_right_logical(jnp.int32(count), jnp.int32(ABOVE_ALL_COUNTS))

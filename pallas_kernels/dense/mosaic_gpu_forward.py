@@ -390,7 +390,7 @@ def attend(static: Static, x: Operands, shared: Shared, place: Place, wg, slot_q
             plgpu.barrier_wait(shared.turn.at[wg])
 
         def products(o_ref, s_ref):
-            how = {"tied": static.tiles.tied, "bounded": static.tiles.bounded}
+            how = {"tied": static.tiles.tied, "by_square": static.tiles.by_square}
             q_here = shared.q.at[tied_to(tile, slot_q, **how)]
             plgpu.wgmma(s_ref, q_here, shared.k.at[slot].transpose((1, 0)))
             plgpu.wgmma(o_ref, p, shared.v.at[before])

@@ -24,8 +24,8 @@ class Tiles:
         consumers: warpgroups of `rows` queries each.
         turns: whether consumers issue their products in turn (Hopper).
         tied: whether the queries' addresses are computed in the loop (Hopper, `gpu_addresses`).
-        bounded: whether the compiler knows how far that loop counts, as where segments leave no
-            tile without masks; nothing is tied there without this.
+        by_square: how it is tied where the compiler knows how far that loop counts, as where
+            segments leave no tile without masks; nothing is tied there without this.
         registers: of a thread of a consumer, and of the producer; None = those that so many
             consumers have (Hopper).
         rows: queries of a consumer: wgmma's M, tcgen05's.
@@ -38,7 +38,7 @@ class Tiles:
     consumers: int = 2
     turns: bool = False
     tied: bool = False
-    bounded: bool = False
+    by_square: bool = False
     registers: tuple[int, int] | None = None
     rows: int = 64
     walking: tuple[int, int] | None = None
@@ -95,14 +95,14 @@ TILES = {
         (192, 192): {
             PLAIN: Tiles(64, 2, walking=(2, 2)),
             ADDED: Tiles(64, 2, tied=True),
-            MARKED: Tiles(64, 2, tied=True, bounded=True),
+            MARKED: Tiles(64, 2, tied=True, by_square=True),
         },
         (256, 256): {
             PLAIN: Tiles(64, 2),
             CAPPED: Tiles(64, 2, tied=True),
             SEGMENTED: Tiles(64, 2, tied=True),
             ADDED: Tiles(64, 2, tied=True),
-            MARKED: Tiles(64, 2, tied=True, bounded=True, registers=(240, 24)),
+            MARKED: Tiles(64, 2, tied=True, by_square=True, registers=(240, 24)),
         },
     },
     (10, 0): {

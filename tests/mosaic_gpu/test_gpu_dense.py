@@ -308,7 +308,7 @@ def test_a_slot_that_is_still_read_is_not_overwritten(monkeypatch, cut_tiles):
     [
         (mosaic_gpu_tiles.Tiles(64, 3, 2), True),
         (mosaic_gpu_tiles.Tiles(64, 4, 3, turns=True), True),
-        (mosaic_gpu_tiles.Tiles(64, 2, tied=True, bounded=True, registers=(240, 24)), True),
+        (mosaic_gpu_tiles.Tiles(64, 2, tied=True, by_square=True, registers=(240, 24)), True),
         (mosaic_gpu_tiles.Tiles(128, 2), False),
     ],
     ids=str,
