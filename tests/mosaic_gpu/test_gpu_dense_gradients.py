@@ -52,10 +52,9 @@ OF_KEYS = problem("bias of keys, lengths", bias=(True, False, False, True), head
                   q_len=140, kv_len=40, kv_lens=(40, 20))  # fmt: skip
 AHEAD = problem("groups of head sizes 192 and 128, the next step beside this one", heads=(2, 1),
                 head_size=192, head_size_v=128, q_len=131, kv_len=137, causal=True)  # fmt: skip
-CASES = (PLAIN, WINDOW, AHEAD, BIAS, OF_KEYS)
+CASES = (PLAIN, WINDOW, SPLIT, AHEAD, BIAS, OF_KEYS)
 MORE = (
     SEGMENTS,
-    SPLIT,
     problem("offsets, empty rows, float16", batch=2, q_len=40, kv_len=150, q_offset=(-20, 150),
             causal=True, dtype="float16", heads=(1, 1)),
     problem("lengths", batch=2, q_len=70, kv_len=133, q_lens=(66, 0), kv_lens=(130, 23)),

@@ -181,7 +181,6 @@ ON_DEMAND = (
     "mask edge", "window one too narrow", "segments not asked", "no sink", "lse in base 2",
     "no derivative of the cap", "the sinks' gradient has the other sign",
     "the slopes' gradient is 0", "lse of another query", "NaN of unseen keys",
-    "lse has no gradient", "queries that do not exist", "a tile lost",
 )  # fmt: skip
 
 

@@ -148,7 +148,7 @@ FAULTS = {
     ),
     "write": ((mosaic_tpu, "write_rows", lambda *_, **__: None), "decode"),
 }  # fmt: skip
-EVERY_PUSH = ("border between tiles", "write")
+EVERY_PUSH = ("mask", "border between tiles", "write")
 
 
 @pytest.mark.once

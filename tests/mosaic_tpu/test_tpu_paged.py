@@ -57,9 +57,8 @@ def batch(q_lens, kv_lens, *, seed=0, **options):
 
 
 # On each push the extremes, one of each kind of cache, and what "everything" has on demand alone.
-ON_DEMAND = ("page-32", "page-64", "page-128", "e4m3", "e5m2", "int8", "bfloat16-cache",
-             "float32-cache", "window", "two-sided-window", "chunked", "sinks", "soft-cap",
-             "alibi")  # fmt: skip
+ON_DEMAND = ("page-32", "page-64", "page-128", "e4m3", "e5m2", "int8", "bfloat16-cache", "window",
+             "two-sided-window", "chunked", "sinks", "soft-cap", "alibi")  # fmt: skip
 
 
 ON_OLD_JAX_TOO = ("mixed", "cross", "everything")

@@ -174,10 +174,7 @@ WAITS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["step", "group", *(pytest.param(x, marks=pytest.mark.sweep) for x in ("block", "window"))],
-)
+@pytest.mark.parametrize("name", WAITS)
 def test_a_copy_that_nobody_waits_for_is_found(monkeypatch, name):
     """A race, a semaphore that is not 0 at the end, or numbers that had not come."""
     *wait, lens = WAITS[name]
