@@ -149,7 +149,7 @@ def decode(
 
         @pl.when(warpgroup == warpgroups)
         def _():
-            plgpu.set_max_registers(PRODUCER_REGISTERS[warpgroups], action="decrease")
+            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
             produce(lambda i: item_of(i).span, num_items, pages, table, scratch["ring"], geometry)
 
     return plgpu.kernel(

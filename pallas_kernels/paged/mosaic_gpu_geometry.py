@@ -12,8 +12,8 @@ from pallas_kernels.paged.mosaic_gpu_tiles import Tiles
 
 ROWS = 64  # of a wgmma, and so of a warpgroup
 LANES = 128  # threads of a warpgroup: a plain vector has a multiple of them
-COMPUTE_REGISTERS = {1: 248, 2: 240}  # of a thread, by warpgroups that compute
-PRODUCER_REGISTERS = {1: 40, 2: 24}  # the same: beside two of 240 no more are left
+COMPUTE_REGISTERS = {1: 248, 2: 232}  # of a thread, by warpgroups that compute
+PRODUCER_REGISTERS = 40  # the same; with 24, and 240 for each of two, some producers spilled
 SWIZZLES = (128, 64, 32)  # bytes
 CHUNK = 8  # rows of partial results that are stored at once
 

@@ -17,8 +17,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.paged.mosaic_gpu_geometry import Geometry, swizzled
 
-MOST_HELD = 4  # pages of a tile, over its waits: of eight some were spilled
-
 
 class Span(NamedTuple):
     """Tiles of keys that a block attends to before it takes the next: int32 scalars.
@@ -86,17 +84,11 @@ def produce(
 
         def bring_tile(i, count):
             slot = lax.rem(count, stages)
-            parts = max(1, keys // geometry.page_size)
-
-            def look_up(part):
-                return page_of(span, span.first_tile + i, part, keys, page_table, geometry)
-
-            held = [look_up(j) for j in range(parts)] if parts <= MOST_HELD else None
+            pages = pages_of(span, span.first_tile + i, keys, page_table, geometry)
             for side, smem, full, empty in sides:
                 pl.when(count >= stages)(functools.partial(plgpu.barrier_wait, empty.at[slot]))
                 size = min(keys, geometry.page_size)
-                for j in range(parts):
-                    page, offset = look_up(j) if held is None else held[j]
+                for j, (page, offset) in enumerate(pages):
                     plgpu.copy_gmem_to_smem(
                         kv_pages.at[side, page, span.kv_head, pl.ds(offset, size)],
                         smem.at[slot, pl.ds(j * size, size)],

@@ -176,7 +176,7 @@ def prefill(
 
         @pl.when(warpgroup == warpgroups)
         def _():
-            plgpu.set_max_registers(PRODUCER_REGISTERS[warpgroups], action="decrease")
+            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
             produce(lambda i: item_of(i).span, num_items(), pages, table, scratch["ring"], geometry)
 
     lse_shape = (geometry.num_q_heads, geometry.prefill_tiles, geometry.prefill_tokens)
