@@ -13,9 +13,13 @@ from pallas_kernels.paged.mosaic_gpu_tiles import Tiles
 ROWS = 64  # of a wgmma, and so of a warpgroup
 LANES = 128  # threads of a warpgroup: a plain vector has a multiple of them
 COMPUTE_REGISTERS = {1: 248, 2: 232}  # of a thread, by warpgroups that compute
-PRODUCER_REGISTERS = 40  # the same; with 24, and 240 for each of two, some producers spilled
 SWIZZLES = (128, 64, 32)  # bytes
 CHUNK = 8  # rows of partial results that are stored at once
+
+
+def producer_registers(head_dim: int) -> int:
+    """Of a thread that brings tiles; with 24 some calls spill, at head size 192 those with 40."""
+    return 24 if head_dim == 192 else 40
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,9 +26,9 @@ from pallas_kernels.paged.mosaic_gpu_attend import (
 from pallas_kernels.paged.mosaic_gpu_geometry import (
     CHUNK,
     COMPUTE_REGISTERS,
-    PRODUCER_REGISTERS,
     ROWS,
     Geometry,
+    producer_registers,
     swizzled,
 )
 from pallas_kernels.paged.mosaic_gpu_overlap import attend_overlapped
@@ -176,7 +176,7 @@ def prefill(
 
         @pl.when(warpgroup == warpgroups)
         def _():
-            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+            plgpu.set_max_registers(producer_registers(geometry.head_dim), action="decrease")
             produce(lambda i: item_of(i).span, num_items(), pages, table, scratch["ring"], geometry)
 
     lse_shape = (geometry.num_q_heads, geometry.prefill_tiles, geometry.prefill_tokens)
