@@ -134,16 +134,20 @@ def forward_tiles(
     chunks beside lengths or offsets that are read.
     """
     classes = TILES[chip.capability][head_dim, head_dim_v]
-    if sloped and segmented and not capped and SLOPED in classes:
-        return classes[SLOPED]
-    return _of_class(classes, capped, segmented, added, bounded)
+    return _of_class(classes, capped, segmented, added, sloped, bounded)
 
 
 def _of_class(
-    classes: Mapping[str, Any], capped: bool, segmented: bool, added: bool, bounded: bool = False
+    classes: Mapping[str, Any],
+    capped: bool,
+    segmented: bool,
+    added: bool,
+    sloped: bool = False,
+    bounded: bool = False,
 ) -> Any:
     """What the call's own class has, else what each thing in it asks for, else the plain tiles."""
-    asked = [MARKED] * (added and segmented) + [CROWDED] * (added and (capped or segmented))
+    asked = [SLOPED] * (sloped and segmented and not capped) + [MARKED] * (added and segmented)
+    asked += [CROWDED] * (added and (capped or segmented))
     asked += [ADDED] * added + [SEGMENTED] * segmented + [CAPPED] * capped + [BOUNDED] * bounded
     return next((classes[name] for name in asked if name in classes), classes[PLAIN])
 

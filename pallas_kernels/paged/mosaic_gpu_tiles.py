@@ -76,9 +76,8 @@ BOUNDED = {
 }
 # Prompts of bfloat16 over a float16 cache, whose queries lie in shared memory a second time, as
 # they are multiplied: (head size, whether nothing caps, adds or bounds) -> phase. With the tiles
-# above 128 and 192 want 30 KiB and 14 KiB too many; at 64 a plain call spills 4 + 4 bytes.
+# above 128 and 192 want 30 KiB and 14 KiB too many.
 SCALED = {
-    (64, True): Phase(64, 4),
     (128, True): Phase(64, 3, overlapped=True),
     (128, False): Phase(64, 3),
     (192, True): Phase(64, 2, 1, tied=True),
