@@ -17,11 +17,13 @@ whichever tokens come, as one run of instructions without a branch, and weighs a
     DMA       |        parts of k + 3       |        parts of k + 4
     divide    | all of k - 1                | all of k
 
-Copies are started when the keys of k + 1 were read: for the compiler a copy may go where they lie,
-and neither passes the other.
+For the compiler a copy may go where keys are read, and neither passes the other. So copies are
+started when the keys of k + 1 were read; those of heads in twos a few after each piece of the keys,
+for there the matrix unit has most to do, and the scalar unit nothing.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -51,6 +53,9 @@ def scratch_shapes(geometry: Geometry, cache_dtype, q_dtype) -> list:
         pltpu.VMEM(values, cache_dtype),
         pltpu.SMEM((chunks,), jnp.int32),
     ]
+
+
+PIECE_TOKENS = 256  # keys of two heads that are read before copies are started
 
 
 class Scratch(NamedTuple):
@@ -141,7 +146,7 @@ def _groups(geometry: Geometry):
         yield slice(first, first + geometry.group), slice(row, row + geometry.group)
 
 
-def _attend(step, buffer, following, shift, side, start=None) -> None:
+def _attend(step, buffer, following, shift, side, copies: Iterable[None] = ()) -> None:
     """A step, without a branch: the next one's parts are weighed, then this one's values added.
 
     So no product waits for a softmax. Tokens are written in the next step, for divisions take long:
@@ -150,16 +155,14 @@ def _attend(step, buffer, following, shift, side, start=None) -> None:
     Args:
         step, buffer, following, shift: this step's buffer, and the next one's; None = none follows.
         side: of the values that the step before has put in scratch.
-        start: of `start_beside`: copies are started beside it; None = none are.
+        copies: of `start_beside`: what is started beside it.
     """
     walk, scratch = step.walk, Scratch(*step.scratch)
     chunks = walk.geometry.chunks
     _finish_all(step)
     scratch.m[0], scratch.l[0] = scratch.m[1], scratch.l[1]
     weights, shrink, acc = scratch.weights[...], scratch.shrink[...], scratch.acc[chunks - 1]
-    keep = None if following is None else _weigh(step, following, shift, 1 - side)
-    for i in range(chunks if start is not None else 0):
-        start(i)
+    keep = None if following is None else _weigh(step, following, shift, 1 - side, copies)
     for i in range(chunks):
         part = walk.part_in(buffer, i, shift)
         acc = _add_values(step, part, buffer, i, side, weights[i], shrink[i], acc)
@@ -168,16 +171,17 @@ def _attend(step, buffer, following, shift, side, start=None) -> None:
         keep()
 
 
-def _weigh(step, buffer, shift, side) -> Callable[[], None]:
+def _weigh(step, buffer, shift, side, copies: Iterable[None] = ()) -> Callable[[], None]:
     """Weighs the keys of a step; returns what puts the weights where the next step finds them.
 
-    Values of heads in twos go to this side of the scratch.
+    Values of heads in twos go to this side of the scratch. Starts all copies.
     """
     walk, scratch = step.walk, Scratch(*step.scratch)
     chunks = walk.geometry.chunks
     parts = [walk.part_in(buffer, i, shift) for i in range(chunks)]
     q = [_load_q(step, i, part.token - step.first_token) for i, part in enumerate(parts)]
-    logits = [_logits(step, part, buffer, i, side, q[i]) for i, part in enumerate(parts)]
+    logits = [_logits(step, part, buffer, i, side, q[i], copies) for i, part in enumerate(parts)]
+    _start(copies, None)
     m, l = scratch.m[1, chunks - 1], scratch.l[1, chunks - 1]
     found = []
     for part, products in zip(parts, logits, strict=True):
@@ -199,14 +203,20 @@ def _finish_all(step) -> None:
         _finish(step, scratch.tokens[i], scratch.m[0, i], scratch.l[0, i], scratch.acc[i])
 
 
-def _logits(step, part: Part, buffer, i: int, side, q) -> jax.Array:
+def _start(copies: Iterable[None], count: int | None) -> None:
+    """Starts so many copies; None = all that are left."""
+    for _ in itertools.islice(copies, count):
+        pass
+
+
+def _logits(step, part: Part, buffer, i: int, side, q, copies: Iterable[None]) -> jax.Array:
     """Products of the keys of a part, chunk i of a buffer, with its token's queries."""
     geometry, pages = step.walk.geometry, step.walk.geometry.chunk_pages
     buffers = step.walk.buffers.at[buffer, pl.ds(i * pages, pages)]
 
     def logits_of(unit, rows):
         if geometry.heads_at_once == 2:
-            k, v = _keys_and_values_of_two(geometry, buffers, unit)
+            k, v = _keys_and_values_of_two(geometry, buffers, unit, copies)
             Scratch(*step.scratch).values[side, i, unit] = rows_kept(v, _kept(step, part))
         else:
             k = geometry.read(buffers.at[:, unit], 0, geometry.k_lanes)
@@ -254,18 +264,28 @@ def _add_values(step, part: Part, buffer, i: int, side, weights, shrink, acc) ->
     return kept + _by_unit(geometry, weights, values_of)
 
 
-def _keys_and_values_of_two(geometry: Geometry, buffers, pair: int) -> tuple[jax.Array, jax.Array]:
+def _keys_and_values_of_two(
+    geometry: Geometry, buffers, pair: int, copies: Iterable[None]
+) -> tuple[jax.Array, jax.Array]:
     """Keys of two kv heads, even | odd in 128 lanes, and their values, odd | even.
 
-    Lanes are turned once for both.
+    Lanes are turned once for both. Copies are started after each piece of them, so many that four
+    fifths of a step's keys are enough.
     """
-    even, odd = (
-        pltpu.bitcast(geometry.read(buffers.at[:, 2 * pair + i], 0, LANES), jnp.int32)
-        for i in range(2)
-    )
-    odd = pltpu.roll(odd, LANES // 2, 1)
-    is_low = lax.broadcasted_iota(jnp.int32, even.shape, 1) < LANES // 2
-    keys, values = jnp.where(is_low, even, odd), jnp.where(is_low, odd, even)
+    pages = min(geometry.chunk_pages, max(1, PIECE_TOKENS // geometry.page_size))
+    heads = geometry.num_kv_heads
+    keys, values = [], []
+    for first in range(0, geometry.chunk_pages, pages):
+        even, odd = (
+            pltpu.bitcast(geometry.read(buffers.at[pl.ds(first, pages), head], 0, LANES), jnp.int32)
+            for head in (2 * pair, 2 * pair + 1)
+        )
+        odd = pltpu.roll(odd, LANES // 2, 1)
+        is_low = lax.broadcasted_iota(jnp.int32, even.shape, 1) < LANES // 2
+        keys.append(jnp.where(is_low, even, odd))
+        values.append(jnp.where(is_low, odd, even))
+        _start(copies, -(-5 * pages // (2 * heads)))
+    keys, values = (jnp.concatenate(pieces, axis=0) for pieces in (keys, values))
     return pltpu.bitcast(keys, buffers.dtype), pltpu.bitcast(values, buffers.dtype)
 
 

@@ -11,7 +11,7 @@ may have more room than there are parts: the rest see no key.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -320,27 +320,25 @@ class Walk(NamedTuple):
         """Whether the cursor is on decodes."""
         return (self.cells[BLOCK] < self.cells[BLOCK_END]) & (self.cells[LAST] >= 0)
 
-    def start_beside(self) -> Callable[[int], None]:
-        """As `start_next`, where the cursor is on decodes; starts no copies.
+    def start_beside(self) -> Iterator[None]:
+        """As `start_next`, where the cursor is on decodes; starts nothing by itself.
 
-        Returns:
-            a function that starts the copies of chunk i, once for each, in order: where it is
-            called beside a computation the compiler puts it there, for it has no branch. A page
-            that there is not is a copy of no rows (compiled and interpreted; on no chip yet).
-            After the last, `move_on` is due.
+        Yields:
+            after the start of each copy. Where the next one is asked for, beside a computation,
+            the compiler puts it there, for it has no branch. A page that there is not is a copy of
+            no rows (compiled and interpreted; on no chip yet). After the last, `move_on` is due.
         """
-        geometry = self.geometry
-        buffer, pages = self._take(TO_FILL), geometry.chunk_pages
-        at, count = self._cursor(), jnp.int32(0)
-
-        def start(i: int) -> None:
-            nonlocal at, count
+        geometry, pages = self.geometry, self.geometry.chunk_pages
+        heads = jnp.int32(geometry.num_kv_heads)
+        buffer, at, count = self._take(TO_FILL), self._cursor(), jnp.int32(0)
+        for i in range(geometry.chunks):
             part, row, at = self._note_part(buffer, i, at)
             begin, end = self._pages_of(part)
             count += end - begin
             first = part.number * pages
             skipped, stop = begin - first, end - first
-            heads = jnp.int32(geometry.num_kv_heads)
+            if i == geometry.chunks - 1:
+                self._note_step(buffer, at, count)
             for j in range(pages):
                 is_there = stop > j
                 if self.masks.has_start:
@@ -350,10 +348,7 @@ class Walk(NamedTuple):
                 some = pl.ds(0, jnp.where(is_there, heads, 0))
                 there = self.buffers.at[buffer, i * pages + j, some]
                 pltpu.make_async_copy(source.at[some], there, self.arrived.at[buffer]).start()
-            if i == geometry.chunks - 1:
-                self._note_step(buffer, at, count)
-
-        return start
+                yield
 
     def wait_step(self) -> jax.Array:
         """Waits for the pages of a step, and returns its buffer."""
