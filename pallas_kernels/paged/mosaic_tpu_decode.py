@@ -37,6 +37,8 @@ from pallas_kernels.paged.mosaic_tpu_geometry import LANES, Geometry
 from pallas_kernels.paged.mosaic_tpu_walk import Part, Span
 from pallas_kernels.tpu_operands import as_operand
 
+PIECE_TOKENS = 256  # keys of two heads that are read before copies are started
+
 
 def scratch_shapes(geometry: Geometry, cache_dtype, q_dtype) -> list:
     """`Scratch`'s."""
@@ -53,9 +55,6 @@ def scratch_shapes(geometry: Geometry, cache_dtype, q_dtype) -> list:
         pltpu.VMEM(values, cache_dtype),
         pltpu.SMEM((chunks,), jnp.int32),
     ]
-
-
-PIECE_TOKENS = 256  # keys of two heads that are read before copies are started
 
 
 class Scratch(NamedTuple):

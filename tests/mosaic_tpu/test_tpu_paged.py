@@ -22,7 +22,12 @@ from attnsel_jax.platforms import Device
 from attnsel_jax.problems import QUICK
 from attnsel_jax.problems.paged_inputs import paged_inputs
 from pallas_kernels import tpu_chip
-from pallas_kernels.paged import mosaic_tpu, mosaic_tpu_tiles, mosaic_tpu_write
+from pallas_kernels.paged import (
+    mosaic_tpu,
+    mosaic_tpu_decode,
+    mosaic_tpu_tiles,
+    mosaic_tpu_write,
+)
 
 KERNEL = MosaicTpuBackend.get_kernel("paged")
 PAGED = [problem for problem in QUICK if problem.op == "paged"]
@@ -227,6 +232,7 @@ def test_sums_by_lane_over_several_parts(monkeypatch, generation, head_size):
     """Chunks of whole registers, as on a chip: row sums are kept by lane from part to part."""
     tiles = mosaic_tpu_tiles.Tiles(32, 256, 128, 3)
     monkeypatch.setattr(mosaic_tpu, "tiles_for", lambda *_: tiles)
+    monkeypatch.setattr(mosaic_tpu_decode, "PIECE_TOKENS", 64)  # copies between pieces of keys
     shape = {"head_size": head_size, "page_size": 16, "dtype": "bfloat16", "pad_tokens": 0}
     check(batch((1, 1, 1), (300, 129, 5), **shape), generation)
 
