@@ -160,12 +160,27 @@ class _Pass:
             self._divide(tile, state, jnp.where(ended, tile % OUTPUTS, OUTPUTS))
         products = [scratch.logits[i] for i in range(sizes.lead)]
         weights = [self._late(i) for i in range(sizes.lag)]
-        for i in range(sizes.blocks):
+
+        def multiply_keys(i: int) -> None:
+            nonlocal coming
             products.append(self._logits(first + sizes.lead + i))
             later = first + AHEAD * sizes.blocks + sizes.lead + i
             coming = coming if sem is None else self._start_block(coming, later, sem)
+
+        def weigh(i: int) -> None:
             weights.append(self._softmax(products[i], first + i))
+
+        def add_values(i: int) -> None:
             self._add_values(*weights[i], first - sizes.lag + i)
+
+        # The matrix unit multiplies in the order of the text. Values that lag are ready at once: it
+        # is busy with them while the first keys are transposed.
+        phases = (
+            (add_values, weigh, multiply_keys) if sizes.lag else (multiply_keys, weigh, add_values)
+        )
+        for i in range(sizes.blocks):
+            for phase in phases:
+                phase(i)
         for i in range(sizes.lead):
             scratch.logits[i] = products[sizes.blocks + i]
         for i in range(sizes.lag):

@@ -38,7 +38,7 @@ TILES = {
     ("v5p", "bfloat16", "prefill"): Tiles(512, 256, blocks=4, lead=1, lag=0, finishes=0),
     ("v6e", "bfloat16", "decode"): Tiles(128, 256, 8, 4, lag=0, starts_within=False),
     ("v6e", "bfloat16", "prefill"): Tiles(512, 256, blocks=4, lead=1, lag=0, finishes=0),
-    ("7x", "bfloat16", "decode"): Tiles(rows=128, block_kv=512, blocks=8, lead=1, lag=0),
+    ("7x", "bfloat16", "decode"): Tiles(rows=128, block_kv=512, blocks=8, lead=1),
     ("7x", "bfloat16", "prefill"): Tiles(512, 256, blocks=4, lead=1, lag=0, finishes=0),
     ("v5e", "float8_e4m3fn", "decode"): Tiles(128, 256, blocks=8, lead=1, lag=0),
     ("v5e", "float8_e4m3fn", "prefill"): Tiles(512, 256, blocks=4, lead=1, lag=0, finishes=0),
