@@ -32,7 +32,7 @@ class Tiles(NamedTuple):
 TILES = {
     ("v4", "bfloat16", "decode"): Tiles(rows=128, block_kv=256, blocks=4, lead=1),
     ("v4", "bfloat16", "prefill"): Tiles(512, 256, blocks=2, lead=1, lag=0, finishes=0),
-    ("v5e", "bfloat16", "decode"): Tiles(128, 256, blocks=8, lead=1, lag=0),
+    ("v5e", "bfloat16", "decode"): Tiles(128, 256, blocks=8, lead=1),
     ("v5e", "bfloat16", "prefill"): Tiles(512, 256, blocks=4, lead=1, lag=0, finishes=0),
     ("v5p", "bfloat16", "decode"): Tiles(rows=128, block_kv=256, blocks=8, lead=1),
     ("v5p", "bfloat16", "prefill"): Tiles(512, 256, blocks=4, lead=1, lag=0, finishes=0),
@@ -40,7 +40,7 @@ TILES = {
     ("v6e", "bfloat16", "prefill"): Tiles(512, 256, blocks=4, lead=1, lag=0, finishes=0),
     ("7x", "bfloat16", "decode"): Tiles(rows=128, block_kv=512, blocks=8, lead=1),
     ("7x", "bfloat16", "prefill"): Tiles(512, 256, blocks=4, lead=1, lag=0, finishes=0),
-    ("v5e", "float8_e4m3fn", "decode"): Tiles(128, 256, blocks=8, lead=1, lag=0),
+    ("v5e", "float8_e4m3fn", "decode"): Tiles(128, 256, blocks=8, lead=1),
     ("v5e", "float8_e4m3fn", "prefill"): Tiles(512, 256, blocks=4, lead=1, lag=0, finishes=0),
     ("v6e", "float8_e4m3fn", "decode"): Tiles(rows=128, block_kv=512, blocks=8, lead=1, lag=0),
     ("v6e", "float8_e4m3fn", "prefill"): Tiles(512, 256, blocks=4, lead=1, lag=0, finishes=0),
