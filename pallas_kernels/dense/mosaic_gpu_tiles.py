@@ -101,7 +101,7 @@ TILES = {
             PLAIN: Tiles(64, 2),
             CAPPED: Tiles(64, 2, tied=True),
             SEGMENTED: Tiles(64, 2, tied=True),
-            ADDED: Tiles(64, 2, tied=True),
+            ADDED: Tiles(64, 2, tied=True, by_square=True),
             MARKED: Tiles(64, 2, tied=True, by_square=True, registers=(240, 24)),
         },
     },
