@@ -38,6 +38,7 @@ _HOMES = {
         "topk_positions",
     ),
     "attnsel_jax.platforms": ("Device", "DeviceCapability", "current_device"),
+    "attnsel_jax.registered_layouts": ("register_cache_layout", "unregister_cache_layout"),
     "attnsel_jax.registry": (
         "AttentionBackendEnum",
         "register_backend",

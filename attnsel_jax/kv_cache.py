@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from attnsel_jax.cache_layouts import (
-    LATENT_LAYOUTS,
-    LAYOUTS,
     latent_layout_named,
     layout_named,
 )
@@ -40,21 +38,21 @@ class KVCache:
     @property
     def num_pages(self) -> int:
         """Pages in the cache."""
-        return LAYOUTS[self.layout].dims(self.pages.shape)[0]
+        return layout_named(self.layout).dims(self.pages.shape)[0]
 
     @property
     def page_size(self) -> int:
         """Tokens in a page."""
-        return LAYOUTS[self.layout].dims(self.pages.shape)[1]
+        return layout_named(self.layout).dims(self.pages.shape)[1]
 
     @property
     def num_kv_heads(self) -> int:
         """Heads of keys and values."""
-        return LAYOUTS[self.layout].dims(self.pages.shape)[2]
+        return layout_named(self.layout).dims(self.pages.shape)[2]
 
     def split(self) -> tuple[jax.Array, jax.Array]:
         """Stored keys and values, each [num_pages, page_size, num_kv_heads, head_dim]."""
-        return LAYOUTS[self.layout].split(self.pages)
+        return layout_named(self.layout).split(self.pages)
 
     def with_pages(self, pages: jax.Array) -> "KVCache":
         """The same cache with other contents."""
@@ -88,12 +86,12 @@ class LatentCache:
     @property
     def num_pages(self) -> int:
         """Pages in the cache."""
-        return LATENT_LAYOUTS[self.layout].dims(self.pages.shape)[0]
+        return latent_layout_named(self.layout).dims(self.pages.shape)[0]
 
     @property
     def page_size(self) -> int:
         """Tokens in a page."""
-        return LATENT_LAYOUTS[self.layout].dims(self.pages.shape)[1]
+        return latent_layout_named(self.layout).dims(self.pages.shape)[1]
 
     @property
     def kv_cache_dtype(self) -> str | None:
@@ -113,7 +111,7 @@ class LatentCache:
         target = latent_layout_named(layout)
         if layout == self.layout:
             return self
-        rows = LATENT_LAYOUTS[self.layout].to_rows(self.pages, rope_dim)
+        rows = latent_layout_named(self.layout).to_rows(self.pages, rope_dim)
         return dataclasses.replace(self, pages=target.from_rows(rows, rope_dim), layout=layout)
 
 

@@ -31,7 +31,7 @@ LAYERS = {
     r"attnsel_jax\.mosaic_(gpu|tpu)_limits": 2,
     r"attnsel_jax\.(backend|xla)": 3,
     r"attnsel_jax\.(impls|backends|jitted_kernels|mesh)": 4,
-    r"attnsel_jax\.(registry|forcing|plugins)": 5,
+    r"attnsel_jax\.(registry|forcing|plugins|registered_layouts)": 5,
     r"attnsel_jax\.(selection|selector)": 6,
     r"attnsel_jax\.(ops|value_checks)": 7,
     r"attnsel_jax\.(compare|bench|aot|matrix|roofline)": 8,

@@ -22,6 +22,7 @@ in the order of the keys.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -175,12 +176,9 @@ class _Pass:
 
         # The matrix unit multiplies in the order of the text. Values that lag are ready at once: it
         # is busy with them while the first keys are transposed.
-        phases = (
-            (add_values, weigh, multiply_keys) if sizes.lag else (multiply_keys, weigh, add_values)
-        )
-        for i in range(sizes.blocks):
-            for phase in phases:
-                phase(i)
+        phases = (multiply_keys, weigh, add_values)
+        for i, phase in itertools.product(range(sizes.blocks), phases[:: -1 if sizes.lag else 1]):
+            phase(i)
         for i in range(sizes.lead):
             scratch.logits[i] = products[sizes.blocks + i]
         for i in range(sizes.lag):
