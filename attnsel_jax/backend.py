@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import jax
 
-from attnsel_jax.cache_layouts import layout_named
+from attnsel_jax.cache_layouts import latent_layout_named, layout_named
 from attnsel_jax.capabilities import Capabilities, Rejection
 from attnsel_jax.config import AttentionSelectorConfig, attention_type, dtype_name
 from attnsel_jax.config import kv_cache_dtype_name as cache_name
@@ -156,7 +156,7 @@ class AttentionBackend(abc.ABC):
         """The order in which the dimensions of the cache's shape lie in memory."""
         if not cls.is_mla():
             return layout_named(cls.layout).stride_order
-        return tuple(range(len(cls.get_kv_cache_shape(1, 128, 1, 576))))
+        return tuple(range(latent_layout_named(cls.latent_layout).ndim))
 
     @classmethod
     def get_required_kv_cache_layout(cls) -> str | None:

@@ -72,12 +72,14 @@ class LatentLayout:
     Rows of fp8_ds_mla are uint8 [num_pages, page_size, 656]; a layout may have no room for them.
 
     Attributes:
+        ndim: dimensions of `pages`.
         shape: (num_pages, page_size, row, bytes of a number) -> the shape of `pages`.
         dims: (num_pages, page_size, row) of an array of this layout.
         to_rows: (pages, rope_dim) -> logical rows.
         from_rows: (logical rows, rope_dim) -> pages.
     """
 
+    ndim: int
     shape: Callable[[int, int, int, int], tuple[int, ...]]
     dims: Callable[[tuple[int, ...]], tuple[int, int, int]]
     to_rows: Callable[[jax.Array, int], jax.Array]
@@ -183,6 +185,7 @@ def _untile_bytes(pages: jax.Array) -> jax.Array:
 LATENT_LAYOUTS: dict[str, LatentLayout] = {
     # [num_pages, page_size, row]: a latent and its rotary key.
     "rows": LatentLayout(
+        ndim=3,
         shape=lambda num_pages, page_size, row, itemsize: (num_pages, page_size, row),
         dims=lambda shape: shape,
         to_rows=lambda pages, rope_dim: pages,
@@ -194,6 +197,7 @@ LATENT_LAYOUTS: dict[str, LatentLayout] = {
     # keys. A register's tile is t = 32 / itemsize lines of 128 numbers; line i of rotary tile n
     # has the keys, of 64 numbers, of token 2 * t * n + i and of the token t after it.
     "striped": LatentLayout(
+        ndim=4,
         shape=_striped_shape,
         dims=lambda shape: (shape[0], 2 * shape[2], HALF_LANES * shape[1]),
         to_rows=_unstripe,
@@ -206,6 +210,7 @@ LATENT_LAYOUTS: dict[str, LatentLayout] = {
     # mean something. A row of fp8_ds_mla is [2, 4, 128] bytes: its values, 128 of a scale in a
     # line; then words, one a lane: rotary values in the upper halves of 64, and four scales.
     "tiled": LatentLayout(
+        ndim=5,
         shape=lambda num_pages, page_size, row, itemsize: (
             num_pages,
             page_size,

@@ -153,7 +153,7 @@ def check_indexer(
 def _logical(cache: LatentCache) -> jax.Array | jax.ShapeDtypeStruct:
     """What stands for the cache's array in the table: rows of one token each."""
     layout, pages = latent_layout_named(cache.layout), cache.pages
-    if cache.layout == "rows" or len(pages.shape) != len(layout.shape(1, 2, 576, 2)):
+    if cache.layout == "rows" or len(pages.shape) != layout.ndim:
         return pages
     return jax.ShapeDtypeStruct(layout.dims(pages.shape), pages.dtype)
 

@@ -1,0 +1,107 @@
+"""The public ops as they are called on chips that are not here: what is selected can be traced.
+
+Kernels are tested by themselves elsewhere; this is the way from a user's arguments to them.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnsel_jax import (
+    AttentionMetadata,
+    allocate_kv_cache,
+    allocate_latent_cache,
+    dot_product_attention,
+    indexer_scores,
+    mla_attention,
+    paged_attention,
+    sparse_mla_attention,
+    topk_positions,
+)
+from attnsel_jax.jax_versions import jax_version
+
+TPUS = ("v5e", "7x")
+CHIPS = (*TPUS, "h100", "a100", "b200")
+BATCH = AttentionMetadata.from_lengths((1, 70), (75, 90), np.arange(12).reshape(2, 6), 64)
+PAGED_BY_XLA = [("a100", "fp8_e4m3"), *((chip, "int8") for chip in CHIPS if chip not in TPUS)]
+TOKENS = BATCH.slot_mapping.shape[0]
+
+
+def array(*shape, dtype="bfloat16"):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def traced(chip: str, call, *arguments, by_xla: bool = False):
+    """What the call gives, by shapes; asserts that it is the chip's own kernel, or XLA's."""
+    jaxpr, found = jax.make_jaxpr(call, return_shape=True)(*arguments)
+    by_xla |= chip not in TPUS and jax_version() < (0, 11)
+    kernel = "pallas_call" if chip in TPUS else "gmem"  # GPU kernels: arguments in global memory
+    assert (kernel in str(jaxpr)) != by_xla
+    return found
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("gradients", [False, True], ids=["forward", "gradients"])
+def test_dense(chip, gradients):
+    q, kv = array(2, 130, 4, 64), array(2, 130, 2, 64)
+    forward = functools.partial(dot_product_attention, is_causal=True, device=chip)
+    call = forward
+    if gradients:
+        call = jax.grad(lambda *qkv: forward(*qkv).astype(jnp.float32).sum(), argnums=(0, 1, 2))
+    found = jax.tree.leaves(traced(chip, call, q, kv, kv))
+    assert [x.shape for x in found] == [x.shape for x in ((q, kv, kv) if gradients else (q,))]
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("stored", ["auto", "fp8_e4m3", "int8"])
+def test_paged(chip, stored):
+    cache = allocate_kv_cache(16, 64, 2, 64, "bfloat16", kv_cache_dtype=stored, device=chip)
+    q, new = array(TOKENS, 4, 64), array(TOKENS, 2, 64)
+    call = functools.partial(paged_attention, metadata=BATCH, device=chip)
+    out, after = traced(
+        chip, lambda q, new, cache: call(q, new, new, cache), q, new, cache,
+        by_xla=(chip, stored) in PAGED_BY_XLA,
+    )  # fmt: skip
+    assert (out.shape, after.layout, after.pages.shape) == (
+        q.shape, cache.layout, cache.pages.shape,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("stored", ["auto", "fp8_e4m3", "fp8_ds_mla"])
+@pytest.mark.parametrize("use_sparse", [False, True], ids=["mla", "sparse_mla"])
+def test_latent(chip, stored, use_sparse):
+    cache = allocate_latent_cache(
+        16, 64, 512, 64, "bfloat16", kv_cache_dtype=stored, device=chip, use_sparse=use_sparse
+    )
+    tokens = [array(TOKENS, *rest) for rest in ((16, 512), (16, 64), (512,), (64,))]
+    call, lists = mla_attention, []
+    if use_sparse:
+        call, lists = sparse_mla_attention, [array(TOKENS, 128, dtype="int32")]
+    call = functools.partial(call, metadata=BATCH, scale=0.1, device=chip)
+    has_no_kernel = not use_sparse and stored == "fp8_ds_mla"
+    out, after = traced(
+        chip, lambda tokens, lists, cache: call(*tokens, *lists, cache), tokens, lists, cache,
+        by_xla=chip in ("a100", "b200") or has_no_kernel,
+    )  # fmt: skip
+    assert (out.shape, after.layout, after.pages.shape) == (
+        (TOKENS, 16, 512), cache.layout, cache.pages.shape,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_indexer(chip):
+    arguments = array(TOKENS, 64, 128), array(TOKENS, 64, dtype="float32"), array(16, 64, 128)
+    scores = traced(
+        chip, functools.partial(indexer_scores, metadata=BATCH, device=chip), *arguments,
+        by_xla=chip in ("a100", "b200"),
+    )  # fmt: skip
+    assert scores.shape == (TOKENS, 6 * 64)
+    lists = traced(
+        chip, functools.partial(topk_positions, topk=128, device=chip), scores,
+        by_xla=chip not in TPUS,
+    )  # fmt: skip
+    assert lists.shape == (TOKENS, 128)
