@@ -6,14 +6,16 @@ import pytest
 from third_party import backend
 
 from attnsel_jax import allocate_kv_cache, register_cache_layout, unregister_cache_layout
+from attnsel_jax.backend import AttentionBackend
 from attnsel_jax.backends.xla import XlaBackend
+from attnsel_jax.backends.xla_mla import XlaMlaBackend
 from attnsel_jax.cache_layouts import LATENT_LAYOUTS, LAYOUTS, LatentLayout, Layout
 from attnsel_jax.compare import compare
-from attnsel_jax.kv_cache import KVCache
+from attnsel_jax.kv_cache import KVCache, LatentCache
+from attnsel_jax.registered_layouts import BUILT_IN
 from attnsel_jax.registry import register_backend
+from attnsel_jax.xla.mla import mla_attention as attention_of_rows
 from attnsel_jax.xla.paged import paged_attention as stacked_attention
-
-PROBLEM = "quick.paged.mixed"
 
 
 def layout(**changed) -> Layout:
@@ -28,13 +30,30 @@ def layout(**changed) -> Layout:
     return Layout(**known | changed)
 
 
+def latent_layout(**changed) -> LatentLayout:
+    """Number by number."""
+    known = {
+        "ndim": 3,
+        "shape": lambda num_pages, page_size, row, itemsize: (num_pages, row, page_size),
+        "dims": lambda shape: (shape[0], shape[2], shape[1]),
+        "to_rows": lambda pages, rope_dim: jnp.swapaxes(pages, 1, 2),
+        "from_rows": lambda rows, rope_dim: jnp.swapaxes(rows, 1, 2),
+    }
+    return LatentLayout(**known | changed)
+
+
 @pytest.fixture(autouse=True)
 def registered():
     register_cache_layout("page_by_page", layout())
+    register_cache_layout("by_number", latent_layout())
     yield
-    for name in {*LAYOUTS, *LATENT_LAYOUTS} - {"stacked", "by_head", "side_by_side"}:
-        if name not in ("rows", "striped", "tiled"):
-            unregister_cache_layout(name)
+    for name in {*LAYOUTS, *LATENT_LAYOUTS} - BUILT_IN:
+        unregister_cache_layout(name)
+
+
+def replace(name: str, other: Layout | LatentLayout) -> None:
+    unregister_cache_layout(name)
+    register_cache_layout(name, other)
 
 
 def paged_attention(q, k, v, kv_pages, *args, **options):
@@ -43,16 +62,40 @@ def paged_attention(q, k, v, kv_pages, *args, **options):
     return out, lse, jnp.swapaxes(pages, 0, 1)
 
 
+def mla_attention(ql_nope, q_pe, kv_c, k_pe, latent_pages, *args, **options):
+    """XLA's, of a cache of `latent_layout()`."""
+    rows = jnp.swapaxes(latent_pages, 1, 2)
+    out, lse, rows = attention_of_rows(ql_nope, q_pe, kv_c, k_pe, rows, *args, **options)
+    return out, lse, jnp.swapaxes(rows, 1, 2)
+
+
 MINE = backend(
     "MINE", layout="page_by_page", kernels={"paged": f"{__name__}:paged_attention"},
     capabilities={"paged": XlaBackend.capabilities["paged"]},
 )  # fmt: skip
 
 
+class MineMla(AttentionBackend):
+    name, family, latent_layout = "MINE_MLA", XlaMlaBackend.family, "by_number"
+    capabilities = {"mla": XlaMlaBackend.capabilities["mla"]}
+    kernels = {"mla": f"{__name__}:mla_attention"}
+
+
+def verdict(problem, kind):
+    (row,) = compare([problem], [kind]).rows
+    return row.verdict
+
+
 def test_a_kernel_of_a_registered_layout_is_compared_like_any_other():
-    assert [row.verdict for row in compare([PROBLEM], [MINE])] == ["pass"]
-    register_cache_layout("page_by_page", layout(split=lambda pages: (pages[:, 1], pages[:, 0])))
-    assert [row.verdict for row in compare([PROBLEM], [MINE])] == ["fail"]
+    assert verdict("quick.paged.mixed", MINE) == "pass"
+    replace("page_by_page", layout(split=lambda pages: (pages[:, 1], pages[:, 0])))
+    assert verdict("quick.paged.mixed", MINE) == "fail"
+
+
+def test_a_kernel_of_a_registered_latent_layout_is_compared_like_any_other():
+    assert verdict("quick.mla.mixed", MineMla) == "pass"
+    replace("by_number", latent_layout(to_rows=lambda pages, _: jnp.swapaxes(pages, 1, 2)[::-1]))
+    assert verdict("quick.mla.mixed", MineMla) == "fail"
 
 
 def test_caches_are_allocated_and_converted():
@@ -66,42 +109,41 @@ def test_caches_are_allocated_and_converted():
     np.testing.assert_array_equal(mine.converted("stacked").pages, filled.pages)
 
 
-def test_a_layout_of_latent_caches():
-    by_number = LatentLayout(
-        shape=lambda num_pages, page_size, row, itemsize: (num_pages, row, page_size),
-        dims=lambda shape: (shape[0], shape[2], shape[1]),
-        to_rows=lambda pages, rope_dim: jnp.swapaxes(pages, 1, 2),
-        from_rows=lambda rows, rope_dim: jnp.swapaxes(rows, 1, 2),
-    )
-    register_cache_layout("by_number", by_number)
-    assert LATENT_LAYOUTS["by_number"] is by_number
-    assert "by_number" not in LAYOUTS
+def test_latent_caches_are_converted():
+    filled = LatentCache(jnp.arange(3 * 8 * 20, dtype=jnp.float32).reshape(3, 8, 20))
+    mine = filled.converted("by_number", rope_dim=4)
+    assert (mine.pages.shape, mine.num_pages, mine.page_size) == ((3, 20, 8), 3, 8)
+    np.testing.assert_array_equal(mine.pages[2, 7], filled.pages[2, :, 7])
+    np.testing.assert_array_equal(mine.converted("rows", rope_dim=4).pages, filled.pages)
+
+
+TAKEN = "which a layout has already: choose another"
 
 
 @pytest.mark.parametrize(
     ("name", "given", "error", "message"),
     [
+        (5, layout(), TypeError, "name is 5, must be a string"),
         ("mine", "stacked", TypeError, "layout is 'stacked', must be a Layout or a LatentLayout"),
-        ("rows", layout(), ValueError, "name is 'rows', which is a built-in layout"),
-        ("stacked", layout(), ValueError, "name is 'stacked', which is a built-in layout"),
-        (
-            "page_by_page", LATENT_LAYOUTS["rows"], ValueError,
-            "name is 'page_by_page', which is a layout of the other kind",
-        ),
+        ("rows", layout(), ValueError, f"name is 'rows', {TAKEN}$"),
+        ("stacked", layout(), ValueError, f"name is 'stacked', {TAKEN}$"),
+        ("by_number", layout(), ValueError, f"name is 'by_number', {TAKEN}, or unregister"),
     ],
-)  # fmt: skip
+)
 def test_what_is_refused(name, given, error, message):
     with pytest.raises(error, match=message):
         register_cache_layout(name, given)
 
 
 def test_only_registered_layouts_go_away():
-    with pytest.raises(ValueError, match="name is 'stacked', must be page_by_page"):
+    with pytest.raises(ValueError, match="name is 'stacked', must be a registered layout's"):
         unregister_cache_layout("stacked")
+    with pytest.raises(ValueError, match="name is 'mine', must be one of page_by_page, by_number"):
+        unregister_cache_layout("mine")
     cache = KVCache(jnp.zeros((3, 2, 8, 2, 4)), layout="page_by_page")
     unregister_cache_layout("page_by_page")
     with pytest.raises(ValueError, match="layout is 'page_by_page', must be one of stacked"):
         cache.num_pages  # noqa: B018
-    with pytest.raises(ValueError, match="there is none"):
+    unregister_cache_layout("by_number")
+    with pytest.raises(ValueError, match="name is 'page_by_page', must be registered first"):
         unregister_cache_layout("page_by_page")
-    register_cache_layout("page_by_page", layout())

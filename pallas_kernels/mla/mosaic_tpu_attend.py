@@ -177,7 +177,8 @@ class _Pass:
         # The matrix unit multiplies in the order of the text. Values that lag are ready at once: it
         # is busy with them while the first keys are transposed.
         phases = (multiply_keys, weigh, add_values)
-        for i, phase in itertools.product(range(sizes.blocks), phases[:: -1 if sizes.lag else 1]):
+        order = phases[::-1] if sizes.lag else phases
+        for i, phase in itertools.product(range(sizes.blocks), order):
             phase(i)
         for i in range(sizes.lead):
             scratch.logits[i] = products[sizes.blocks + i]

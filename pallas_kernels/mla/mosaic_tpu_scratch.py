@@ -21,7 +21,7 @@ class Sizes:
         block_q: queries of a tile.
         block_kv: keys of a block; whole pages.
         blocks: blocks of a step.
-        lead: blocks that products with the keys are ahead of the softmax; at most `blocks`.
+        lead: blocks that products with the keys are ahead of the softmax; from 1 to `blocks`.
         lag: blocks that products with the values are behind it; at most `blocks`.
         finishes: tiles that a step divides among its products; others wait till between the steps.
         starts_within: whether copies are started among a step's products, or before them.

@@ -13,8 +13,9 @@ class Tiles(NamedTuple):
         rows: queries times heads of a tile, where queries are many; a decode's tile is one query.
         block_kv: keys of a block, where pages are no larger.
         blocks: blocks of a step, which the compiler schedules as one.
-        lead: blocks that the products with the keys are ahead of the softmax.
-        lag: blocks that the products with the values are behind it.
+        lead: blocks that the products with the keys are ahead of the softmax; at least one.
+        lag: blocks that the products with the values are behind it; where any, these come first in
+            the text of a run.
         finishes: tiles that a step divides among its products; what more ended waits till after.
         starts_within: whether copies are started among a step's products, or before them: v6e's
             compiler lets no load of latents pass one (a decode's 3241 bundles with, 2164 without).

@@ -23,6 +23,7 @@ for there the matrix unit has most to do, and the scalar unit nothing.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -268,11 +269,11 @@ def _keys_and_values_of_two(
 ) -> tuple[jax.Array, jax.Array]:
     """Keys of two kv heads, even | odd in 128 lanes, and their values, odd | even.
 
-    Lanes are turned once for both. Copies are started after each piece of them, so many that four
-    fifths of a step's keys are enough.
+    Lanes are turned once for both. Copies are started after each piece of them: a page is read once
+    for every two heads, so a quarter more than that share has them all started in time.
     """
-    pages = min(geometry.chunk_pages, max(1, PIECE_TOKENS // geometry.page_size))
-    heads = geometry.num_kv_heads
+    pages = math.gcd(geometry.chunk_pages, max(1, PIECE_TOKENS // geometry.page_size))
+    copies_a_piece = -(-5 * pages // (2 * geometry.num_kv_heads))
     keys, values = [], []
     for first in range(0, geometry.chunk_pages, pages):
         even, odd = (
@@ -283,7 +284,7 @@ def _keys_and_values_of_two(
         is_low = lax.broadcasted_iota(jnp.int32, even.shape, 1) < LANES // 2
         keys.append(jnp.where(is_low, even, odd))
         values.append(jnp.where(is_low, odd, even))
-        _start(copies, -(-5 * pages // (2 * heads)))
+        _start(copies, copies_a_piece)
     keys, values = (jnp.concatenate(pieces, axis=0) for pieces in (keys, values))
     return pltpu.bitcast(keys, buffers.dtype), pltpu.bitcast(values, buffers.dtype)
 

@@ -78,7 +78,7 @@ BOTH_KINDS = {"q_lens": (1, 13, 1, 1, 9, 1, 1), "kv_lens": (300, 71, 1, 193, 9, 
               "dtype": "bfloat16"}  # fmt: skip
 TABLED = [
     ("v6e", "bfloat16"), ("v4", "bfloat16"), ("v5e", "bfloat16"), ("v5p", "bfloat16"),
-    ("7x", "bfloat16"), ("v4", "float8_e4m3fn"), ("v6e", "float8_e4m3fn"),
+    ("7x", "bfloat16"), ("v4", "float8_e4m3fn"), ("v5e", "float8_e4m3fn"), ("v6e", "float8_e4m3fn"),
 ]  # fmt: skip
 
 
@@ -106,6 +106,7 @@ def test_it_agrees_with_what_the_table_chooses(monkeypatch, generation, cache_dt
         Tiles(64, 128, 3, 1, lag=0, starts_within=False),
         Tiles(64, 128, 3, 1, lag=0, finishes=0),
         Tiles(64, 128, 2, 2, lag=2, finishes=0, starts_within=False),
+        Tiles(64, 128, 3, 1, lag=2),
     ],
     ids=str,
 )

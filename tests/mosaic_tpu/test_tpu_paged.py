@@ -232,9 +232,27 @@ def test_sums_by_lane_over_several_parts(monkeypatch, generation, head_size):
     """Chunks of whole registers, as on a chip: row sums are kept by lane from part to part."""
     tiles = mosaic_tpu_tiles.Tiles(32, 256, 128, 3)
     monkeypatch.setattr(mosaic_tpu, "tiles_for", lambda *_: tiles)
-    monkeypatch.setattr(mosaic_tpu_decode, "PIECE_TOKENS", 64)  # copies between pieces of keys
     shape = {"head_size": head_size, "page_size": 16, "dtype": "bfloat16", "pad_tokens": 0}
     check(batch((1, 1, 1), (300, 129, 5), **shape), generation)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"page_size": 16, "sliding_window": 150},
+        sweep({"page_size": 16}),
+        sweep({"page_size": 64, "sliding_window": 150}),
+    ],
+    ids=str,
+)
+def test_copies_start_between_pieces_of_keys(monkeypatch, options):
+    """Several pieces to a part, of several pairs of heads."""
+    tiles = mosaic_tpu_tiles.Tiles(32, 256, 128, 3)
+    monkeypatch.setattr(mosaic_tpu, "tiles_for", lambda *_: tiles)
+    monkeypatch.setattr(mosaic_tpu_decode, "PIECE_TOKENS", 64)
+    shape = {"heads": (8, 4), "head_size": 64, "dtype": "bfloat16", "pad_tokens": 0}
+    check(batch((1, 1, 1, 1), (300, 129, 5, 270), **shape | options), "7x")
 
 
 @pytest.mark.once
