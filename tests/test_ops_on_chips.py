@@ -15,6 +15,7 @@ from attnsel_jax import (
     allocate_kv_cache,
     allocate_latent_cache,
     dot_product_attention,
+    get_attn_backend,
     indexer_scores,
     mla_attention,
     paged_attention,
@@ -105,3 +106,28 @@ def test_indexer(chip):
         by_xla=chip not in TPUS,
     )  # fmt: skip
     assert lists.shape == (TOKENS, 128)
+
+
+@pytest.mark.parametrize("chip", ["v5e", "h100"])
+@pytest.mark.parametrize("family", ["standard", "mla", "sparse_mla"])
+def test_impls(chip, family):
+    asked = {"num_heads": 16, "num_kv_heads": 1, "device": chip}
+    if family == "standard":
+        found = get_attn_backend(64, "bfloat16", "auto", 64, **asked)
+        cache = allocate_kv_cache(16, 64, 1, 64, "bfloat16", device=chip)
+        arguments = [array(TOKENS, heads, 64) for heads in (16, 1, 1)]
+        impl = found.get_impl_cls()(16, 64, 0.125, 1)
+    else:
+        asked |= {"use_mla": True, "use_sparse": family == "sparse_mla", "head_size_v": 512}
+        found = get_attn_backend(576, "bfloat16", "auto", 64, **asked)
+        cache = allocate_latent_cache(
+            16, 64, 512, 64, "bfloat16", device=chip, use_sparse=asked["use_sparse"]
+        )
+        arguments = [array(TOKENS, *rest) for rest in ((16, 512), (16, 64), (512,), (64,))]
+        impl = found.get_impl_cls()(16, 0.1, 512, 64)
+    lists = [array(TOKENS, 128, dtype="int32")] if family == "sparse_mla" else []
+    out, after = traced(
+        chip, lambda arguments, cache, lists: impl.forward(*arguments, cache, BATCH, *lists),
+        arguments, cache, lists,
+    )  # fmt: skip
+    assert (out.shape[0], after.pages.shape) == (TOKENS, cache.pages.shape)
