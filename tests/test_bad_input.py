@@ -320,6 +320,11 @@ LATENT = [
     ),
     ("cache.pages", jnp.zeros((6, 4, 1, 12)), r"^cache.pages has 4 dimensions"),
     (
+        "cache",
+        LatentCache(jnp.zeros((6, 4, 12)), layout="striped"),
+        r"^cache.pages has 3 dimensions \(6, 4, 12\), must have 4 in layout 'striped'",
+    ),
+    (
         "cache.pages",
         jnp.zeros((6, 4, 16)),
         r"^cache.pages has size 16, must be 12 \(",

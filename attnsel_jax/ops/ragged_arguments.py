@@ -46,11 +46,7 @@ def check_paged(
     _check_given({"q": q, "cache.pages": cache.pages})
     _check_pair("k", k, "v", v)
     layout, shape = layout_named(cache.layout), cache.pages.shape
-    if len(shape) != len(layout.stride_order):
-        raise ValueError(
-            f"cache.pages has {len(shape)} dimensions {shape}, must have "
-            f"{len(layout.stride_order)} in layout {cache.layout!r}"
-        )
+    _check_ndim(shape, len(layout.stride_order), cache.layout)
     pages = jax.ShapeDtypeStruct(layout.dims(shape), cache.pages.dtype)
     scales = {
         f"cache.{name}": (scale, "num_kv_heads" if getattr(scale, "ndim", 0) else "", FLOAT32)
@@ -152,10 +148,20 @@ def check_indexer(
 
 def _logical(cache: LatentCache) -> jax.Array | jax.ShapeDtypeStruct:
     """What stands for the cache's array in the table: rows of one token each."""
-    layout, pages = latent_layout_named(cache.layout), cache.pages
-    if cache.layout == "rows" or len(pages.shape) != layout.ndim:
-        return pages
-    return jax.ShapeDtypeStruct(layout.dims(pages.shape), pages.dtype)
+    layout, shape = latent_layout_named(cache.layout), cache.pages.shape
+    if cache.layout == "rows":
+        return cache.pages
+    _check_ndim(shape, layout.ndim, cache.layout)
+    return jax.ShapeDtypeStruct(layout.dims(shape), cache.pages.dtype)
+
+
+def _check_ndim(shape: tuple[int, ...], ndim: int, layout: str) -> None:
+    """Refuses a cache's array that has not as many dimensions as its layout."""
+    if len(shape) != ndim:
+        raise ValueError(
+            f"cache.pages has {len(shape)} dimensions {shape}, must have {ndim} in layout "
+            f"{layout!r}"
+        )
 
 
 def _batch_table(metadata: AttentionMetadata) -> dict[str, Spec]:
