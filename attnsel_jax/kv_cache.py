@@ -11,10 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnsel_jax.cache_layouts import (
-    latent_layout_named,
-    layout_named,
-)
+from attnsel_jax.cache_layouts import latent_layout_named, layout_named
 from attnsel_jax.config import STORED_AS, dtype_name, kv_cache_dtype_name
 from pallas_kernels import fp8_ds_mla
 

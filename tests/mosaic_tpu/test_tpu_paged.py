@@ -22,12 +22,7 @@ from attnsel_jax.platforms import Device
 from attnsel_jax.problems import QUICK
 from attnsel_jax.problems.paged_inputs import paged_inputs
 from pallas_kernels import tpu_chip
-from pallas_kernels.paged import (
-    mosaic_tpu,
-    mosaic_tpu_decode,
-    mosaic_tpu_tiles,
-    mosaic_tpu_write,
-)
+from pallas_kernels.paged import mosaic_tpu, mosaic_tpu_decode, mosaic_tpu_tiles, mosaic_tpu_write
 
 KERNEL = MosaicTpuBackend.get_kernel("paged")
 PAGED = [problem for problem in QUICK if problem.op == "paged"]
@@ -445,6 +440,15 @@ def test_every_size_compiles(chip, head_size, page_size, dtype):
 @pytest.mark.parametrize("dtype", DECLARED.dtype.values)
 def test_every_cache_compiles(chip, cache_dtype, page_size, dtype):
     compiles(chip, head_size=80, page_size=page_size, dtype=dtype, cache_dtype=cache_dtype)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("chip", ["v6e", "7x"])
+@pytest.mark.parametrize("cache_dtype", ["float8_e4m3fn", "float8_e5m2", "int8", "float32"])
+def test_every_cache_of_heads_in_twos_compiles(chip, cache_dtype):
+    """Decodes alone, of head size 64 on 256-wide units: copies start between pieces of keys."""
+    options = {"head_size": 64, "page_size": 16, "dtype": "bfloat16", "cache_dtype": cache_dtype}
+    compiles(chip, (1, 1, 1), (70, 300, 9), **options)
 
 
 @pytest.mark.sweep
