@@ -136,6 +136,11 @@ def _check_rope_dim(rope_dim: int, layout: str) -> None:
 
 def _parts(rank: int, itemsize: int) -> tuple[int, int]:
     """(parts, packed) of a tiled row."""
+    if itemsize > 4:
+        raise ValueError(
+            f"numbers of {itemsize} bytes, must be of at most 4 in layout 'tiled': convert the "
+            f"cache with .astype, or use layout 'rows'"
+        )
     packed = 4 // itemsize
     if rank % (packed * TPU_LANES):
         raise ValueError(

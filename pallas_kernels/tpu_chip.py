@@ -12,9 +12,11 @@ generation is never taken for another. Where nothing is said, it is `DEFAULT`.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES, SUBLANES = 128, 8  # of a vector register, 32 bits each
@@ -95,6 +97,15 @@ def for_generation(generation: str) -> Iterator[TpuChip]:
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         yield chip
+
+
+def pallas_call(kernel: Callable[..., None], **options: Any) -> Callable[..., Any]:
+    """`pl.pallas_call`, whose calls a `jax.vmap` makes one after another.
+
+    Pallas' own rule adds a dimension to the grid and to every block, which Mosaic refuses where an
+    array stays in HBM or SMEM.
+    """
+    return jax.custom_batching.sequential_vmap(pl.pallas_call(kernel, **options))
 
 
 def compiler_params(

@@ -445,6 +445,26 @@ def test_gradients_against_the_oracle_through_out_and_lse(backend):
         close(got[name], expected[theirs])
 
 
+def test_a_gradient_is_differentiated_by_the_reference_alone():
+    call = dense()
+
+    def gradient(query, backend):
+        rest = {name: x for name, x in call.items() if name != "query"}
+        loss = lambda q: jnp.sum(dot_product_attention(q, **rest, backend=backend) ** 2)  # noqa: E731
+        return jax.grad(loss)(query)
+
+    q, along = jnp.asarray(call["query"]), normal(9, *call["query"].shape)
+    for twice in (
+        lambda backend: jax.jvp(lambda q: gradient(q, backend), (q,), (along,))[1],
+        lambda backend: jax.grad(lambda q: jnp.vdot(gradient(q, backend), along))(q),
+    ):
+        with pytest.raises(NotImplementedError, match=r"gradient of a gradient.*'XLA_REFERENCE'"):
+            twice("XLA")
+        step = 1e-2 * along
+        slope = (gradient(q + step, "XLA") - gradient(q - step, "XLA")) / 2e-2
+        np.testing.assert_allclose(twice("XLA_REFERENCE"), slope, rtol=2e-2, atol=2e-3)
+
+
 @pytest.mark.parametrize("door", ["paged", "mla", "sparse mla"])
 def test_a_donated_cache_is_updated_in_place(door):
     op, make = TRANSFORMED[door]

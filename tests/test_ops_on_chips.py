@@ -1,8 +1,11 @@
 """The public ops as they are called on chips that are not here: what is selected can be traced.
 
-Kernels are tested by themselves elsewhere; this is the way from a user's arguments to them.
+Kernels are tested by themselves elsewhere; this is the way from a user's arguments to them, under
+jax's settings as they come, and under the strictest: 64-bit numbers, no promotion of dtypes and
+none of ranks. Mosaic has no 64-bit numbers, so there TPU kernels are lowered, too.
 """
 
+import contextlib
 import functools
 
 import jax
@@ -23,6 +26,7 @@ from attnsel_jax import (
     topk_positions,
 )
 from attnsel_jax.jax_versions import jax_version
+from pallas_kernels import tpu_chip
 
 TPUS = ("v5e", "7x")
 CHIPS = (*TPUS, "h100", "a100", "b200")
@@ -31,16 +35,30 @@ PAGED_BY_XLA = [("a100", "fp8_e4m3"), *((chip, "int8") for chip in CHIPS if chip
 TOKENS = BATCH.slot_mapping.shape[0]
 
 
+@pytest.fixture(autouse=True, params=[False, True], ids=["settings", "strict-settings"])
+def is_strict(request):
+    with contextlib.ExitStack() as settings:
+        if request.param:
+            settings.enter_context(jax.enable_x64(True))
+            settings.enter_context(jax.numpy_dtype_promotion("strict"))
+            settings.enter_context(jax.numpy_rank_promotion("raise"))
+            settings.enter_context(jax.default_matmul_precision("highest"))
+        yield request.param
+
+
 def array(*shape, dtype="bfloat16"):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def traced(chip: str, call, *arguments, by_xla: bool = False):
+def traced(chip: str, call, *arguments, by_xla: bool = False, lowers: bool = True):
     """What the call gives, by shapes; asserts that it is the chip's own kernel, or XLA's."""
     jaxpr, found = jax.make_jaxpr(call, return_shape=True)(*arguments)
     by_xla |= chip not in TPUS and jax_version() < (0, 11)
     kernel = "pallas_call" if chip in TPUS else "gmem"  # GPU kernels: arguments in global memory
     assert (kernel in str(jaxpr)) != by_xla
+    if lowers and jax.config.jax_enable_x64 and chip in TPUS:
+        with tpu_chip.for_generation(chip):
+            jax.jit(call).trace(*arguments).lower(lowering_platforms=("tpu",))
     return found
 
 
@@ -54,6 +72,34 @@ def test_dense(chip, gradients):
         call = jax.grad(lambda *qkv: forward(*qkv).astype(jnp.float32).sum(), argnums=(0, 1, 2))
     found = jax.tree.leaves(traced(chip, call, q, kv, kv))
     assert [x.shape for x in found] == [x.shape for x in ((q, kv, kv) if gradients else (q,))]
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_a_gradient_of_a_gradient_is_refused(chip):
+    q = array(1, 128, 2, 64)
+
+    def loss(q):
+        return dot_product_attention(q, q, q, device=chip).astype(jnp.float32).sum()
+
+    with pytest.raises(NotImplementedError, match="gradient of a gradient"):
+        jax.make_jaxpr(jax.grad(lambda q: jax.grad(loss)(q).astype(jnp.float32).sum()))(q)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_inside_the_caller_s_own_shard_map(chip):
+    """Which checks what varies over the mesh: of keys that are everyone's, gradients are summed."""
+    q, kv, by_batch = array(2, 130, 4, 64), array(2, 130, 2, 64), jax.P("batch")
+    mesh = jax.make_mesh((1,), ("batch",), (jax.sharding.AxisType.Auto,))
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(by_batch, jax.P()), out_specs=by_batch)
+    def mapped(q, kv):
+        return dot_product_attention(q, kv, kv, is_causal=True, device=chip)
+
+    def gradients(q, kv):
+        return jax.grad(lambda *x: mapped(*x).astype(jnp.float32).sum(), argnums=(0, 1))(q, kv)
+
+    found = traced(chip, gradients, q, kv, lowers=False)  # the mesh is of this machine's devices
+    assert [x.shape for x in found] == [q.shape, kv.shape]
 
 
 @pytest.mark.parametrize("chip", CHIPS)

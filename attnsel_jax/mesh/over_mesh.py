@@ -22,6 +22,7 @@ from attnsel_jax.mesh.dimensions import ARGUMENTS, POSITIONAL, RESULTS, by_name,
 from attnsel_jax.mesh.forms import attend_dense, attend_ragged, check_context, score_ragged
 from attnsel_jax.mesh.plan import Mesh, Plan
 from attnsel_jax.mesh.shares import own_heads
+from pallas_kernels.jax_settings import under_default_rules
 
 Arrays = dict[str, jax.Array]
 Kernel = Callable[..., tuple[jax.Array, ...]]
@@ -58,6 +59,7 @@ def kernel_over_mesh(
 
 @functools.cache
 def _jitted(kernel: Kernel, op: str, layout: str) -> Callable[..., Any]:
+    @under_default_rules
     def call(*args: Any, plan: Plan | None, **kwargs: Any) -> tuple[jax.Array, ...]:
         given = by_name(op, args, kwargs)
         arrays = {n: a for n, a in given.items() if n in ARGUMENTS[op] and a is not None}

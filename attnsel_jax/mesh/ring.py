@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from attnsel_jax.mesh.merging import Partial, merged, nothing, weight, with_sinks
 from attnsel_jax.mesh.positions import Piece, meet_at_all, met, pieces
 from attnsel_jax.mesh.zigzag import from_zigzag, to_zigzag
+from pallas_kernels.jax_settings import under_default_rules
 
 Arrays = dict[str, jax.Array]
 FLOATS = ("q", "k", "v", "bias", "alibi_slopes", "sinks")
@@ -103,10 +104,12 @@ def ring_attention(
     def attend(floats: Arrays, others: Arrays) -> tuple[jax.Array, jax.Array]:
         return _forward(ring, floats | others)
 
+    @under_default_rules
     def forward(floats: Arrays, others: Arrays):
         results = _forward(ring, floats | others)
         return results, (floats, others, *results)
 
+    @under_default_rules
     def backward(kept, cotangents):
         floats, others, out, lse = kept
         return _backward(ring, floats | others, out, lse, *cotangents), None

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 
 from pallas_kernels import empty_calls
 from pallas_kernels.contract_checks import check_sizes
+from pallas_kernels.jax_settings import under_default_rules
 from pallas_kernels.masks import Window, window_bounds
 from pallas_kernels.shape_checks import FLOATS, check_arguments
 
 
+@under_default_rules
 def dense_attention(
     q: jax.Array,
     k: jax.Array,

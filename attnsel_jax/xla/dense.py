@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from attnsel_jax.xla import dense_backward
@@ -36,6 +35,8 @@ from attnsel_jax.xla.dense_tiles import (
     zero_unless,
 )
 from pallas_kernels import contract_checks, empty_calls, masks, shape_checks
+from pallas_kernels.dense.differentiated_once import differentiated_once
+from pallas_kernels.jax_settings import under_default_rules, under_own_settings
 
 
 class Largest(NamedTuple):
@@ -56,6 +57,7 @@ class Largest(NamedTuple):
 FORWARD, BACKWARD = Largest(512, 512, 2**19), Largest(256, 256, 2**18)
 
 
+@under_default_rules
 def dense_attention(
     q: jax.Array,
     k: jax.Array,
@@ -156,6 +158,7 @@ def _offsets(q_offset: int | jax.Array | None, batch: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@under_own_settings
 def _attend(static: Static, x: Floats, who: Masks) -> tuple[jax.Array, jax.Array]:
     """The two results, one part and one block of its queries after another."""
     batch, q_len, num_q_heads, _ = x.q.shape
@@ -224,16 +227,20 @@ def _start(static: Static, x: Floats, rows: tuple[int, ...]):
     return jnp.broadcast_to(sinks, rows), jnp.ones(rows, jnp.float32), acc
 
 
+@differentiated_once
+@under_own_settings
 def _forward(static: Static, x: Floats, who: Masks):
     out, lse = _attend(static, x, who)
     return (out, lse), (x, who, out, lse)
 
 
+@differentiated_once
+@under_own_settings
 def _backward(static: Static, residuals, cotangents):
     x, who, out, lse = residuals
     static = dataclasses.replace(static, **block_sizes(BACKWARD, x.q, x.k))
     gradients = dense_backward.gradients(static, x, who, out, lse, *cotangents)
-    return gradients, jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), who)
+    return gradients, None
 
 
 _attend.defvjp(_forward, _backward)

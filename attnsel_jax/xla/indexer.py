@@ -14,6 +14,7 @@ from attnsel_jax.xla.query_tiles import Tiles, query_tiles
 from attnsel_jax.xla.tile_loop import over_tiles, tile_widths
 from pallas_kernels import empty_calls
 from pallas_kernels.contract_checks import check_indexer
+from pallas_kernels.jax_settings import under_own_settings
 from pallas_kernels.shape_checks import FLOAT32, FLOATS, check_arguments
 
 # Rows (queries x index heads) of the widest tile, and keys of a block. Intel Xeon, family 6 model
@@ -22,6 +23,7 @@ from pallas_kernels.shape_checks import FLOAT32, FLOATS, check_arguments
 BLOCK_ROWS, BLOCK_KV = 2048, 512
 
 
+@under_own_settings
 def indexer_scores(
     q_index: jax.Array,
     weights: jax.Array,
@@ -63,6 +65,7 @@ def indexer_scores(
     return scores
 
 
+@under_own_settings
 def topk_positions(scores: jax.Array, topk: int) -> jax.Array:
     """The positions of the largest scores of each token.
 

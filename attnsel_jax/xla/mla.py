@@ -18,6 +18,7 @@ from attnsel_jax.xla.mla_materialized import mla_attention_materialized
 from attnsel_jax.xla.query_tiles import query_tiles
 from attnsel_jax.xla.tile_loop import over_tiles, tile_widths
 from pallas_kernels import empty_calls
+from pallas_kernels.jax_settings import under_own_settings
 from pallas_kernels.shape_checks import FLOATS, check_positive
 
 __all__ = ["mla_attention", "mla_attention_materialized"]
@@ -35,6 +36,7 @@ _QUERIES = {
 }
 
 
+@under_own_settings
 def mla_attention(
     ql_nope: jax.Array,
     q_pe: jax.Array,

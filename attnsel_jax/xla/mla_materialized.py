@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from attnsel_jax.xla import online_softmax
 from attnsel_jax.xla.latent_cache import check_rows, read_latents, write_latents
 from pallas_kernels import empty_calls
+from pallas_kernels.jax_settings import under_own_settings
 from pallas_kernels.shape_checks import FLOATS, check_positive
 
 # Queries of a tile, keys of a block. Intel Xeon, family 6 model 207, 2 cores, jax 0.10.2,
@@ -31,6 +32,7 @@ _QUERIES = {
 }
 
 
+@under_own_settings
 def mla_attention_materialized(
     q_nope: jax.Array,
     q_pe: jax.Array,

@@ -18,6 +18,7 @@ from attnsel_jax.xla.paged_tile import PerHead, Static, attend_tile
 from attnsel_jax.xla.query_tiles import Tiles, query_tiles
 from pallas_kernels import empty_calls
 from pallas_kernels.contract_checks import check_logit_numbers, check_paged
+from pallas_kernels.jax_settings import under_own_settings
 from pallas_kernels.masks import Window
 from pallas_kernels.shape_checks import CACHE_DTYPES, FLOATS
 
@@ -40,6 +41,7 @@ CPU = Blocks(widths=(1, 8, 64), block_kv=256, tiles_at_once=1, float32_operands=
 ACCELERATOR = Blocks(widths=(1, 64), block_kv=256, tiles_at_once=32, float32_operands=False)
 
 
+@under_own_settings
 def paged_attention(
     q: jax.Array,
     k: jax.Array | None,

@@ -16,11 +16,13 @@ from pallas_kernels.contract_checks import (
     check_offset,
     check_paged,
 )
+from pallas_kernels.jax_settings import under_default_rules, under_own_settings
 from pallas_kernels.shape_checks import CACHE_DTYPES, FLOATS
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
+@under_default_rules
 def dense_attention(
     q: jax.Array,
     k: jax.Array,
@@ -78,6 +80,7 @@ def dense_attention(
     return _attend(q, k, v, seen, exists, scale=scale, soft_cap=soft_cap, added=added, sinks=sinks)
 
 
+@under_own_settings
 def paged_attention(
     q: jax.Array,
     k: jax.Array | None,

@@ -14,6 +14,7 @@ from attnsel_jax.xla import online_softmax
 from attnsel_jax.xla.latent_cache import check_rows, read_latents, write_latents
 from attnsel_jax.xla.query_tiles import query_tiles
 from pallas_kernels import empty_calls
+from pallas_kernels.jax_settings import under_own_settings
 from pallas_kernels.shape_checks import FLOATS, INT32, check_positive
 
 # Float32 numbers gathered at once: 4 MiB; DeepSeek's 2048 positions of 576 come alone. Intel Xeon,
@@ -29,6 +30,7 @@ _QUERIES = {
 }
 
 
+@under_own_settings
 def sparse_mla_attention(
     ql_nope: jax.Array,
     q_pe: jax.Array,

@@ -19,10 +19,12 @@ from pallas_kernels.dense import (
     mosaic_gpu_forward,
     mosaic_gpu_shift,
 )
+from pallas_kernels.dense.differentiated_once import differentiated_once
 from pallas_kernels.dense.mosaic_gpu_forward import Operands
 from pallas_kernels.dense.mosaic_gpu_geometry import Static, in_whole_tiles_of_rows, seen_keys
 from pallas_kernels.dense.mosaic_gpu_tiles import TILES, forward_tiles
 from pallas_kernels.dense.mosaic_gpu_weights import BLOCK, Arrays
+from pallas_kernels.jax_settings import under_default_rules, under_own_settings
 
 DTYPES = ("bfloat16", "float16")
 # Compute capability -> its forward.
@@ -57,6 +59,7 @@ class Masks(NamedTuple):
     kv_segment_ids: jax.Array | None
 
 
+@under_default_rules
 def dense_attention(
     q: jax.Array,
     k: jax.Array,
@@ -216,6 +219,7 @@ def _rows(dims, q_offset, q_lens, kv_lens) -> tuple[int | None, jax.Array | None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@under_own_settings
 def _attend(static: Static, x: Floats, who: Masks) -> tuple[jax.Array, jax.Array]:
     """The two results, in the contract's layout."""
     out, lse = FORWARD[static.capability](static, _operands(static, x, who))
@@ -240,11 +244,15 @@ def _operands(static: Static, x: Floats, who: Masks) -> Operands:
     return Operands(q, k, v, who.rows, q_segments, kv_segments, bias, x.alibi_slopes, x.sinks)
 
 
+@differentiated_once
+@under_own_settings
 def _forward(static: Static, x: Floats, who: Masks):
     out, lse = _attend(static, x, who)
     return (out, lse), (x, who, out, lse)
 
 
+@differentiated_once
+@under_own_settings
 def _backward(static: Static, residuals, cotangents):
     x, who, out, lse = residuals
     dout, dlse = cotangents
@@ -256,7 +264,7 @@ def _backward(static: Static, residuals, cotangents):
         x.q, x.k, x.v, dout, None, None, who.rows, *segments, x.bias, x.alibi_slopes
     )  # fmt: skip
     gradients = mosaic_gpu_backward.backward(static, arrays, out, lse, dlse, x.sinks)
-    return Floats(*gradients), Masks(None, None, None)
+    return Floats(*gradients), None
 
 
 _attend.defvjp(_forward, _backward)

@@ -10,14 +10,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import contract_checks, empty_calls, masks, tpu_chip
 from pallas_kernels.dense import mosaic_tpu_backward, mosaic_tpu_forward
+from pallas_kernels.dense.differentiated_once import differentiated_once
 from pallas_kernels.dense.mosaic_tpu_forward import Operands
 from pallas_kernels.dense.mosaic_tpu_logits import LOG2E
 from pallas_kernels.dense.mosaic_tpu_schedule import Masks, Static, work_list
 from pallas_kernels.dense.mosaic_tpu_tiles import backward_tiles, fitted, forward_tiles
+from pallas_kernels.jax_settings import under_default_rules, under_own_settings
 
 DTYPES = ("float32", "bfloat16")
 HEAD_DIM_MAX = 256
@@ -34,6 +35,7 @@ class Floats(NamedTuple):
     sinks: jax.Array | None
 
 
+@under_default_rules
 def dense_attention(
     q: jax.Array,
     k: jax.Array,
@@ -145,6 +147,7 @@ def _size_class(x: Floats) -> tuple[tpu_chip.TpuChip, str, int, bool]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@under_own_settings
 def _attend(static: Static, x: Floats, who: Masks) -> tuple[jax.Array, jax.Array]:
     """The two results, in the contract's layout."""
     bias, bias_of = _bias_operand(x.bias, static)
@@ -177,15 +180,19 @@ def _bias_operand(bias: jax.Array | None, static: Static) -> tuple[jax.Array | N
     return jnp.broadcast_to(bias, (*bias.shape[:3], static.q_len)), of
 
 
+@differentiated_once
+@under_own_settings
 def _forward(static: Static, x: Floats, who: Masks):
     out, lse = _attend(static, x, who)
     return (out, lse), (x, who, out, lse)
 
 
+@differentiated_once
+@under_own_settings
 def _backward(static: Static, residuals, cotangents):
     x, who, out, lse = residuals
     gradients = _gradients(static, x, who, out, lse, *cotangents)
-    return gradients, jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), who)
+    return gradients, None
 
 
 def _gradients(

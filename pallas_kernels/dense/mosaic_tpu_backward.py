@@ -135,7 +135,7 @@ def _of_major(
     weights = pltpu.VMEM((tiles.block_kv, tiles.block_q), x.q.dtype)
     whole = pltpu.VMEM((tiles.block_kv, tiles.block_q), f32)
     used_keys = pltpu.VMEM((tiles.block_kv, head_dim), x.k.dtype)
-    arrays = pl.pallas_call(
+    arrays = tpu_chip.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,

@@ -81,7 +81,7 @@ def forward(static: Static, x: Operands, bias_of: str, work: Work) -> tuple[jax.
     used_values = pltpu.VMEM((head_dim_v, tiles.block_kv), x.v.dtype)
     queries = tiles.major_q + tiles.block_q
     per_query = pltpu.VMEM((SUBLANES, queries), f32)
-    return pl.pallas_call(
+    return tpu_chip.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,

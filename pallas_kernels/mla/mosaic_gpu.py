@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import empty_calls, gpu_chip
+from pallas_kernels.jax_settings import under_own_settings
 from pallas_kernels.mla import mosaic_gpu_attend as attending
 from pallas_kernels.mla.mosaic_gpu_arguments import check_latent
 from pallas_kernels.mla.mosaic_gpu_attend import ATTENDING, KEYS, LOG2_E, PAIR, ROWS, Sizes
@@ -46,6 +47,7 @@ REGISTERS = {"attends": 240, "loads": 24}
 REGISTERS_EXPANDED = {"attends": 224, "loads": 56}
 
 
+@under_own_settings
 def mla_attention(
     ql_nope: jax.Array,
     q_pe: jax.Array,

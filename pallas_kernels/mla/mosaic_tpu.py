@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import empty_calls, tpu_chip
+from pallas_kernels.jax_settings import under_own_settings
 from pallas_kernels.mla.mosaic_tpu_arguments import check_striped
 from pallas_kernels.mla.mosaic_tpu_attend import attend_tiles
 from pallas_kernels.mla.mosaic_tpu_batch import Batch, blank_padding, list_tiles
@@ -40,6 +41,7 @@ class _Passes(NamedTuple):
     most_keys: int  # positions that a row of the page table can name
 
 
+@under_own_settings
 def mla_attention(
     ql_nope: jax.Array,
     q_pe: jax.Array,
@@ -112,7 +114,7 @@ def _call(
     most_tiles = num_tokens
     if passes.many is not None:
         most_tiles = max(max_num_seqs, num_tokens // passes.many.block_q + max_num_seqs)
-    return pl.pallas_call(
+    return tpu_chip.pallas_call(
         functools.partial(_kernel, passes=passes, writes=writes),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),

@@ -16,6 +16,7 @@ import numpy as np
 
 from pallas_kernels import empty_calls, gpu_chip
 from pallas_kernels.contract_checks import check_logit_numbers, check_paged
+from pallas_kernels.jax_settings import under_own_settings
 from pallas_kernels.masks import Window
 from pallas_kernels.paged import mosaic_gpu_ampere, mosaic_gpu_blackwell
 from pallas_kernels.paged.mosaic_gpu_decode import decode
@@ -47,6 +48,7 @@ KERNELS = {
 SCALE_ROWS = [(9, 0)]  # whose kernels bring queries to float16 themselves
 
 
+@under_own_settings
 def paged_attention(
     q: jax.Array,
     k: jax.Array | None,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import empty_calls, tpu_chip
 from pallas_kernels.contract_checks import check_logit_numbers, check_paged
+from pallas_kernels.jax_settings import under_own_settings
 from pallas_kernels.masks import Window
 from pallas_kernels.paged import mosaic_tpu_prompt
 from pallas_kernels.paged.mosaic_tpu_attend import PerHead, attend
@@ -29,6 +30,7 @@ LEAST_BUFFERS = 3
 SMALL_VMEM = 16 * 2**20
 
 
+@under_own_settings
 def paged_attention(
     q: jax.Array,
     k: jax.Array | None,

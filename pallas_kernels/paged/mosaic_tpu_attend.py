@@ -132,7 +132,7 @@ def attend(
         None if new is None else new.window, 0 if new is None else len(new.parts),
     )  # fmt: skip
     written = [] if new is None else [jax.ShapeDtypeStruct(kv_pages.shape, kv_pages.dtype)]
-    found = pl.pallas_call(
+    found = tpu_chip.pallas_call(
         lambda *refs: _kernel(static, *refs),
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import empty_calls, gpu_chip
+from pallas_kernels.jax_settings import under_own_settings
 from pallas_kernels.mla import mosaic_gpu_attend as attending
 from pallas_kernels.mla.mosaic_gpu_arguments import check_latent
 from pallas_kernels.mla.mosaic_gpu_attend import ATTENDING, KEYS, LOG2_E, PAIR, ROWS, Sizes
@@ -40,6 +41,7 @@ from pallas_kernels.sparse_mla.mosaic_gpu_rows import Chosen, chosen_rows
 REGISTERS = {"attends": 216, "loads": 72}  # of a thread; 504 together, in steps of 8
 
 
+@under_own_settings
 def sparse_mla_attention(
     ql_nope: jax.Array,
     q_pe: jax.Array,

@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import empty_calls
 from pallas_kernels.contract_checks import check_indexer
+from pallas_kernels.jax_settings import under_own_settings
 from pallas_kernels.mla.mosaic_gpu_arguments import DTYPES, PAGE_SIZES, check_chip
 from pallas_kernels.mla.mosaic_gpu_batch import Batch, find_tile
 from pallas_kernels.mla.mosaic_gpu_slots import tiled
@@ -46,6 +47,7 @@ class _Refs(NamedTuple):
     full: Any
 
 
+@under_own_settings
 def indexer_scores(
     q_index: jax.Array,
     weights: jax.Array,

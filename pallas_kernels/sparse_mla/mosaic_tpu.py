@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import empty_calls, fp8_ds_mla, tpu_chip
+from pallas_kernels.jax_settings import under_own_settings
 from pallas_kernels.shape_checks import check_positive
 from pallas_kernels.sparse_mla.mosaic_tpu_arguments import check_tiled
 from pallas_kernels.sparse_mla.mosaic_tpu_attend import Arrays, Sizes, attend_tokens
@@ -43,6 +44,7 @@ from pallas_kernels.tpu_operands import factor_of
 MOST_BLOCK_Q = 16  # tokens of a masked tile, whose heads may be few
 
 
+@under_own_settings
 def sparse_mla_attention(
     ql_nope: jax.Array,
     q_pe: jax.Array,
@@ -157,7 +159,7 @@ def _call(scalars, arrays, pages, *, sizes, masked):
     given, structure = jax.tree.flatten((scalars, arrays))
     num_scalars = len(jax.tree.leaves(scalars))
     in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    return pl.pallas_call(
+    return tpu_chip.pallas_call(
         functools.partial(_kernel, structure=structure, sizes=sizes, masked=masked),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=num_scalars,

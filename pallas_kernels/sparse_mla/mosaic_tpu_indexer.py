@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import empty_calls, tpu_chip
 from pallas_kernels.contract_checks import check_indexer
+from pallas_kernels.jax_settings import under_own_settings
 from pallas_kernels.sparse_mla import mosaic_tpu_scoring as scoring
 from pallas_kernels.sparse_mla.mosaic_tpu_scoring import OCTET, Arrays, Batch, Scratch, Sizes, Tiles
 from pallas_kernels.tpu_chip import LANES, SUBLANES
@@ -26,6 +27,7 @@ KEY_DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 BLOCK_KV = 2048  # keys of a step, whole pages
 
 
+@under_own_settings
 def indexer_scores(
     q_index: jax.Array,
     weights: jax.Array,
@@ -104,7 +106,7 @@ def _call(batch, q, weights, pages, sizes):
     num_tokens, max_num_seqs = q.shape[0], batch.kv_lens.shape[0]
     most_tiles = num_tokens // OCTET + max_num_seqs
     in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    return pl.pallas_call(
+    return tpu_chip.pallas_call(
         functools.partial(_kernel, sizes=sizes),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(batch),

@@ -313,7 +313,7 @@ class Scoring:
 
         def clean(i: jax.Array, kept: jax.Array) -> jax.Array:
             at = pl.ds(pl.multiple_of(i * rows % self.sizes.page_size, rows), rows)
-            register = keys.at[i * rows // self.sizes.page_size, at]
+            register = keys.at[jax.lax.div(i * rows, self.sizes.page_size), at]
             is_kept = jax.lax.broadcasted_iota(jnp.int32, register.shape, 0) < kept
             register[...] = jnp.where(is_kept, register[...], jnp.zeros_like(register))
             return jnp.int32(0)
@@ -324,7 +324,7 @@ class Scoring:
     def _keys(self, k: jax.Array, parity: int) -> Any:
         """Where step k's keys are."""
         keys = (self.scratch.even_keys, self.scratch.odd_keys)[parity]
-        return keys.at[k // 2 % (BUFFERS // 2)]
+        return keys.at[jax.lax.div(k, 2) % (BUFFERS // 2)]
 
     def _copy_scores(self, octet):
         """The copy of an octet's scores to HBM."""

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_chip
+from pallas_kernels.jax_settings import under_own_settings
 from pallas_kernels.shape_checks import FLOAT32, check_arguments
 from pallas_kernels.tpu_chip import LANES, SUBLANES
 
@@ -36,6 +37,7 @@ class Entries(NamedTuple):
     positions: list[jax.Array]
 
 
+@under_own_settings
 def topk_positions(scores: jax.Array, topk: int) -> jax.Array:
     """The positions of the largest scores of each token, as the contract of `sparse_mla` has it.
 
@@ -58,7 +60,7 @@ def topk_positions(scores: jax.Array, topk: int) -> jax.Array:
     registers = pl.cdiv(max(LANES, 1 << (topk - 1).bit_length()), LANES)
     places = registers * LANES
     rows = max(SUBLANES, min(ROWS, MOST // places))
-    found = pl.pallas_call(
+    found = tpu_chip.pallas_call(
         functools.partial(_kernel, width=width),
         grid=(pl.cdiv(num_tokens, rows), pl.cdiv(width, places)),
         in_specs=[pl.BlockSpec((rows, places), lambda i, j: (i, j))],

@@ -180,11 +180,12 @@ def test_the_context_is_part_of_jit_s_key():
     assert len(traces) == 2
 
 
-def test_inside_the_caller_s_own_shard_map_a_call_is_one_device_s():
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_inside_the_caller_s_own_shard_map_a_call_is_one_device_s(check_vma):
     on = mesh(data=2, model=4)
     specs = (jax.P("data", None, "model"),) * 3
     mapped = jax.shard_map(
-        attend, mesh=on, in_specs=specs, out_specs=specs[0], check_vma=False
+        attend, mesh=on, in_specs=specs, out_specs=specs[0], check_vma=check_vma
     )  # fmt: skip
     placed = [put(x, on, "data", None, "model") for x in qkv()]
     close(jax.jit(mapped)(*placed), attend(*qkv()))

@@ -357,12 +357,16 @@ def test_a_converted_cache_of_bytes_holds_the_same_ones():
 
 
 @pytest.mark.parametrize(
-    ("width", "rope_dim", "message"),
-    [(164, 64, "kv_lora_rank is 100, must be a multiple of 128"), (544, 32, "rope_dim is 32")],
+    ("width", "rope_dim", "dtype", "message"),
+    [
+        (164, 64, "float32", "kv_lora_rank is 100, must be a multiple of 128"),
+        (544, 32, "float32", "rope_dim is 32"),
+        (576, 64, "float64", "numbers of 8 bytes, must be of at most 4"),
+    ],
 )
-def test_a_cache_that_does_not_fill_tiles_is_not_converted(width, rope_dim, message):
-    with pytest.raises(ValueError, match=message):
-        LatentCache(jnp.zeros((3, 8, width))).converted("tiled", rope_dim)
+def test_a_cache_that_does_not_fill_tiles_is_not_converted(width, rope_dim, dtype, message):
+    with jax.enable_x64(True), pytest.raises(ValueError, match=message):
+        LatentCache(jnp.zeros((3, 8, width), dtype)).converted("tiled", rope_dim)
 
 
 @pytest.mark.parametrize(
