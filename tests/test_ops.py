@@ -445,6 +445,22 @@ def test_gradients_against_the_oracle_through_out_and_lse(backend):
         close(got[name], expected[theirs])
 
 
+@pytest.mark.parametrize("door", TRANSFORMED)
+def test_arrays_that_were_put_on_a_device_are_attended_to_there(monkeypatch, door):
+    """As on a machine with a GPU, whose user puts them on the processor."""
+    op, make = TRANSFORMED[door]
+    arrays, static = split(make())
+    expected = op(**arrays, **static)
+
+    def default_device():
+        raise AssertionError("JAX's default device was asked for")
+
+    monkeypatch.setattr("attnsel_jax.selector.current_device", default_device)
+    same(op(**jax.device_put(arrays, jax.devices("cpu")[0]), **static), expected)
+    with pytest.raises(AssertionError, match="default device was asked for"):
+        op(**arrays, **static)
+
+
 def test_a_gradient_is_differentiated_by_the_reference_alone():
     call = dense()
 

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from attnsel_jax.mesh import Plan
 from attnsel_jax.mesh.shares import own_heads
 from attnsel_jax.metadata import AttentionMetadata
+from attnsel_jax.selector import DeviceLike
 
 
 def features(static: dict[str, Any]) -> dict[str, bool]:
@@ -28,6 +29,20 @@ def head_counts(plan: Plan | None, num_heads: int, num_kv_heads: int) -> dict[st
         "num_heads": num_heads // plan.size(plan.heads),
         "num_kv_heads": own_heads(plan, num_heads, num_kv_heads),
     }
+
+
+def asked_device(device: DeviceLike, *arrays: jax.Array | None) -> DeviceLike:
+    """The device that was named, else the one where an array was put; None = JAX's default.
+
+    A traced array does not show where it lies, and one that nobody put anywhere may be moved.
+    """
+    if device is not None:
+        return device
+    for array in arrays:
+        is_here = isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)
+        if is_here and array.committed:
+            return min(array.devices(), key=lambda one: one.id)
+    return None
 
 
 def batch_arrays(metadata: AttentionMetadata, k: jax.Array | None) -> dict[str, jax.Array | None]:

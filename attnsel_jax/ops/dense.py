@@ -6,7 +6,7 @@ import jax
 from jax.typing import ArrayLike
 
 from attnsel_jax.mesh import MeshAxes, Plan, asked_of_kernel, kernel_over_mesh, plan_call
-from attnsel_jax.ops.calls import as_array, as_float32, features, head_counts
+from attnsel_jax.ops.calls import as_array, as_float32, asked_device, features, head_counts
 from attnsel_jax.ops.dense_arguments import (
     as_int32,
     check_dense,
@@ -77,7 +77,8 @@ def dot_product_attention(
         attention_chunk_size: chunked-local attention.
         needs_grad: False admits backends that have no backward.
         backend: insist on one: a name, a member, a class.
-        device: the chip to select for; None = JAX's default device.
+        device: the chip to select for; None = the one that query, key or value was put on, where it
+            shows (not under `jit`), else JAX's default device.
         checked: also check values (outside `jit` only).
         mesh_axes: which mesh axes share out batch, heads and positions; None = what
             `use_mesh_axes` says, else what the arrays' shardings show.
@@ -115,7 +116,8 @@ def dot_product_attention(
         check_lengths("key_value_seq_lengths", arrays["kv_lens"], k.shape[1])
     plan = plan_call("dense", {"q": q, "k": k, "v": v, **arrays}, mesh_axes)
     chosen = get_attn_backend(
-        q.shape[-1], q.dtype, "auto", None, op="dense", device=device,
+        q.shape[-1], q.dtype, "auto", None, op="dense",
+        device=asked_device(device, q, k, v),
         backend=_insisted(backend, implementation), head_size_v=v.shape[-1], causal=is_causal,
         needs_grad=flag("needs_grad", needs_grad),
         needs_lse=flag("return_residual", return_residual),

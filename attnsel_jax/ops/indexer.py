@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from attnsel_jax.backend import AttentionBackend
 from attnsel_jax.mesh import MeshAxes, kernel_over_mesh, plan_call
 from attnsel_jax.metadata import AttentionMetadata
-from attnsel_jax.ops.calls import as_array, head_counts
+from attnsel_jax.ops.calls import as_array, asked_device, head_counts
 from attnsel_jax.ops.ragged_arguments import check_indexer
 from attnsel_jax.registry import AttentionBackendEnum
 from attnsel_jax.selector import BackendLike, DeviceLike, get_attn_backend
@@ -54,7 +54,8 @@ def indexer_scores(
     plan = plan_call("indexer_scores", arrays, mesh_axes)
     chosen = get_attn_backend(
         DEEPSEEK_LATENT, q_index.dtype, index_pages.dtype, index_pages.shape[1], True,
-        use_sparse=True, backend=backend, device=device, index_head_dim=q_index.shape[2],
+        use_sparse=True, backend=backend, device=asked_device(device, index_pages, q_index),
+        index_head_dim=q_index.shape[2],
         num_index_heads=head_counts(plan, q_index.shape[1], 1)["num_heads"],
     )  # fmt: skip
     chosen = _with_kernel(chosen, "indexer_scores", insisted=backend is not None)
@@ -101,7 +102,7 @@ def topk_positions(
     plan = plan_call("topk_positions", arrays, mesh_axes)
     chosen = get_attn_backend(
         DEEPSEEK_LATENT, jnp.bfloat16, "auto", None, True, use_sparse=True, backend=backend,
-        device=device,
+        device=asked_device(device, arrays["scores"]),
     )  # fmt: skip
     chosen = _with_kernel(chosen, "topk_positions", insisted=backend is not None)
     (positions,) = _results(kernel_over_mesh(chosen, "topk_positions", plan)(**arrays, topk=topk))

@@ -10,7 +10,7 @@ from attnsel_jax.config import kv_cache_dtype_name
 from attnsel_jax.kv_cache import LatentCache, stored_dtype
 from attnsel_jax.mesh import MeshAxes, asked_of_kernel, kernel_over_mesh, plan_call
 from attnsel_jax.metadata import AttentionMetadata
-from attnsel_jax.ops.calls import as_float32, batch_arrays, head_counts
+from attnsel_jax.ops.calls import as_float32, asked_device, batch_arrays, head_counts
 from attnsel_jax.ops.ragged_arguments import check_latent
 from attnsel_jax.selector import BackendLike, DeviceLike, get_attn_backend
 from attnsel_jax.static_arguments import count, flag, number
@@ -169,9 +169,9 @@ def _latent(
     chosen = get_attn_backend(
         ql_nope.shape[-1] + q_pe.shape[-1], ql_nope.dtype,
         cache.kv_cache_dtype or cache.pages.dtype, cache.page_size, True,
-        use_sparse=op == "sparse_mla", backend=backend, device=device, causal=metadata.causal,
-        head_size_v=ql_nope.shape[-1], **head_counts(plan, ql_nope.shape[1], 1),
-        needs_lse=flag("return_lse", return_lse),
+        use_sparse=op == "sparse_mla", backend=backend, causal=metadata.causal,
+        device=asked_device(device, cache.pages, ql_nope), head_size_v=ql_nope.shape[-1],
+        needs_lse=flag("return_lse", return_lse), **head_counts(plan, ql_nope.shape[1], 1),
         **asked_of_kernel(op, plan, {"has_soft_cap": soft_cap is not None}, by_position=False),
     )  # fmt: skip
     if chosen.latent_layout != cache.layout:

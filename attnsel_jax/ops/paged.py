@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from attnsel_jax.kv_cache import KVCache, stored_dtype
 from attnsel_jax.mesh import MeshAxes, asked_of_kernel, kernel_over_mesh, plan_call
 from attnsel_jax.metadata import AttentionMetadata
-from attnsel_jax.ops.calls import as_float32, batch_arrays, features, head_counts
+from attnsel_jax.ops.calls import as_float32, asked_device, batch_arrays, features, head_counts
 from attnsel_jax.ops.ragged_arguments import check_paged
 from attnsel_jax.selector import BackendLike, DeviceLike, get_attn_backend
 from attnsel_jax.static_arguments import count, flag, number, window
@@ -80,7 +80,7 @@ def paged_attention(
     plan = plan_call("paged", arrays, mesh_axes, cache.layout)
     chosen = get_attn_backend(
         q.shape[-1], q.dtype, cache.pages.dtype, cache.page_size, op="paged",
-        backend=backend, device=device, causal=metadata.causal,
+        backend=backend, device=asked_device(device, cache.pages, q), causal=metadata.causal,
         needs_lse=flag("return_lse", return_lse),
         **head_counts(plan, q.shape[1], cache.num_kv_heads),
         **asked_of_kernel("paged", plan, asked, by_position=False),
