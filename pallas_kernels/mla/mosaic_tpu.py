@@ -31,6 +31,7 @@ from pallas_kernels.mla.mosaic_tpu_writes import Writes, stored_rows, write_rows
 from pallas_kernels.shape_checks import check_positive
 from pallas_kernels.stored_values import quantise
 from pallas_kernels.tpu_operands import factor_of
+from pallas_kernels.tpu_sequences import Needs, some_sequences_at_a_time
 
 
 class _Passes(NamedTuple):
@@ -42,6 +43,7 @@ class _Passes(NamedTuple):
 
 
 @under_own_settings
+@some_sequences_at_a_time(Needs(token=28, seq=32))
 def mla_attention(
     ql_nope: jax.Array,
     q_pe: jax.Array,

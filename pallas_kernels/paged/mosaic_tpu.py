@@ -21,6 +21,7 @@ from pallas_kernels.paged.mosaic_tpu_geometry import LANES, ROWS, Geometry, Mask
 from pallas_kernels.paged.mosaic_tpu_tiles import Tiles, shape_class, tiles_for
 from pallas_kernels.paged.mosaic_tpu_write import news
 from pallas_kernels.tpu_operands import factor_of
+from pallas_kernels.tpu_sequences import Needs, some_sequences_at_a_time
 
 DTYPES = ("float32", "bfloat16")
 CACHES = (*DTYPES, "float8_e4m3fn", "float8_e5m2", "int8")
@@ -31,6 +32,7 @@ SMALL_VMEM = 16 * 2**20
 
 
 @under_own_settings
+@some_sequences_at_a_time(Needs(token=8, seq=8, rows=MOST_ROWS))
 def paged_attention(
     q: jax.Array,
     k: jax.Array | None,

@@ -40,11 +40,13 @@ from pallas_kernels.sparse_mla.mosaic_tpu_tiles import Tiles, tiles
 from pallas_kernels.stored_values import quantise
 from pallas_kernels.tpu_chip import LANES
 from pallas_kernels.tpu_operands import factor_of
+from pallas_kernels.tpu_sequences import Needs, some_sequences_at_a_time
 
 MOST_BLOCK_Q = 16  # tokens of a masked tile, whose heads may be few
 
 
 @under_own_settings
+@some_sequences_at_a_time(Needs(token=20, seq=8))
 def sparse_mla_attention(
     ql_nope: jax.Array,
     q_pe: jax.Array,

@@ -21,6 +21,7 @@ from pallas_kernels.jax_settings import under_own_settings
 from pallas_kernels.sparse_mla import mosaic_tpu_scoring as scoring
 from pallas_kernels.sparse_mla.mosaic_tpu_scoring import OCTET, Arrays, Batch, Scratch, Sizes, Tiles
 from pallas_kernels.tpu_chip import LANES, SUBLANES
+from pallas_kernels.tpu_sequences import Needs, some_sequences_at_a_time
 
 QUERY_DTYPES = ("float32", "bfloat16")
 KEY_DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -28,6 +29,7 @@ BLOCK_KV = 2048  # keys of a step, whole pages
 
 
 @under_own_settings
+@some_sequences_at_a_time(Needs(token=4, seq=28))
 def indexer_scores(
     q_index: jax.Array,
     weights: jax.Array,
