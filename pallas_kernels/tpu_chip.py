@@ -23,6 +23,8 @@ LANES, SUBLANES = 128, 8  # of a vector register, 32 bits each
 DEFAULT = "v5e"
 # Left of VMEM for what Mosaic and XLA keep there themselves.
 VMEM_RESERVED = 1 << 20
+SMEM_BYTES = 1 << 20  # on every generation
+SMEM_RESERVED = 64 << 10  # for what kernels and compiler have there beside lists and tables
 
 
 @dataclasses.dataclass(frozen=True)

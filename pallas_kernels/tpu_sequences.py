@@ -13,10 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.tpu_chip import LANES
-
-SMEM_BYTES = 1 << 20  # on every generation
-RESERVED = 64 << 10  # what kernels and compiler have there besides
+from pallas_kernels.tpu_chip import LANES, SMEM_BYTES, SMEM_RESERVED
 
 WRITTEN = ("k", "v", "kv_c", "k_pe", "slot_mapping")
 OF_TOKENS = ("q", "ql_nope", "q_pe", "topk_indices", "q_index", "weights")
@@ -71,12 +68,13 @@ def _most_sequences(given: Mapping[str, Any], needs: Needs) -> int | None:
     if needs.rows is not None and getattr(given["kv_pages"], "ndim", 0) == 5:
         entries *= max(1, given["kv_pages"].shape[3] // needs.rows)
     row = 4 * -(-entries // LANES) * LANES
-    most = (SMEM_BYTES - RESERVED - needs.token * num_tokens) // (row + needs.seq)
+    free = SMEM_BYTES - SMEM_RESERVED
+    most = (free - needs.token * num_tokens) // (row + needs.seq)
     if most < 1:
         raise ValueError(
             f"page_table has {pages_per_seq} pages a sequence and the call {num_tokens} tokens, "
             f"which take {row + needs.token * num_tokens} bytes, must be at most "
-            f"{SMEM_BYTES - RESERVED}, a TPU's SMEM: use larger pages, fewer tokens a call, or XLA"
+            f"{free}, what a TPU's SMEM has: use larger pages, fewer tokens a call, or XLA"
         )
     return int(most)
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from pallas_kernels import masks
 from pallas_kernels.dense.mosaic_tpu_tiles import Tiles
+from pallas_kernels.tpu_chip import LANES, SMEM_BYTES, SMEM_RESERVED, SUBLANES
 
 # Rows of `Work.rows`.
 START, STOP, FREE_START, FREE_STOP, NEXT_FREE, NEXT_MASKED, FIRST_HERE, FIRST_OF_ALL = range(8)
@@ -226,7 +227,21 @@ def work_list(static: Static, who: Masks) -> Work:
     majors = xp.stack([*of_kinds, *bounds, left_out])
     facts = xp.stack([offset, q_len, kv_len])
     lists = rows, columns, majors, facts
-    return Work(*(x.reshape(len(x), -1).astype(xp.int32) for x in lists))
+    work = Work(*(x.reshape(len(x), -1).astype(xp.int32) for x in lists))
+    _refuse_what_does_not_fit(work, static, batch)
+    return work
+
+
+def _refuse_what_does_not_fit(work: Work, static: Static, batch: int) -> None:
+    """Raises ValueError where the lists are more than SMEM holds."""
+    registers = [-(-x.shape[0] // SUBLANES) * -(-x.shape[1] // LANES) for x in work]
+    needed, most = 4 * SUBLANES * LANES * sum(registers), SMEM_BYTES - SMEM_RESERVED
+    if needed > most:
+        raise ValueError(
+            f"q_len {static.q_len} and kv_len {static.kv_len}, with masks of {batch} row(s), want "
+            f"{needed} bytes of a TPU's SMEM for the list of tiles, must want at most {most}: cut "
+            f"the batch, or the queries (q_offset), share positions over a mesh, or use XLA"
+        )
 
 
 def _first_met(xp: Any, met: jax.Array, free: jax.Array) -> tuple[list[jax.Array], jax.Array]:
