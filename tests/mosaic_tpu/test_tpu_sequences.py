@@ -97,14 +97,14 @@ def test_indexer():
 
 
 def large(op, *, pages_per_seq, q_len=1, batch=256, page_size=64, cache_dtype="bfloat16"):
-    """Abstract arguments, and the kernel's path; as many pages in the cache as in one row."""
+    """Abstract arguments over a cache of 1024 pages, and the kernel's path."""
     given = {"batch": batch, "q_len": q_len, "kv_len": pages_per_seq * page_size,
              "page_size": page_size, "dtype": "bfloat16", "cache_dtype": cache_dtype}  # fmt: skip
     asked = {"kv_cache_dtype": cache_dtype, "device": "v5e"}
     if op == "paged":
         cache = allocate_kv_cache(1, page_size, 2, 128, "bfloat16", **asked).pages
         shape = {"num_heads": 8, "num_kv_heads": 2, "head_size": 128}
-        arguments = paged_arguments(cache_shape=(pages_per_seq, *cache.shape[1:]), **given, **shape)
+        arguments = paged_arguments(cache_shape=(1024, *cache.shape[1:]), **given, **shape)
         return arguments, MosaicTpuBackend.kernels["paged"]
     sparse = op == "sparse_mla"
     cache = allocate_latent_cache(
@@ -112,7 +112,7 @@ def large(op, *, pages_per_seq, q_len=1, batch=256, page_size=64, cache_dtype="b
     ).pages
     shape = {"num_heads": 16, "kv_lora_rank": 512, "rope_dim": 64, "scale": 0.1}
     shape |= {"topk": 128} if sparse else {}
-    arguments = mla_arguments(cache_shape=(pages_per_seq, *cache.shape[1:]), **given, **shape)
+    arguments = mla_arguments(cache_shape=(1024, *cache.shape[1:]), **given, **shape)
     return arguments, (MosaicTpuMlaSparseBackend if sparse else MosaicTpuMlaBackend).kernels[op]
 
 
