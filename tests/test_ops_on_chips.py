@@ -35,7 +35,10 @@ PAGED_BY_XLA = [("a100", "fp8_e4m3"), *((chip, "int8") for chip in CHIPS if chip
 TOKENS = BATCH.slot_mapping.shape[0]
 
 
-@pytest.fixture(autouse=True, params=[False, True], ids=["settings", "strict-settings"])
+STRICT = pytest.param(True, marks=pytest.mark.once, id="strict-settings")
+
+
+@pytest.fixture(autouse=True, params=[pytest.param(False, id="settings"), STRICT])
 def is_strict(request):
     with contextlib.ExitStack() as settings:
         if request.param:
