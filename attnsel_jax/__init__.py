@@ -28,6 +28,7 @@ _HOMES = {
     "attnsel_jax.mesh": ("MeshAxes", "use_mesh_axes"),
     "attnsel_jax.metadata": ("AttentionMetadata",),
     "attnsel_jax.ops": (
+        "DENSE_RESIDUALS",
         "allocate_kv_cache",
         "allocate_latent_cache",
         "dot_product_attention",

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from attnsel_jax import (
+    DENSE_RESIDUALS,
     AttentionMetadata,
     allocate_kv_cache,
     allocate_latent_cache,
@@ -86,6 +87,20 @@ def test_a_gradient_of_a_gradient_is_refused(chip):
 
     with pytest.raises(NotImplementedError, match="gradient of a gradient"):
         jax.make_jaxpr(jax.grad(lambda q: jax.grad(loss)(q).astype(jnp.float32).sum()))(q)
+
+
+@pytest.mark.parametrize("chip", ["cpu", *CHIPS])
+def test_a_policy_of_checkpoint_keeps_what_the_gradient_needs(chip):
+    q = array(1, 128, 2, 64)
+
+    def kept(policy):
+        attend = functools.partial(dot_product_attention, device=chip)
+        call = jax.checkpoint(lambda q: attend(2 * q, 2 * q, 2 * q), policy=policy)
+        return jax.tree.leaves(jax.eval_shape(lambda q: jax.vjp(call, q)[1], q))
+
+    names = jax.checkpoint_policies.save_only_these_names
+    assert [x.shape for x in kept(names(DENSE_RESIDUALS))] == [q.shape, q.shape, q.shape[:-1]]
+    assert [x.shape for x in kept(names("another's"))] == [q.shape]
 
 
 @pytest.mark.parametrize("chip", CHIPS)

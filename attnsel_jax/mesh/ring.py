@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from attnsel_jax.mesh.merging import Partial, merged, nothing, weight, with_sinks
 from attnsel_jax.mesh.positions import Piece, meet_at_all, met, pieces
 from attnsel_jax.mesh.zigzag import from_zigzag, to_zigzag
+from pallas_kernels.dense.derivative_rules import DENSE_RESIDUALS
 from pallas_kernels.jax_settings import under_default_rules
 
 Arrays = dict[str, jax.Array]
@@ -107,7 +109,8 @@ def ring_attention(
     @under_default_rules
     def forward(floats: Arrays, others: Arrays):
         results = _forward(ring, floats | others)
-        return results, (floats, others, *results)
+        out, lse = (checkpoint_name(x, DENSE_RESIDUALS) for x in results)
+        return (out, lse), (floats, others, out, lse)
 
     @under_default_rules
     def backward(kept, cotangents):

@@ -4,6 +4,7 @@ Each function asks the selector with what its arguments say, and calls the chose
 jitted. A feature that no backend here honours is refused at selection, never dropped.
 """
 
+from attnsel_jax.ops.dense import DENSE_RESIDUALS as DENSE_RESIDUALS
 from attnsel_jax.ops.dense import dot_product_attention as dot_product_attention
 from attnsel_jax.ops.indexer import indexer_scores as indexer_scores
 from attnsel_jax.ops.indexer import topk_positions as topk_positions

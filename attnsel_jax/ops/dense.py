@@ -20,6 +20,7 @@ from attnsel_jax.selector import BackendLike, DeviceLike, get_attn_backend
 from attnsel_jax.static_arguments import count, flag, number
 from attnsel_jax.value_checks import check_lengths
 from pallas_kernels import empty_calls
+from pallas_kernels.dense.derivative_rules import DENSE_RESIDUALS as DENSE_RESIDUALS
 
 _IMPLEMENTATIONS = {"xla": "XLA", "cudnn": "CUDNN"}
 
@@ -55,7 +56,8 @@ def dot_product_attention(
 
     The maths, and what every argument means to a kernel, are in `pallas_kernels.dense`. Two things
     differ from `jax.nn`, on every backend: a row that sees no key gives out 0 (and lse -inf), and
-    the residual is float32.
+    the residual is float32. What the gradient needs of the forward pass has the name
+    `DENSE_RESIDUALS` for `jax.checkpoint`'s policies.
 
     Args:
         query: [batch, q_len, num_heads, head_size], or without batch.

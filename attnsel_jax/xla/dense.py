@@ -35,7 +35,7 @@ from attnsel_jax.xla.dense_tiles import (
     zero_unless,
 )
 from pallas_kernels import contract_checks, empty_calls, masks, shape_checks
-from pallas_kernels.dense.differentiated_once import differentiated_once
+from pallas_kernels.dense.derivative_rules import differentiated_once, with_named_residuals
 from pallas_kernels.jax_settings import under_default_rules, under_own_settings
 
 
@@ -227,6 +227,7 @@ def _start(static: Static, x: Floats, rows: tuple[int, ...]):
     return jnp.broadcast_to(sinks, rows), jnp.ones(rows, jnp.float32), acc
 
 
+@with_named_residuals
 @differentiated_once
 @under_own_settings
 def _forward(static: Static, x: Floats, who: Masks):

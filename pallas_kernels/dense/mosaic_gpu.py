@@ -19,7 +19,7 @@ from pallas_kernels.dense import (
     mosaic_gpu_forward,
     mosaic_gpu_shift,
 )
-from pallas_kernels.dense.differentiated_once import differentiated_once
+from pallas_kernels.dense.derivative_rules import differentiated_once, with_named_residuals
 from pallas_kernels.dense.mosaic_gpu_forward import Operands
 from pallas_kernels.dense.mosaic_gpu_geometry import Static, in_whole_tiles_of_rows, seen_keys
 from pallas_kernels.dense.mosaic_gpu_tiles import TILES, forward_tiles
@@ -244,6 +244,7 @@ def _operands(static: Static, x: Floats, who: Masks) -> Operands:
     return Operands(q, k, v, who.rows, q_segments, kv_segments, bias, x.alibi_slopes, x.sinks)
 
 
+@with_named_residuals
 @differentiated_once
 @under_own_settings
 def _forward(static: Static, x: Floats, who: Masks):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import contract_checks, empty_calls, masks, tpu_chip
 from pallas_kernels.dense import mosaic_tpu_backward, mosaic_tpu_forward
-from pallas_kernels.dense.differentiated_once import differentiated_once
+from pallas_kernels.dense.derivative_rules import differentiated_once, with_named_residuals
 from pallas_kernels.dense.mosaic_tpu_forward import Operands
 from pallas_kernels.dense.mosaic_tpu_logits import LOG2E
 from pallas_kernels.dense.mosaic_tpu_schedule import Masks, Static, work_list
@@ -180,6 +180,7 @@ def _bias_operand(bias: jax.Array | None, static: Static) -> tuple[jax.Array | N
     return jnp.broadcast_to(bias, (*bias.shape[:3], static.q_len)), of
 
 
+@with_named_residuals
 @differentiated_once
 @under_own_settings
 def _forward(static: Static, x: Floats, who: Masks):

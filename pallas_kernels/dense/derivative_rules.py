@@ -1,11 +1,14 @@
-"""Rules of a `jax.custom_vjp` whose own differentiation is refused with a way out."""
+"""What the rules of each lowering's `jax.custom_vjp` share."""
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
+# For `jax.checkpoint_policies.save_only_these_names` and its like.
+DENSE_RESIDUALS = "attnsel_dense_residuals"
 REFUSAL = (
     "the gradient of dense attention is differentiated (a Hessian, or a gradient of a gradient), "
     "must be differentiated once, for no kernel has its derivative: name backend='XLA_REFERENCE', "
@@ -25,6 +28,22 @@ def differentiated_once(rule: Callable[..., Any]) -> Callable[..., Any]:
         guarded = jax.custom_jvp(functools.partial(rule, static))
         guarded.defjvp(_refuse)
         return guarded(*arrays)
+
+    return call
+
+
+def with_named_residuals(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward rule, whose out and lse have a name for the policies of `jax.checkpoint`.
+
+    The rule gives (out, lse), (what came in, out, lse): where a policy saves them, the forward
+    kernel does not run again for the backward one.
+    """
+
+    @functools.wraps(forward)
+    def call(static: Any, *arrays: Any) -> Any:
+        results, (*given, _, _) = forward(static, *arrays)
+        out, lse = (checkpoint_name(x, DENSE_RESIDUALS) for x in results)
+        return (out, lse), (*given, out, lse)
 
     return call
 
