@@ -180,6 +180,19 @@ def test_the_context_is_part_of_jit_s_key():
     assert len(traces) == 2
 
 
+@pytest.mark.parametrize("cut", ["heads", "positions"])
+def test_a_policy_of_checkpoint_keeps_what_the_gradient_needs(cut):
+    spec = (None, None, "model") if cut == "heads" else (None, "model")
+    q = put(normal(0, 1, 16, 4, 16), mesh(model=4), *spec)
+
+    def kept(name):
+        policy = jax.checkpoint_policies.save_only_these_names(name)
+        call = jax.checkpoint(lambda q: attend(2 * q, 2 * q, 2 * q), policy=policy)
+        return len(jax.tree.leaves(jax.eval_shape(lambda q: jax.vjp(call, q)[1], q)))
+
+    assert (kept(attnsel_jax.DENSE_RESIDUALS), kept("another's")) == (3, 1)
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_inside_the_caller_s_own_shard_map_a_call_is_one_device_s(check_vma):
     on = mesh(data=2, model=4)
