@@ -87,6 +87,14 @@ def check_offset(q_offset: int | jax.Array, batch: int) -> jax.Array:
     return offset
 
 
+def existing(lens: jax.Array | None, length: int) -> jax.Array | None:
+    """Lengths of dense attention held to the array that they count in; None stays.
+
+    Kernels derive from them which tiles to visit: past the array, these would be read again.
+    """
+    return None if lens is None else jnp.clip(lens, 0, length)
+
+
 def check_sizes(dims: Mapping[str, int]) -> None:
     """Refuses nothing where there must be something; a call may lack queries, or keys."""
     for name, size in dims.items():
