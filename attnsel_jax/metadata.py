@@ -6,6 +6,7 @@ tables (`AttentionMetadata.from_lengths`), or from vLLM's words (`vllm_metadata`
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +130,19 @@ class AttentionMetadata:
             num_seqs=jnp.asarray(len(q_lens), jnp.int32),
             slot_mapping=jnp.asarray(slots) if writes else None,
             causal=flag("causal", causal),
+        )
+
+
+def check_is_batch(metadata: Any) -> None:
+    """Refuses another class of batch, vLLM's words among them.
+
+    Raises:
+        TypeError: it is of another.
+    """
+    if not isinstance(metadata, AttentionMetadata):
+        raise TypeError(
+            f"metadata is {type(metadata).__name__}, must be AttentionMetadata: build it with "
+            f"AttentionMetadata.from_lengths, or by the backend's builder"
         )
 
 

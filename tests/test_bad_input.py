@@ -631,6 +631,53 @@ def test_an_impl_refuses_a_cache_of_another_dtype_than_was_said():
         impl.forward(call["q"], call["k"], call["v"], call["cache"], call["metadata"])
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message", "error"),
+    [
+        ("q", normal(0, 5, 64), r"^q is \(5, 64\), must be \[num_tokens, 4, 8\] or", ValueError),
+        ("q", normal(0, 5, 8, 8), r"^q is \(5, 8, 8\), must be \[num_tokens, 4, 8\]", ValueError),
+        ("q", normal(0, 1, 5, 4, 8), r"^q is \(1, 5, 4, 8\), must be", ValueError),
+        ("q", [1.0], "^q is list, must be an array", TypeError),
+        ("k", normal(0, 5, 8), r"^k is \(5, 8\), must be \[num_tokens, 2, 8\] or", ValueError),
+        ("v", normal(0, 5, 4, 8), r"^v is \(5, 4, 8\), must be \[num_tokens, 2, 8\]", ValueError),
+        ("cache", None, "^kv_cache is NoneType, must be a cache, or its array", TypeError),
+        (
+            "cache", jnp.zeros((2, 6, 4, 1, 8)),
+            "^kv_cache has num_kv_heads 1, must be 2, as this layer was built", ValueError,
+        ),
+        ("metadata", None, "^metadata is NoneType, must be AttentionMetadata: build", TypeError),
+        ("metadata.causal", None, "^metadata.causal is None, must be True or False", ValueError),
+    ],
+)  # fmt: skip
+def test_an_impl_refuses_a_step_that_it_was_not_built_for(name, value, message, error):
+    """Flat tokens of another width would be read as other tokens."""
+    layer = get_attn_backend(8, "float32", "auto", 4).get_impl_cls()(**IMPL)
+    call = paged()
+    if name == "q":
+        call |= {"k": None, "v": None}
+    with pytest.raises(error, match=message):
+        layer.forward(**{"kv_cache" if n == "cache" else n: x
+                         for n, x in replaced(call, name, value).items()})  # fmt: skip
+
+
+def test_an_impl_refuses_a_batch_that_its_backend_does_not_declare():
+    from third_party import backend
+
+    from attnsel_jax import Capabilities, OneOf
+
+    bare = {"paged": Capabilities(dtype=OneOf("float32"), head_size=OneOf(8))}
+    layer = backend("BARE", capabilities=bare).get_impl_cls()(**IMPL)
+    q, k, v, cache, metadata = replaced(paged(), "metadata.causal", False).values()
+    with pytest.raises(ValueError, match=r"^metadata.causal is False, must be True with backend B"):
+        layer.forward(q, k, v, cache, metadata)
+    found = get_attn_backend(12, "float32", "auto", 4, True).get_impl_cls()
+    layer = found(num_heads=4, scale=0.3, kv_lora_rank=8, qk_rope_head_dim=4)
+    call = replaced(mla(), "metadata.causal", False)
+    call.pop("scale")
+    with pytest.raises(ValueError, match=r"^metadata.causal is False, must be True: latent"):
+        layer.forward(*call.values())
+
+
 def test_an_mla_impl_refuses_sizes_that_it_was_not_built_for():
     found = get_attn_backend(12, "float32", "auto", 4, True).get_impl_cls()
     impl = found(num_heads=4, scale=0.3, kv_lora_rank=8, qk_rope_head_dim=4)
@@ -638,5 +685,7 @@ def test_an_mla_impl_refuses_sizes_that_it_was_not_built_for():
     call.pop("scale")
     with pytest.raises(ValueError, match=r"^ql_nope is \(5, 2, 8\), must be \[num_tokens, 4, 8\]"):
         impl.forward(*call.values())
+    with pytest.raises(TypeError, match=r"^metadata is NoneType, must be AttentionMetadata"):
+        impl.forward(*(call | {"metadata": None}).values())
     with pytest.raises(ValueError, match=r"^scale is None, must be a number"):
         found(num_heads=4, scale=None, kv_lora_rank=8, qk_rope_head_dim=4)
