@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from pallas_kernels.masks import FARTHEST
+
 Window = int | tuple[int | None, int | None] | None
 
 
@@ -33,13 +35,32 @@ def count(name: str, value: Any, *, optional: bool = True) -> int | None:
     if value is None and optional:
         return None
     refuse_traced(name, value)
-    is_integer = hasattr(value, "__index__") and not isinstance(value, bool | np.bool_)
-    if is_integer and isinstance(value, np.ndarray | jax.Array):
-        is_integer = value.ndim == 0 and np.issubdtype(value.dtype, np.integer)
-    if not is_integer or value.__index__() < 1:
+    if not is_integer(value) or value.__index__() < 1:
         none = ", or None" if optional else ""
         raise ValueError(f"{name} is {value!r}, must be an integer of at least 1{none}")
     return value.__index__()
+
+
+def is_integer(value: Any) -> bool:
+    """Whether it is an integer, an array's of no dimensions too, and no bool."""
+    if isinstance(value, np.ndarray | jax.Array):
+        return value.ndim == 0 and np.issubdtype(value.dtype, np.integer)
+    return hasattr(value, "__index__") and not isinstance(value, bool | np.bool_)
+
+
+def distance(name: str, value: Any) -> int | None:
+    """A count of positions, to which kernels add positions in int32; None stays.
+
+    Raises:
+        ValueError: no integer of at least 1, or one beyond `FARTHEST`.
+    """
+    value = count(name, value)
+    if value is not None and value > FARTHEST:
+        raise ValueError(
+            f"{name} is {value}, must be at most {FARTHEST}, or None: pass None where nothing is "
+            f"too far to be seen"
+        )
+    return value
 
 
 def number(name: str, value: Any, *, positive: bool = False) -> float | None:
@@ -64,13 +85,13 @@ def window(name: str, value: Any) -> Window:
     """A window in this library's words, the own key counted: an int, or (left, right).
 
     Raises:
-        ValueError: neither, or a side below 1.
+        ValueError: neither, or a side below 1 or beyond `FARTHEST`.
     """
     if value is None or not isinstance(value, tuple | list):
-        return count(name, value)
+        return distance(name, value)
     if len(value) != 2:
         raise ValueError(f"{name} is {value!r}, must be an integer, (left, right), or None")
-    left, right = (count(f"{name}[{i}]", side) for i, side in enumerate(value))
+    left, right = (distance(f"{name}[{i}]", side) for i, side in enumerate(value))
     return left, right
 
 

@@ -12,7 +12,7 @@ from attnsel_jax.config import AttentionType, attention_type, kv_cache_dtype_nam
 from attnsel_jax.kv_cache import KVCache, check_stored
 from attnsel_jax.mesh import kernel_over_mesh, plan_call
 from attnsel_jax.metadata import AttentionMetadata, check_is_batch
-from attnsel_jax.static_arguments import count, flag, number, window
+from attnsel_jax.static_arguments import count, distance, flag, number, window
 from pallas_kernels.shape_checks import check_groups
 
 
@@ -56,7 +56,7 @@ class StandardImpl(AttentionImpl):
         self.alibi_slopes = _per_head("alibi_slopes", alibi_slopes, num_heads)
         self.sinks = _per_head("sinks", sinks, num_heads)
         self.sliding_window = window("sliding_window", sliding_window)
-        self.attention_chunk_size = count("attention_chunk_size", attention_chunk_size)
+        self.attention_chunk_size = distance("attention_chunk_size", attention_chunk_size)
         self.kv_cache_dtype = kv_cache_dtype_name(kv_cache_dtype)
         self.logits_soft_cap = number("logits_soft_cap", logits_soft_cap or None, positive=True)
         self.attn_type = attention_type(attn_type)

@@ -12,7 +12,7 @@ from attnsel_jax.metadata import AttentionMetadata
 from attnsel_jax.ops.calls import as_float32, asked_device, batch_arrays, features, head_counts
 from attnsel_jax.ops.ragged_arguments import check_paged
 from attnsel_jax.selector import BackendLike, DeviceLike, get_attn_backend
-from attnsel_jax.static_arguments import count, flag, number, window
+from attnsel_jax.static_arguments import count, distance, flag, number, window
 from attnsel_jax.value_checks import check_groups
 from pallas_kernels.masks import Window
 
@@ -68,7 +68,7 @@ def paged_attention(
     static = {
         "scale": number("scale", scale), "causal": flag("metadata.causal", metadata.causal),
         "sliding_window": window("sliding_window", sliding_window),
-        "attention_chunk_size": count("attention_chunk_size", attention_chunk_size),
+        "attention_chunk_size": distance("attention_chunk_size", attention_chunk_size),
         "soft_cap": number("soft_cap", soft_cap, positive=True),
     }  # fmt: skip
     arrays = {
