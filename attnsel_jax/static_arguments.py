@@ -95,6 +95,29 @@ def window(name: str, value: Any) -> Window:
     return left, right
 
 
+def on_host(values: Any) -> np.ndarray | None:
+    """Integers that can be looked at without waiting for a device; None = there are none such."""
+    if values is None or any(isinstance(x, jax.Array) for x in jax.tree.leaves(values)):
+        return None
+    array = np.asarray(values)
+    return array if array.dtype.kind in "iu" else None
+
+
+def check_int32(name: str, values: Any) -> None:
+    """Refuses integers on the host that int32 has no room for: they would become others.
+
+    Raises:
+        ValueError: there is one.
+    """
+    array = on_host(values)
+    if array is None or np.can_cast(array.dtype, np.int32):
+        return
+    limits = array.min(initial=0), array.max(initial=0)
+    outside = [x for x in limits if not -(2**31) <= x < 2**31]
+    if outside:
+        raise ValueError(f"{name} has a value of {outside[0]}, must be {-(2**31)} to {2**31 - 1}")
+
+
 def refuse_traced(name: str, value: Any) -> None:
     """Refuses what has no value while a program is traced.
 

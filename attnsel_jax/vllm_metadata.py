@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnsel_jax.metadata import AttentionMetadata
-from attnsel_jax.static_arguments import count
+from attnsel_jax.static_arguments import check_int32, count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +109,7 @@ def _shape(name: str, array, rank: int) -> tuple[int, ...]:
 
 
 def _int32(name: str, array) -> jax.Array:
+    check_int32(name, array)
     dtype = jnp.asarray(array).dtype
     if not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(f"{name} has dtype {dtype}, must be an integer dtype")

@@ -89,6 +89,11 @@ DENSE = [
         normal(0, 2),
         r"^query_seq_lengths has dtype float32, must be an integer",
     ),
+    ("q_offset", 2**31, "^q_offset has a value of 2147483648, must be -2147483648 to 2147483647"),
+    ("q_segment_ids", ints([[2**40] * 5] * 2), "^q_segment_ids has a value of 1099511627776, must"),
+    ("kv_segment_ids", ints([[-(2**40)] * 7] * 2), "^kv_segment_ids has a value of -1099511627776"),
+    ("key_value_seq_lengths", ints([2**32, 7]), "^key_value_seq_lengths has a value of 4294967296"),
+    ("query_seq_lengths", [2**40, 5], "^query_seq_lengths has a value of 1099511627776, must be"),
     ("q_offset", 1.5, r"^q_offset has dtype float32, must be an integer dtype"),
     ("q_offset", True, r"^q_offset has dtype bool, must be an integer dtype"),
     ("sinks", np.ones(4, complex), r"^sinks has dtype complex64, must be float32"),
@@ -507,6 +512,10 @@ def test_from_lengths(arguments, message):
         ({"query_start_loc": np.ones(2, int)}, r"^seq_lens has 2 and query_start_loc 2 entries"),
         ({"block_table_tensor": np.ones(2, int)}, r"^block_table_tensor has 1 dimensions"),
         ({"seq_lens": np.ones(2)}, r"^seq_lens has dtype float32, must be an integer dtype"),
+        (
+            {"slot_mapping": np.array([1, 2, 3, 2**32])},
+            "^slot_mapping has a value of 4294967296, mu",
+        ),
         (
             {"slot_mapping": np.ones(4)},
             r"^slot_mapping has dtype float32, must be an integer dtype",

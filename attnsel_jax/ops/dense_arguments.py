@@ -6,7 +6,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from attnsel_jax.ops.calls import as_array
-from attnsel_jax.static_arguments import is_integer, refuse_traced
+from attnsel_jax.static_arguments import check_int32, is_integer, on_host, refuse_traced
 from pallas_kernels.masks import FARTHEST, Window
 from pallas_kernels.shape_checks import (
     BOOL,
@@ -60,10 +60,11 @@ def as_int32(name: str, values: ArrayLike | None) -> jax.Array | None:
     """Integers as int32; None stays.
 
     Raises:
-        ValueError: they are no integers.
+        ValueError: they are no integers, or one on the host is no int32.
     """
     if values is None:
         return None
+    check_int32(name, values)
     array = as_array(name, values)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(f"{name} has dtype {array.dtype}, must be an integer dtype")
@@ -77,11 +78,11 @@ def lengths(name: str, values: ArrayLike | None) -> jax.Array | None:
         ValueError: they are no integers, or one on the host is negative.
     """
     array = with_batch(name, values, 1)
-    if values is not None and not isinstance(values, jax.Array):
-        host = np.atleast_1d(np.asarray(values))
-        if (host < 0).any():
-            i = int(np.argmax(host < 0))
-            raise ValueError(f"{name}[{i}] is {host[i]}, must be at least 0")
+    host = on_host(values)
+    if host is not None and (host < 0).any():
+        host = np.atleast_1d(host)
+        i = int(np.argmax(host < 0))
+        raise ValueError(f"{name}[{i}] is {host[i]}, must be at least 0")
     return array
 
 
