@@ -7,10 +7,12 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.masks import FARTHEST
 
+LEAST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)  # of logits
 Window = int | tuple[int | None, int | None] | None
 
 
@@ -67,17 +69,22 @@ def number(name: str, value: Any, *, positive: bool = False) -> float | None:
     """A finite number as float; None stays.
 
     Raises:
-        ValueError: no number, not finite, or not above 0 where it must be.
+        ValueError: no number, not finite in float32, or not above 0 there where it must be.
     """
     if value is None:
         return None
     refuse_traced(name, value)
     wanted = f"a finite number{' above 0' if positive else ''}"
-    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if isinstance(value, np.ndarray | jax.Array):
-        is_number = value.ndim == 0 and np.dtype(value.dtype).kind not in "bc"
-    if not is_number or not math.isfinite(value) or (positive and not value > 0):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, np.generic | np.ndarray | jax.Array):
+        kinds = (jnp.floating, jnp.integer)
+        is_number = value.ndim == 0 and any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
+        value = float(value) if is_number else value
+    if not is_number or not abs(value) < math.inf or (positive and not value > 0):
         raise ValueError(f"{name} is {value!r}, must be {wanted}, or None")
+    if abs(value) > LARGEST or (positive and value < LEAST):
+        limits = f"{LEAST:.2g} to {LARGEST:.2g}" if positive else f"at most {LARGEST:.2g} in size"
+        raise ValueError(f"{name} is {value!r}, must be {wanted} in float32 ({limits}), or None")
     return float(value)
 
 

@@ -108,6 +108,12 @@ DENSE = [
     ("scale", NAN, r"^scale is nan, must be a finite number, or None"),
     ("scale", "1", r"^scale is '1', must be a finite number, or None"),
     ("scale", np.ones(2), r"^scale is array.*, must be a finite number, or None"),
+    ("scale", np.complex64(1j), r"^scale is np.complex64\(1j\), must be a finite number, or None"),
+    ("scale", np.array("1"), r"^scale is array\('1', dtype='<U1'\), must be a finite number"),
+    ("scale", 1e39, r"^scale is 1e\+39, must be a finite number in float32 \(at most 3.4e\+38"),
+    ("scale", -(10**400), "^scale is -10+, must be a finite number in float32"),
+    ("soft_cap", 1e300, r"^soft_cap is 1e\+300, must be a finite number above 0 in float32"),
+    ("soft_cap", 1e-300, "^soft_cap is 1e-300, must be a finite number above 0 in float32"),
     ("soft_cap", 0.0, r"^soft_cap is 0.0, must be a finite number above 0, or None"),
     ("soft_cap", INF, r"^soft_cap is inf, must be a finite number above 0, or None"),
     ("soft_cap", True, r"^soft_cap is True, must be a finite number above 0, or None"),
@@ -201,6 +207,14 @@ def test_heads_before_length_where_shapes_betray_it(q_shape, k_shape):
     refused(dot_product_attention, call, r"\(batch, heads, length, size\).*jnp.swapaxes\(x, 1, 2\)")
     right = {name: jnp.swapaxes(x, 1, 2) for name, x in call.items()}
     assert jax.eval_shape(lambda: dot_product_attention(**right)).shape == right["query"].shape
+
+
+@pytest.mark.parametrize(
+    "spelling", [float, np.float64, np.float16, jnp.bfloat16.dtype.type, np.asarray, jnp.asarray]
+)
+def test_a_number_in_any_spelling(spelling):
+    expected = dot_product_attention(**dense(), scale=0.25)
+    np.testing.assert_array_equal(dot_product_attention(**dense(), scale=spelling(0.25)), expected)
 
 
 @pytest.mark.parametrize("name", ["scale", "soft_cap", "attention_chunk_size"])
