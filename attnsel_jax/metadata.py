@@ -98,7 +98,7 @@ class AttentionMetadata:
             ValueError: a negative length, a sequence with more positions than its pages hold, or
                 more of something than its padded size.
         """
-        page_size = count("page_size", page_size, optional=False)
+        page_size, writes = count("page_size", page_size, optional=False), flag("writes", writes)
         q_lens, kv_lens = _integers("q_lens", q_lens), _integers("kv_lens", kv_lens)
         page_table = [_integers(f"page_table[{i}]", row) for i, row in enumerate(page_table)]
         _check_lengths(q_lens, kv_lens, page_table, page_size, writes)
@@ -185,10 +185,11 @@ def _check_lengths(q_lens, kv_lens, page_table, page_size, writes) -> None:
                 f"{len(row)} pages hold {page_size} tokens each"
             )
         used = row[: -(-kv_len // page_size)]
-        outside = (used < 0) | (used > INT32_MAX)
+        most = (INT32_MAX + 1) // page_size - 1 if writes else INT32_MAX  # slots are int32, too
+        outside = (used < 0) | (used > most)
         if outside.any():
             j = int(np.argmax(outside))
             raise ValueError(
-                f"page_table[{i}][{j}] is {row[j]}, must be 0 to {INT32_MAX}: kv_lens[{i}] is "
+                f"page_table[{i}][{j}] is {row[j]}, must be 0 to {most}: kv_lens[{i}] is "
                 f"{kv_len}, so that page is read"
             )

@@ -492,8 +492,13 @@ def test_values_cannot_be_looked_at_under_jit(op, make):
         ),
         (
             {"page_table": [[4, -1], [0, 5]]},
-            r"^page_table\[0\]\[1\] is -1, must be 0 to 2147483647",
+            r"^page_table\[0\]\[1\] is -1, must be 0 to 536870911",
         ),
+        (
+            {"page_table": [[4, 2**29], [0, 5]]},  # whose slots int32 has no room for
+            r"^page_table\[0\]\[1\] is 536870912, must be 0 to 536870911",
+        ),
+        ({"writes": "no"}, r"^writes is 'no', must be True or False"),
         ({"page_size": 0}, r"^page_size is 0, must be an integer of at least 1"),
         ({"page_size": 4.0}, r"^page_size is 4.0, must be an integer of at least 1"),
         ({"num_tokens": 3}, r"^num_tokens is 3, must be at least 4, what the batch has"),
@@ -514,6 +519,10 @@ def test_from_lengths(arguments, message):
     [
         ({"num_reqs": 3}, r"^num_reqs is 3, must be 0 to 2, the rows of block_table_tensor"),
         ({"num_reqs": -1}, r"^num_reqs is -1, must be 0 to 2"),
+        ({"num_reqs": None}, r"^num_reqs is None, must be 0 to 2"),
+        ({"num_reqs": 2.0}, r"^num_reqs is 2.0, must be 0 to 2"),
+        ({"max_seq_len": "6"}, r"^max_seq_len is '6', must be 0 to 8"),
+        ({"causal": None}, r"^causal is None, must be True or False"),
         ({"max_seq_len": 9}, r"^max_seq_len is 9, must be 0 to 8, 2 blocks of 4"),
         (
             {"num_actual_tokens": 5},
