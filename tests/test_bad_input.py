@@ -581,6 +581,9 @@ def test_the_builders_other_arguments():
         ({"head_size": "8"}, r"^head_size is '8', must be an integer of at least 1"),
         ({"dtype": "int32"}, r"^dtype is 'int32', must be a floating dtype"),
         ({"kv_cache_dtype": "int4"}, r"^kv_cache_dtype is 'int4', must be one of auto, float32"),
+        ({"k_scale": 0.0}, r"^k_scale is 0.0, must be a finite number above 0: what is stored is"),
+        ({"v_scale": [1.0, -2.0]}, r"^v_scale is -2.0, must be a finite number above 0"),
+        ({"v_scale": NAN}, r"^v_scale is nan, must be a finite number above 0"),
         ({"k_scale": jnp.ones(3)}, r"^k_scale has shape \(3,\), must be \(\) or \(2,\)"),
         ({"v_scale": jnp.ones((2, 1))}, r"^v_scale has shape \(2, 1\), must be \(\) or \(2,\)"),
         ({"kv_cache_dtype": "fp8_ds_mla"}, r"kv_cache_dtype is fp8_ds_mla, must be one of float32"),
@@ -604,6 +607,19 @@ def test_a_cache_of_nothing_is_refused_in_the_callers_words(name):
     if name == "page_size":
         with pytest.raises(ValueError, match=message):
             allocate_kv_cache(6, 0, 2, 8, "float32")
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        ([1.0], r"^kv_scale has shape \(1,\), must be \(\)"),
+        (INF, "^kv_scale is inf, must be a fin"),
+    ],
+)
+def test_a_latent_cache_has_one_scale_above_0(scale, message):
+    allocate_latent_cache(6, 4, 8, 4, "float32", kv_scale=0.5)
+    with pytest.raises(ValueError, match=message):
+        allocate_latent_cache(6, 4, 8, 4, "float32", kv_scale=scale)
 
 
 def test_a_page_that_int32_has_no_number_for_is_refused_not_wrapped():
