@@ -116,8 +116,11 @@ def check_stored(pages: jax.Array, kv_cache_dtype: Any, dtype: Any) -> None:
     """Refuses a cache of another dtype than was said.
 
     Raises:
+        TypeError: it is no array.
         ValueError: it is of another.
     """
+    if not hasattr(pages, "shape") or not hasattr(pages, "dtype"):
+        raise TypeError(f"kv_cache is {type(pages).__name__}, must be a cache, or its array")
     wanted = stored_dtype(kv_cache_dtype, dtype)
     if jnp.dtype(pages.dtype) != wanted:
         raise ValueError(

@@ -6,6 +6,7 @@ tables (`AttentionMetadata.from_lengths`), or from vLLM's words (`vllm_metadata`
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +98,7 @@ class AttentionMetadata:
             ValueError: a negative length, a sequence with more positions than its pages hold, or
                 more of something than its padded size.
         """
-        page_size = count("page_size", page_size, optional=False)
+        page_size, writes = count("page_size", page_size, optional=False), flag("writes", writes)
         q_lens, kv_lens = _integers("q_lens", q_lens), _integers("kv_lens", kv_lens)
         page_table = [_integers(f"page_table[{i}]", row) for i, row in enumerate(page_table)]
         _check_lengths(q_lens, kv_lens, page_table, page_size, writes)
@@ -129,6 +130,19 @@ class AttentionMetadata:
             num_seqs=jnp.asarray(len(q_lens), jnp.int32),
             slot_mapping=jnp.asarray(slots) if writes else None,
             causal=flag("causal", causal),
+        )
+
+
+def check_is_batch(metadata: Any) -> None:
+    """Refuses another class of batch, vLLM's words among them.
+
+    Raises:
+        TypeError: it is of another.
+    """
+    if not isinstance(metadata, AttentionMetadata):
+        raise TypeError(
+            f"metadata is {type(metadata).__name__}, must be AttentionMetadata: build it with "
+            f"AttentionMetadata.from_lengths, or by the backend's builder"
         )
 
 
@@ -171,10 +185,11 @@ def _check_lengths(q_lens, kv_lens, page_table, page_size, writes) -> None:
                 f"{len(row)} pages hold {page_size} tokens each"
             )
         used = row[: -(-kv_len // page_size)]
-        outside = (used < 0) | (used > INT32_MAX)
+        most = (INT32_MAX + 1) // page_size - 1 if writes else INT32_MAX  # slots are int32, too
+        outside = (used < 0) | (used > most)
         if outside.any():
             j = int(np.argmax(outside))
             raise ValueError(
-                f"page_table[{i}][{j}] is {row[j]}, must be 0 to {INT32_MAX}: kv_lens[{i}] is "
+                f"page_table[{i}][{j}] is {row[j]}, must be 0 to {most}: kv_lens[{i}] is "
                 f"{kv_len}, so that page is read"
             )

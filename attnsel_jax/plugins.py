@@ -43,7 +43,7 @@ def declared_before(name: str, path: str) -> str | None:
         ValueError: the class has another name, or its module has no such class.
     """
     try:
-        cls = resolve_obj_by_qualname(path)
+        cls = resolve_obj_by_qualname(path, contained=True)
     except (ImportError, OSError):
         return None
     if not (isinstance(cls, type) and issubclass(cls, AttentionBackend)):

@@ -3,9 +3,19 @@
 import importlib
 from typing import Any
 
+# What code of another package may raise while it is imported, beside ImportError and OSError.
+FAILURES = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError,
+    SyntaxError, TypeError, ValueError,
+)  # fmt: skip
 
-def resolve_obj_by_qualname(qualname: str) -> Any:
+
+def resolve_obj_by_qualname(qualname: str, *, contained: bool = False) -> Any:
     """Imports and returns what "package.module:name" or "package.module.name" names.
+
+    Args:
+        qualname: the dotted path.
+        contained: whatever the module raises while it is imported becomes an `ImportError`.
 
     Raises:
         ImportError: the module, or something that it imports, is not there.
@@ -16,7 +26,12 @@ def resolve_obj_by_qualname(qualname: str) -> Any:
         module_name, _, name = qualname.rpartition(".")
     if not module_name or not name:
         raise ValueError(f"qualname is {qualname!r}, must be like package.module:name")
-    module = importlib.import_module(module_name)
+    try:
+        module = importlib.import_module(module_name)
+    except FAILURES as error:
+        if not contained:
+            raise
+        raise ImportError(f"{module_name} raises {type(error).__name__}: {error}") from error
     try:
         return getattr(module, name)
     except AttributeError as error:

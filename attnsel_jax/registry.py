@@ -102,11 +102,12 @@ class AttentionBackendEnum(metaclass=_Members):
         """Its class; imports the declaration, never a kernel.
 
         Raises:
-            ImportError, OSError: a plug-in's package does not import.
+            ImportError, OSError: a plug-in's package does not import, whatever it raises.
             TypeError: what the path names is no `AttentionBackend`.
         """
         target = self._entry().override or self._entry().target
-        found = resolve_obj_by_qualname(target) if isinstance(target, str) else target
+        is_path = isinstance(target, str)
+        found = resolve_obj_by_qualname(target, contained=True) if is_path else target
         if not (isinstance(found, type) and issubclass(found, AttentionBackend)):
             raise TypeError(f"{self.name} is {found!r}, must be a subclass of AttentionBackend")
         return found

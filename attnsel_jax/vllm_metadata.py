@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnsel_jax.metadata import AttentionMetadata
-from attnsel_jax.static_arguments import count
+from attnsel_jax.static_arguments import check_int32, count, flag, is_integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class AttentionMetadataBuilder:
             cu_q_lens=_int32("query_start_loc", common.query_start_loc),
             num_seqs=jnp.asarray(common.num_reqs, jnp.int32),
             slot_mapping=None if slots is None else _int32("slot_mapping", slots),
-            causal=common.causal,
+            causal=flag("causal", common.causal),
         )
 
     def _check(self, common: CommonAttentionMetadata) -> None:
@@ -95,10 +95,9 @@ class AttentionMetadataBuilder:
             (tokens,) = _shape("slot_mapping", common.slot_mapping, 1)
             limits["num_actual_tokens"] = (tokens, "the entries of slot_mapping")
         for name, (limit, source) in limits.items():
-            if not 0 <= getattr(common, name) <= limit:
-                raise ValueError(
-                    f"{name} is {getattr(common, name)}, must be 0 to {limit}, {source}"
-                )
+            value = getattr(common, name)
+            if not is_integer(value) or not 0 <= value <= limit:
+                raise ValueError(f"{name} is {value!r}, must be 0 to {limit}, {source}")
 
 
 def _shape(name: str, array, rank: int) -> tuple[int, ...]:
@@ -109,6 +108,7 @@ def _shape(name: str, array, rank: int) -> tuple[int, ...]:
 
 
 def _int32(name: str, array) -> jax.Array:
+    check_int32(name, array)
     dtype = jnp.asarray(array).dtype
     if not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(f"{name} has dtype {dtype}, must be an integer dtype")

@@ -87,6 +87,14 @@ def check_offset(q_offset: int | jax.Array, batch: int) -> jax.Array:
     return offset
 
 
+def existing(lens: jax.Array | None, length: int) -> jax.Array | None:
+    """Lengths of dense attention held to the array that they count in; None stays.
+
+    Kernels derive from them which tiles to visit: past the array, these would be read again.
+    """
+    return None if lens is None else jnp.clip(lens, 0, length)
+
+
 def check_sizes(dims: Mapping[str, int]) -> None:
     """Refuses nothing where there must be something; a call may lack queries, or keys."""
     for name, size in dims.items():
@@ -101,11 +109,13 @@ def check_logit_numbers(
     attention_chunk_size: int | None = None,
     sliding_window: masks.Window = None,
 ) -> None:
-    """Refuses static numbers that are given and not above zero."""
+    """Refuses static numbers that are given and not above zero, or farther than positions go."""
     check_positive("soft_cap", soft_cap)
-    check_positive("attention_chunk_size", attention_chunk_size)
-    for side in masks.window_bounds(sliding_window):
-        check_positive("sliding_window", side)
+    sizes = [("sliding_window", side) for side in masks.window_bounds(sliding_window)]
+    for name, size in (("attention_chunk_size", attention_chunk_size), *sizes):
+        check_positive(name, size)
+        if size is not None and size > masks.FARTHEST:
+            raise ValueError(f"{name} is {size}, must be at most {masks.FARTHEST}, or None for all")
 
 
 def check_paged(arrays: Arrays, *, dtypes: Collection[str], cache: Kind) -> dict[str, int]:

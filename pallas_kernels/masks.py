@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 Window = int | tuple[int | None, int | None] | None
+FARTHEST = 2**30  # no window or chunk is larger: its sums with positions are int32
 
 
 def window_bounds(sliding_window: Window) -> tuple[int | None, int | None]:

@@ -89,6 +89,11 @@ DENSE = [
         normal(0, 2),
         r"^query_seq_lengths has dtype float32, must be an integer",
     ),
+    ("q_offset", 2**31, "^q_offset has a value of 2147483648, must be -2147483648 to 2147483647"),
+    ("q_segment_ids", ints([[2**40] * 5] * 2), "^q_segment_ids has a value of 1099511627776, must"),
+    ("kv_segment_ids", ints([[-(2**40)] * 7] * 2), "^kv_segment_ids has a value of -1099511627776"),
+    ("key_value_seq_lengths", ints([2**32, 7]), "^key_value_seq_lengths has a value of 4294967296"),
+    ("query_seq_lengths", [2**40, 5], "^query_seq_lengths has a value of 1099511627776, must be"),
     ("q_offset", 1.5, r"^q_offset has dtype float32, must be an integer dtype"),
     ("q_offset", True, r"^q_offset has dtype bool, must be an integer dtype"),
     ("sinks", np.ones(4, complex), r"^sinks has dtype complex64, must be float32"),
@@ -103,6 +108,12 @@ DENSE = [
     ("scale", NAN, r"^scale is nan, must be a finite number, or None"),
     ("scale", "1", r"^scale is '1', must be a finite number, or None"),
     ("scale", np.ones(2), r"^scale is array.*, must be a finite number, or None"),
+    ("scale", np.complex64(1j), r"^scale is np.complex64\(1j\), must be a finite number, or None"),
+    ("scale", np.array("1"), r"^scale is array\('1', dtype='<U1'\), must be a finite number"),
+    ("scale", 1e39, r"^scale is 1e\+39, must be a finite number in float32 \(at most 3.4e\+38"),
+    ("scale", -(10**400), "^scale is -10+, must be a finite number in float32"),
+    ("soft_cap", 1e300, r"^soft_cap is 1e\+300, must be a finite number above 0 in float32"),
+    ("soft_cap", 1e-300, "^soft_cap is 1e-300, must be a finite number above 0 in float32"),
     ("soft_cap", 0.0, r"^soft_cap is 0.0, must be a finite number above 0, or None"),
     ("soft_cap", INF, r"^soft_cap is inf, must be a finite number above 0, or None"),
     ("soft_cap", True, r"^soft_cap is True, must be a finite number above 0, or None"),
@@ -116,6 +127,10 @@ DENSE = [
     ("local_window_size", (1, -1), r"^local_window_size is \(1, -1\), must be an integer"),
     ("local_window_size", (1, 2, 3), r"^local_window_size is \(1, 2, 3\), must be an integer"),
     ("local_window_size", 1.5, r"^local_window_size is 1.5, must be an integer of at least 0"),
+    ("local_window_size", ints([1, 2]), r"^local_window_size is \[1 2\], must be an integer of at"),
+    ("local_window_size", 2**31 - 2, "^local_window_size is 2147483646, must be at most 107374182"),
+    ("local_window_size", (0, 2**63), r"^local_window_size is \(0, 9223372036854775808\), must be"),
+    ("attention_chunk_size", 2**40, "^attention_chunk_size is 1099511627776, must be at most 1073"),
     ("local_window_size", (None, 1), r"^local_window_size is \(None, 1\), must be an integer"),
     ("is_causal", 1, r"^is_causal is 1, must be True or False"),
     ("return_residual", None, r"^return_residual is None, must be True or False"),
@@ -192,6 +207,14 @@ def test_heads_before_length_where_shapes_betray_it(q_shape, k_shape):
     refused(dot_product_attention, call, r"\(batch, heads, length, size\).*jnp.swapaxes\(x, 1, 2\)")
     right = {name: jnp.swapaxes(x, 1, 2) for name, x in call.items()}
     assert jax.eval_shape(lambda: dot_product_attention(**right)).shape == right["query"].shape
+
+
+@pytest.mark.parametrize(
+    "spelling", [float, np.float64, np.float16, jnp.bfloat16.dtype.type, np.asarray, jnp.asarray]
+)
+def test_a_number_in_any_spelling(spelling):
+    expected = dot_product_attention(**dense(), scale=0.25)
+    np.testing.assert_array_equal(dot_product_attention(**dense(), scale=spelling(0.25)), expected)
 
 
 @pytest.mark.parametrize("name", ["scale", "soft_cap", "attention_chunk_size"])
@@ -297,6 +320,8 @@ PAGED = [
     ("sliding_window", -1, r"^sliding_window is -1, must be an integer of at least 1, or None"),
     ("sliding_window", (0, 3), r"^sliding_window\[0\] is 0, must be an integer of at least 1"),
     ("sliding_window", (1, 2, 3), r"^sliding_window is \(1, 2, 3\), must be an integer, \(lef"),
+    ("sliding_window", 2**31 - 1, "^sliding_window is 2147483647, must be at most 1073741824, or"),
+    ("sliding_window", (1, 2**40), r"^sliding_window\[1\] is 1099511627776, must be at most 1073"),
     ("sliding_window", 2.5, r"^sliding_window is 2.5, must be an integer of at least 1"),
     ("attention_chunk_size", -4, r"^attention_chunk_size is -4, must be an integer of at least 1"),
     ("metadata.causal", 1, r"^metadata.causal is 1, must be True or False"),
@@ -467,8 +492,13 @@ def test_values_cannot_be_looked_at_under_jit(op, make):
         ),
         (
             {"page_table": [[4, -1], [0, 5]]},
-            r"^page_table\[0\]\[1\] is -1, must be 0 to 2147483647",
+            r"^page_table\[0\]\[1\] is -1, must be 0 to 536870911",
         ),
+        (
+            {"page_table": [[4, 2**29], [0, 5]]},  # whose slots int32 has no room for
+            r"^page_table\[0\]\[1\] is 536870912, must be 0 to 536870911",
+        ),
+        ({"writes": "no"}, r"^writes is 'no', must be True or False"),
         ({"page_size": 0}, r"^page_size is 0, must be an integer of at least 1"),
         ({"page_size": 4.0}, r"^page_size is 4.0, must be an integer of at least 1"),
         ({"num_tokens": 3}, r"^num_tokens is 3, must be at least 4, what the batch has"),
@@ -489,6 +519,10 @@ def test_from_lengths(arguments, message):
     [
         ({"num_reqs": 3}, r"^num_reqs is 3, must be 0 to 2, the rows of block_table_tensor"),
         ({"num_reqs": -1}, r"^num_reqs is -1, must be 0 to 2"),
+        ({"num_reqs": None}, r"^num_reqs is None, must be 0 to 2"),
+        ({"num_reqs": 2.0}, r"^num_reqs is 2.0, must be 0 to 2"),
+        ({"max_seq_len": "6"}, r"^max_seq_len is '6', must be 0 to 8"),
+        ({"causal": None}, r"^causal is None, must be True or False"),
         ({"max_seq_len": 9}, r"^max_seq_len is 9, must be 0 to 8, 2 blocks of 4"),
         (
             {"num_actual_tokens": 5},
@@ -501,6 +535,10 @@ def test_from_lengths(arguments, message):
         ({"query_start_loc": np.ones(2, int)}, r"^seq_lens has 2 and query_start_loc 2 entries"),
         ({"block_table_tensor": np.ones(2, int)}, r"^block_table_tensor has 1 dimensions"),
         ({"seq_lens": np.ones(2)}, r"^seq_lens has dtype float32, must be an integer dtype"),
+        (
+            {"slot_mapping": np.array([1, 2, 3, 2**32])},
+            "^slot_mapping has a value of 4294967296, mu",
+        ),
         (
             {"slot_mapping": np.ones(4)},
             r"^slot_mapping has dtype float32, must be an integer dtype",
@@ -543,6 +581,9 @@ def test_the_builders_other_arguments():
         ({"head_size": "8"}, r"^head_size is '8', must be an integer of at least 1"),
         ({"dtype": "int32"}, r"^dtype is 'int32', must be a floating dtype"),
         ({"kv_cache_dtype": "int4"}, r"^kv_cache_dtype is 'int4', must be one of auto, float32"),
+        ({"k_scale": 0.0}, r"^k_scale is 0.0, must be a finite number above 0: what is stored is"),
+        ({"v_scale": [1.0, -2.0]}, r"^v_scale is -2.0, must be a finite number above 0"),
+        ({"v_scale": NAN}, r"^v_scale is nan, must be a finite number above 0"),
         ({"k_scale": jnp.ones(3)}, r"^k_scale has shape \(3,\), must be \(\) or \(2,\)"),
         ({"v_scale": jnp.ones((2, 1))}, r"^v_scale has shape \(2, 1\), must be \(\) or \(2,\)"),
         ({"kv_cache_dtype": "fp8_ds_mla"}, r"kv_cache_dtype is fp8_ds_mla, must be one of float32"),
@@ -566,6 +607,19 @@ def test_a_cache_of_nothing_is_refused_in_the_callers_words(name):
     if name == "page_size":
         with pytest.raises(ValueError, match=message):
             allocate_kv_cache(6, 0, 2, 8, "float32")
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        ([1.0], r"^kv_scale has shape \(1,\), must be \(\)"),
+        (INF, "^kv_scale is inf, must be a fin"),
+    ],
+)
+def test_a_latent_cache_has_one_scale_above_0(scale, message):
+    allocate_latent_cache(6, 4, 8, 4, "float32", kv_scale=0.5)
+    with pytest.raises(ValueError, match=message):
+        allocate_latent_cache(6, 4, 8, 4, "float32", kv_scale=scale)
 
 
 def test_a_page_that_int32_has_no_number_for_is_refused_not_wrapped():
@@ -631,6 +685,53 @@ def test_an_impl_refuses_a_cache_of_another_dtype_than_was_said():
         impl.forward(call["q"], call["k"], call["v"], call["cache"], call["metadata"])
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message", "error"),
+    [
+        ("q", normal(0, 5, 64), r"^q is \(5, 64\), must be \[num_tokens, 4, 8\] or", ValueError),
+        ("q", normal(0, 5, 8, 8), r"^q is \(5, 8, 8\), must be \[num_tokens, 4, 8\]", ValueError),
+        ("q", normal(0, 1, 5, 4, 8), r"^q is \(1, 5, 4, 8\), must be", ValueError),
+        ("q", [1.0], "^q is list, must be an array", TypeError),
+        ("k", normal(0, 5, 8), r"^k is \(5, 8\), must be \[num_tokens, 2, 8\] or", ValueError),
+        ("v", normal(0, 5, 4, 8), r"^v is \(5, 4, 8\), must be \[num_tokens, 2, 8\]", ValueError),
+        ("cache", None, "^kv_cache is NoneType, must be a cache, or its array", TypeError),
+        (
+            "cache", jnp.zeros((2, 6, 4, 1, 8)),
+            "^kv_cache has num_kv_heads 1, must be 2, as this layer was built", ValueError,
+        ),
+        ("metadata", None, "^metadata is NoneType, must be AttentionMetadata: build", TypeError),
+        ("metadata.causal", None, "^metadata.causal is None, must be True or False", ValueError),
+    ],
+)  # fmt: skip
+def test_an_impl_refuses_a_step_that_it_was_not_built_for(name, value, message, error):
+    """Flat tokens of another width would be read as other tokens."""
+    layer = get_attn_backend(8, "float32", "auto", 4).get_impl_cls()(**IMPL)
+    call = paged()
+    if name == "q":
+        call |= {"k": None, "v": None}
+    with pytest.raises(error, match=message):
+        layer.forward(**{"kv_cache" if n == "cache" else n: x
+                         for n, x in replaced(call, name, value).items()})  # fmt: skip
+
+
+def test_an_impl_refuses_a_batch_that_its_backend_does_not_declare():
+    from third_party import backend
+
+    from attnsel_jax import Capabilities, OneOf
+
+    bare = {"paged": Capabilities(dtype=OneOf("float32"), head_size=OneOf(8))}
+    layer = backend("BARE", capabilities=bare).get_impl_cls()(**IMPL)
+    q, k, v, cache, metadata = replaced(paged(), "metadata.causal", False).values()
+    with pytest.raises(ValueError, match=r"^metadata.causal is False, must be True with backend B"):
+        layer.forward(q, k, v, cache, metadata)
+    found = get_attn_backend(12, "float32", "auto", 4, True).get_impl_cls()
+    layer = found(num_heads=4, scale=0.3, kv_lora_rank=8, qk_rope_head_dim=4)
+    call = replaced(mla(), "metadata.causal", False)
+    call.pop("scale")
+    with pytest.raises(ValueError, match=r"^metadata.causal is False, must be True: latent"):
+        layer.forward(*call.values())
+
+
 def test_an_mla_impl_refuses_sizes_that_it_was_not_built_for():
     found = get_attn_backend(12, "float32", "auto", 4, True).get_impl_cls()
     impl = found(num_heads=4, scale=0.3, kv_lora_rank=8, qk_rope_head_dim=4)
@@ -638,5 +739,7 @@ def test_an_mla_impl_refuses_sizes_that_it_was_not_built_for():
     call.pop("scale")
     with pytest.raises(ValueError, match=r"^ql_nope is \(5, 2, 8\), must be \[num_tokens, 4, 8\]"):
         impl.forward(*call.values())
+    with pytest.raises(TypeError, match=r"^metadata is NoneType, must be AttentionMetadata"):
+        impl.forward(*(call | {"metadata": None}).values())
     with pytest.raises(ValueError, match=r"^scale is None, must be a number"):
         found(num_heads=4, scale=None, kv_lora_rank=8, qk_rope_head_dim=4)

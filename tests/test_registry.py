@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import pickle
+import sys
 import threading
 import types
 
@@ -12,6 +13,7 @@ from attnsel_jax import (
     AttentionBackend,
     AttentionBackendEnum,
     AttentionSelectorConfig,
+    NoAttentionBackendError,
     get_attn_backend,
     register_backend,
     resolve_obj_by_qualname,
@@ -284,6 +286,30 @@ def test_an_entry_point_that_does_not_import_is_a_reason(entry_points):
     entry_points(ABSENT="nowhere_at_all:AbsentBackend")
     answer = select(AttentionSelectorConfig(*QUESTION), backend="ABSENT")
     assert "ModuleNotFoundError" in str(answer.reasons["ABSENT"][0])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("no driver"), AttributeError("no jax.x"), ValueError("v"), TypeError("t")],
+)
+def test_a_package_that_raises_at_import_is_refused_and_stops_no_other(
+    entry_points, monkeypatch, error
+):
+    class Finder:
+        @staticmethod
+        def find_spec(fullname, path=None, target=None):
+            if fullname == "broken_package":
+                raise error
+
+    monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
+    entry_points(BROKEN="broken_package:BrokenBackend")
+    answer = select(AttentionSelectorConfig(*QUESTION))
+    assert answer.backend.name == "XLA"
+    (reason,) = answer.reasons["BROKEN"]
+    assert f"broken_package raises {type(error).__name__}: {error}" in str(reason)
+    assert reason.cause.__cause__ is error
+    with pytest.raises(NoAttentionBackendError, match="import is failing"):
+        select(AttentionSelectorConfig(*QUESTION), backend="BROKEN").required()
 
 
 @pytest.mark.parametrize(

@@ -569,3 +569,21 @@ def test_an_indexer_that_the_chips_own_backend_refuses_is_xla_s(chip, asked, sai
 def test_questions_about_no_indexer(question, said):
     with pytest.raises(ValueError, match=said):
         AttentionSelectorConfig(**question)
+
+
+@pytest.mark.parametrize("use_sparse", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"head_size": 320}, "head_size is 320, must be 576 with kv_cache_dtype fp8_ds_mla"),
+        ({"head_size_v": 448}, "head_size_v is 448, must be 512 with kv_cache_dtype fp8_ds_mla"),
+    ],
+)
+def test_rows_of_bytes_have_one_size(sizes, said, use_sparse):
+    question = {"head_size": 576, "dtype": "bfloat16", "kv_cache_dtype": "fp8_ds_mla",
+                "use_mla": True, "use_sparse": use_sparse}  # fmt: skip
+    assert select(AttentionSelectorConfig(**question), "cpu").backend is not None
+    answer = select(AttentionSelectorConfig(**question | sizes), "cpu")
+    assert answer.backend is None
+    reasons = answer.reasons["XLA_MLA_SPARSE" if use_sparse else "XLA_MLA"]
+    assert [str(reason) for reason in reasons] == [said]

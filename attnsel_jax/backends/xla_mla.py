@@ -1,8 +1,12 @@
 """XLA_MLA: multi-head latent attention by blocks in plain JAX; runs on every platform."""
 
+from collections.abc import Sequence
+
 from attnsel_jax.backend import AttentionBackend
-from attnsel_jax.capabilities import Capabilities
+from attnsel_jax.capabilities import Capabilities, Rejection
+from attnsel_jax.config import AttentionSelectorConfig
 from attnsel_jax.constraints import EITHER, MultipleOf, OneOf
+from attnsel_jax.platforms import Device
 
 XLA_LATENT = Capabilities(
     dtype=OneOf("float32", "bfloat16", "float16"),
@@ -14,6 +18,16 @@ XLA_LATENT = Capabilities(
     has_soft_cap=EITHER,
     needs_lse=EITHER,
 )
+
+
+def other_rows(config: AttentionSelectorConfig) -> list[Rejection]:
+    """Rows of bytes hold a latent of 512 and a rotary key of 64, and nothing else."""
+    sizes = {"head_size": (config.head_size, 576), "head_size_v": (config.head_size_v or 512, 512)}
+    return [
+        Rejection(name, asked, f"{allowed} with kv_cache_dtype fp8_ds_mla")
+        for name, (asked, allowed) in sizes.items()
+        if config.cache_dtype == "fp8_ds_mla" and asked != allowed
+    ]
 
 
 class XlaMlaBackend(AttentionBackend):
@@ -28,3 +42,10 @@ class XlaMlaBackend(AttentionBackend):
     }
     impl = "attnsel_jax.impls.mla:MLAImpl"
     preferred_block_size = 64
+
+    @classmethod
+    def supports_combination(
+        cls, config: AttentionSelectorConfig, device: Device
+    ) -> Sequence[Rejection]:
+        """With fp8_ds_mla latents of 512 and rotary keys of 64 only."""
+        return other_rows(config)

@@ -8,8 +8,8 @@ from attnsel_jax.backend import MLAAttentionImpl
 from attnsel_jax.config import kv_cache_dtype_name
 from attnsel_jax.kv_cache import LatentCache, check_stored
 from attnsel_jax.mesh import kernel_over_mesh, plan_call
-from attnsel_jax.metadata import AttentionMetadata
-from attnsel_jax.static_arguments import count, number
+from attnsel_jax.metadata import AttentionMetadata, check_is_batch
+from attnsel_jax.static_arguments import count, flag, number
 
 
 class MLAImpl(MLAAttentionImpl):
@@ -68,6 +68,10 @@ class MLAImpl(MLAAttentionImpl):
                 to write.
             kv_cache: a `LatentCache`, or its bare array in the shape of `get_kv_cache_shape`.
             metadata: the batch.
+
+        Raises:
+            TypeError: an argument that is no array, or a batch of another class.
+            ValueError: tokens or a cache of other sizes than this layer was built for.
         """
         return self._attend((ql_nope, q_pe, kv_c, k_pe), {}, kv_cache, metadata)
 
@@ -79,17 +83,22 @@ class MLAImpl(MLAAttentionImpl):
                 f"backend {self.backend.name}: use "
                 f"kv_cache.converted({self.backend.latent_layout!r}, {self.qk_rope_head_dim})"
             )
-        check_stored(cache.pages, self.kv_cache_dtype, tokens[0].dtype)
         own = (self.kv_lora_rank, self.qk_rope_head_dim)
         for name, x, size in zip(("ql_nope", "q_pe"), tokens, own, strict=False):
+            if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+                raise TypeError(f"{name} is {type(x).__name__}, must be an array")
             if x.shape[1:] != (self.num_heads, size):
                 raise ValueError(
                     f"{name} is {tuple(x.shape)}, must be [num_tokens, {self.num_heads}, {size}], "
                     f"as this layer was built"
                 )
+        check_stored(cache.pages, self.kv_cache_dtype, tokens[0].dtype)
 
     def _attend(self, tokens, chosen, kv_cache, metadata):
         """Calls the family's kernel; `chosen` holds what it takes beside MLA's."""
+        check_is_batch(metadata)
+        if not flag("metadata.causal", metadata.causal):
+            raise ValueError("metadata.causal is False, must be True: latent attention is causal")
         is_wrapped = isinstance(kv_cache, LatentCache)
         cache = kv_cache
         if not is_wrapped:

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from attnsel_jax.backend import AttentionImpl
+from attnsel_jax.cache_layouts import layout_named
 from attnsel_jax.config import AttentionType, attention_type, kv_cache_dtype_name
 from attnsel_jax.kv_cache import KVCache, check_stored
 from attnsel_jax.mesh import kernel_over_mesh, plan_call
-from attnsel_jax.metadata import AttentionMetadata
-from attnsel_jax.static_arguments import count, number, window
+from attnsel_jax.metadata import AttentionMetadata, check_is_batch
+from attnsel_jax.static_arguments import count, distance, flag, number, window
 from pallas_kernels.shape_checks import check_groups
 
 
@@ -55,7 +56,7 @@ class StandardImpl(AttentionImpl):
         self.alibi_slopes = _per_head("alibi_slopes", alibi_slopes, num_heads)
         self.sinks = _per_head("sinks", sinks, num_heads)
         self.sliding_window = window("sliding_window", sliding_window)
-        self.attention_chunk_size = count("attention_chunk_size", attention_chunk_size)
+        self.attention_chunk_size = distance("attention_chunk_size", attention_chunk_size)
         self.kv_cache_dtype = kv_cache_dtype_name(kv_cache_dtype)
         self.logits_soft_cap = number("logits_soft_cap", logits_soft_cap or None, positive=True)
         self.attn_type = attention_type(attn_type)
@@ -99,7 +100,13 @@ class StandardImpl(AttentionImpl):
 
         Returns:
             output in q's shape and dtype, and the cache as it came, with this step written.
+
+        Raises:
+            TypeError: an argument that is no array, or a batch of another class.
+            ValueError: tokens or a cache of other sizes than this layer was built for.
         """
+        check_is_batch(metadata)
+        given, q = q, self._with_heads("q", q, self.num_heads)
         cache = kv_cache if isinstance(kv_cache, KVCache) else self._wrapped(kv_cache)
         self._check_cache(cache, q)
         arrays = self._arrays(q, k, v, cache, metadata)
@@ -107,24 +114,20 @@ class StandardImpl(AttentionImpl):
         out, _, pages = kernel_over_mesh(self.backend, "paged", plan)(
             **arrays,
             scale=self.scale,
-            causal=metadata.causal and self.attn_type == AttentionType.DECODER,
+            causal=self._causal(metadata),
             sliding_window=self.sliding_window,
             attention_chunk_size=self.attention_chunk_size,
             soft_cap=self.logits_soft_cap,
         )
         written = pages if cache is not kv_cache else cache.with_pages(pages)
-        return out.reshape(q.shape), written
+        return out.reshape(given.shape), written
 
     def _arrays(self, q, k, v, cache: KVCache, metadata: AttentionMetadata) -> dict[str, Any]:
-        """The kernel's arrays by name; flat tokens get their heads."""
-
-        def of_heads(x: jax.Array | None, count: int) -> jax.Array | None:
-            return x if x is None or x.ndim == 3 else x.reshape(-1, count, self.head_size)
-
+        """The kernel's arrays by name."""
         return {
-            "q": of_heads(q, self.num_heads),
-            "k": of_heads(k, self.num_kv_heads),
-            "v": of_heads(v, self.num_kv_heads),
+            "q": q,
+            "k": None if k is None else self._with_heads("k", k, self.num_kv_heads),
+            "v": None if v is None else self._with_heads("v", v, self.num_kv_heads),
             "kv_pages": cache.pages,
             **metadata.arrays(),
             "slot_mapping": None if k is None else metadata.slot_mapping,
@@ -134,14 +137,46 @@ class StandardImpl(AttentionImpl):
             "v_scale": cache.v_scale,
         }
 
+    def _causal(self, metadata: AttentionMetadata) -> bool:
+        """Whether queries see earlier keys only; refused where the backend declares it not."""
+        causal = flag("metadata.causal", metadata.causal)
+        causal = causal and self.attn_type == AttentionType.DECODER
+        allowed = self.backend.capabilities["paged"].causal
+        if causal not in allowed:
+            raise ValueError(
+                f"metadata.causal is {causal}, must be {allowed} with backend "
+                f"{self.backend.name}: ask get_attn_backend for it"
+            )
+        return causal
+
+    def _with_heads(self, name: str, x: jax.Array, count: int) -> jax.Array:
+        """[num_tokens, count, head_size]: flat tokens get their heads."""
+        if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+            raise TypeError(f"{name} is {type(x).__name__}, must be an array")
+        heads = (count, self.head_size)
+        if x.ndim == 2 and x.shape[1] == count * self.head_size:
+            return x.reshape(-1, *heads)
+        if x.ndim != 3 or x.shape[1:] != heads:
+            raise ValueError(
+                f"{name} is {tuple(x.shape)}, must be [num_tokens, {count}, {self.head_size}] or "
+                f"[num_tokens, {count * self.head_size}], as this layer was built"
+            )
+        return x
+
     def _check_cache(self, cache: KVCache, q: jax.Array) -> None:
-        """Refuses a cache of another layout or dtype than was said when the layer was built."""
+        """Refuses a cache of another layout, dtype or size than was said at building."""
         if cache.layout != self.backend.layout:
             raise ValueError(
                 f"kv_cache.layout is {cache.layout!r}, must be {self.backend.layout!r} for backend "
                 f"{self.backend.name}: use kv_cache.converted({self.backend.layout!r})"
             )
         check_stored(cache.pages, self.kv_cache_dtype, q.dtype)
+        layout = layout_named(cache.layout)
+        if cache.pages.ndim == len(layout.stride_order) and cache.num_kv_heads % self.num_kv_heads:
+            raise ValueError(
+                f"kv_cache has num_kv_heads {cache.num_kv_heads}, must be {self.num_kv_heads}, as "
+                f"this layer was built, or a multiple of it"
+            )
 
     def _wrapped(self, pages: jax.Array) -> KVCache:
         return KVCache(pages, layout=self.backend.layout)

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from attnsel_jax.mesh import Plan
@@ -83,3 +84,27 @@ def as_float32(name: str, values: ArrayLike | None) -> jax.Array | None:
     ):
         raise ValueError(f"{name} has dtype {array.dtype}, must be float32")
     return array.astype(jnp.float32)
+
+
+def as_scale(name: str, values: ArrayLike | None, heads: int | None = None) -> jax.Array | None:
+    """A cache's scale as float32 [] (or [heads], where one a head may be given); None stays.
+
+    Raises:
+        TypeError: it is no array.
+        ValueError: no real numbers, another shape, or one on the host that is not above 0.
+    """
+    scale = as_float32(name, values)
+    if scale is None:
+        return None
+    if scale.shape not in ((), *([] if heads is None else [(heads,)])):
+        a_head = "" if heads is None else f" or ({heads},), one a kv head"
+        raise ValueError(f"{name} has shape {scale.shape}, must be (){a_head}")
+    if not any(isinstance(x, jax.Array) for x in jax.tree.leaves(values)):
+        host = np.asarray(values, np.float32)
+        wrong = host[~((host > 0) & (host < np.inf))]
+        if wrong.size:
+            raise ValueError(
+                f"{name} is {wrong[0]}, must be a finite number above 0: what is stored is divided "
+                f"by it"
+            )
+    return scale

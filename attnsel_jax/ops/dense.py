@@ -17,7 +17,7 @@ from attnsel_jax.ops.dense_arguments import (
     with_batch,
 )
 from attnsel_jax.selector import BackendLike, DeviceLike, get_attn_backend
-from attnsel_jax.static_arguments import count, flag, number
+from attnsel_jax.static_arguments import distance, flag, number
 from attnsel_jax.value_checks import check_lengths
 from pallas_kernels import empty_calls
 from pallas_kernels.dense.derivative_rules import DENSE_RESIDUALS as DENSE_RESIDUALS
@@ -108,7 +108,7 @@ def dot_product_attention(
     }  # fmt: skip
     static = {
         "scale": number("scale", scale), "causal": flag("is_causal", is_causal),
-        "attention_chunk_size": count("attention_chunk_size", attention_chunk_size),
+        "attention_chunk_size": distance("attention_chunk_size", attention_chunk_size),
         "sliding_window": own_key_included(local_window_size),
         "soft_cap": number("soft_cap", soft_cap, positive=True),
     }  # fmt: skip

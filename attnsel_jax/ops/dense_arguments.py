@@ -6,8 +6,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from attnsel_jax.ops.calls import as_array
-from attnsel_jax.static_arguments import refuse_traced
-from pallas_kernels.masks import Window
+from attnsel_jax.static_arguments import check_int32, is_integer, on_host, refuse_traced
+from pallas_kernels.masks import FARTHEST, Window
 from pallas_kernels.shape_checks import (
     BOOL,
     FLOAT32,
@@ -60,10 +60,11 @@ def as_int32(name: str, values: ArrayLike | None) -> jax.Array | None:
     """Integers as int32; None stays.
 
     Raises:
-        ValueError: they are no integers.
+        ValueError: they are no integers, or one on the host is no int32.
     """
     if values is None:
         return None
+    check_int32(name, values)
     array = as_array(name, values)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(f"{name} has dtype {array.dtype}, must be an integer dtype")
@@ -77,11 +78,11 @@ def lengths(name: str, values: ArrayLike | None) -> jax.Array | None:
         ValueError: they are no integers, or one on the host is negative.
     """
     array = with_batch(name, values, 1)
-    if values is not None and not isinstance(values, jax.Array):
-        host = np.atleast_1d(np.asarray(values))
-        if (host < 0).any():
-            i = int(np.argmax(host < 0))
-            raise ValueError(f"{name}[{i}] is {host[i]}, must be at least 0")
+    host = on_host(values)
+    if host is not None and (host < 0).any():
+        host = np.atleast_1d(host)
+        i = int(np.argmax(host < 0))
+        raise ValueError(f"{name}[{i}] is {host[i]}, must be at least 0")
     return array
 
 
@@ -89,7 +90,7 @@ def own_key_included(local_window_size: int | tuple[int, int] | None) -> Window:
     """The window in this library's words: the own key counts on either side.
 
     Raises:
-        ValueError: neither an integer nor two, or one below 0.
+        ValueError: neither an integer nor two, or one below 0 or too far for int32.
     """
     if local_window_size is None:
         return None
@@ -97,13 +98,19 @@ def own_key_included(local_window_size: int | tuple[int, int] | None) -> Window:
     sides = tuple(local_window_size) if pair else (local_window_size,) * 2
     for side in sides:
         refuse_traced("local_window_size", side)
-    integers = all(hasattr(s, "__index__") and not isinstance(s, bool) for s in sides)
+    integers = all(map(is_integer, sides))
     if len(sides) != 2 or not integers or min(s.__index__() for s in sides) < 0:
         raise ValueError(
             f"local_window_size is {local_window_size}, must be an integer of at least 0 (on "
             f"either side), two of them (left, right), or None"
         )
-    return sides[0].__index__() + 1, sides[1].__index__() + 1
+    left, right = (s.__index__() + 1 for s in sides)
+    if max(left, right) > FARTHEST:
+        raise ValueError(
+            f"local_window_size is {local_window_size}, must be at most {FARTHEST - 1} on either "
+            f"side, or None: pass None where nothing is too far to be seen"
+        )
+    return left, right
 
 
 def check_dense(

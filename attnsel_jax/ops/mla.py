@@ -10,7 +10,7 @@ from attnsel_jax.config import kv_cache_dtype_name
 from attnsel_jax.kv_cache import LatentCache, stored_dtype
 from attnsel_jax.mesh import MeshAxes, asked_of_kernel, kernel_over_mesh, plan_call
 from attnsel_jax.metadata import AttentionMetadata
-from attnsel_jax.ops.calls import as_float32, asked_device, batch_arrays, head_counts
+from attnsel_jax.ops.calls import as_scale, asked_device, batch_arrays, head_counts
 from attnsel_jax.ops.ragged_arguments import check_latent
 from attnsel_jax.selector import BackendLike, DeviceLike, get_attn_backend
 from attnsel_jax.static_arguments import count, flag, number
@@ -126,7 +126,7 @@ def allocate_latent_cache(
     """
     sizes = {"num_pages": num_pages, "kv_lora_rank": kv_lora_rank, "rope_dim": rope_dim}
     num_pages, kv_lora_rank, rope_dim = (count(*size, optional=False) for size in sizes.items())
-    page_size = count("page_size", page_size)
+    page_size, scale = count("page_size", page_size), as_scale("kv_scale", kv_scale)
     head_size = kv_lora_rank + rope_dim
     chosen = get_attn_backend(
         head_size, dtype, kv_cache_dtype, page_size, True, use_sparse=use_sparse, backend=backend,
@@ -140,7 +140,7 @@ def allocate_latent_cache(
     name = stored.name if name == "auto" else name
     shape = chosen.get_kv_cache_shape(num_pages, size, 1, head_size, name)
     pages = jnp.zeros(shape, stored)
-    return LatentCache(pages, as_float32("kv_scale", kv_scale), chosen.latent_layout)
+    return LatentCache(pages, scale, chosen.latent_layout)
 
 
 def _latent(

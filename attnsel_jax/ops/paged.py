@@ -9,10 +9,17 @@ from jax.typing import ArrayLike
 from attnsel_jax.kv_cache import KVCache, stored_dtype
 from attnsel_jax.mesh import MeshAxes, asked_of_kernel, kernel_over_mesh, plan_call
 from attnsel_jax.metadata import AttentionMetadata
-from attnsel_jax.ops.calls import as_float32, asked_device, batch_arrays, features, head_counts
+from attnsel_jax.ops.calls import (
+    as_float32,
+    as_scale,
+    asked_device,
+    batch_arrays,
+    features,
+    head_counts,
+)
 from attnsel_jax.ops.ragged_arguments import check_paged
 from attnsel_jax.selector import BackendLike, DeviceLike, get_attn_backend
-from attnsel_jax.static_arguments import count, flag, number, window
+from attnsel_jax.static_arguments import count, distance, flag, number, window
 from attnsel_jax.value_checks import check_groups
 from pallas_kernels.masks import Window
 
@@ -68,7 +75,7 @@ def paged_attention(
     static = {
         "scale": number("scale", scale), "causal": flag("metadata.causal", metadata.causal),
         "sliding_window": window("sliding_window", sliding_window),
-        "attention_chunk_size": count("attention_chunk_size", attention_chunk_size),
+        "attention_chunk_size": distance("attention_chunk_size", attention_chunk_size),
         "soft_cap": number("soft_cap", soft_cap, positive=True),
     }  # fmt: skip
     arrays = {
@@ -123,18 +130,15 @@ def allocate_kv_cache(
         backend, device: as in `dot_product_attention`.
 
     Raises:
-        ValueError: a count below 1, or scales of another shape.
+        ValueError: a count below 1, or scales of another shape, or not above 0.
         NoAttentionBackendError: no backend here takes such a cache.
     """
     num_pages = count("num_pages", num_pages, optional=False)
     page_size = count("page_size", page_size)
     num_kv_heads = count("num_kv_heads", num_kv_heads, optional=False)
-    scales = [as_float32("k_scale", k_scale), as_float32("v_scale", v_scale)]
-    for name, scale in zip(("k_scale", "v_scale"), scales, strict=True):
-        if scale is not None and scale.shape not in ((), (num_kv_heads,)):
-            raise ValueError(
-                f"{name} has shape {scale.shape}, must be () or ({num_kv_heads},), one a kv head"
-            )
+    scales = [
+        as_scale("k_scale", k_scale, num_kv_heads), as_scale("v_scale", v_scale, num_kv_heads)
+    ]  # fmt: skip
     chosen = get_attn_backend(
         head_size, dtype, kv_cache_dtype, page_size, backend=backend, device=device,
         num_kv_heads=num_kv_heads,

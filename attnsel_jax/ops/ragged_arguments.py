@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from attnsel_jax.cache_layouts import latent_layout_named, layout_named
 from attnsel_jax.kv_cache import KVCache, LatentCache
-from attnsel_jax.metadata import AttentionMetadata
+from attnsel_jax.metadata import AttentionMetadata, check_is_batch
 from pallas_kernels import fp8_ds_mla
 from pallas_kernels.shape_checks import (
     CACHE_DTYPES,
@@ -166,8 +166,7 @@ def _check_ndim(shape: tuple[int, ...], ndim: int, layout: str) -> None:
 
 def _batch_table(metadata: AttentionMetadata) -> dict[str, Spec]:
     """The batch's rows of the table, in its own words."""
-    hint = "build it with AttentionMetadata.from_lengths, or by the backend's builder"
-    _check_kind("metadata", metadata, AttentionMetadata, hint)
+    check_is_batch(metadata)
     names = ("page_table", "kv_lens", "cu_q_lens", "num_seqs")
     _check_given({f"metadata.{name}": getattr(metadata, name) for name in names})
     rows = metadata.kv_lens.shape

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import empty_calls
-from pallas_kernels.contract_checks import check_sizes
+from pallas_kernels.contract_checks import check_sizes, existing
 from pallas_kernels.jax_settings import under_default_rules
 from pallas_kernels.masks import Window, window_bounds
 from pallas_kernels.shape_checks import FLOATS, check_arguments
@@ -64,6 +64,7 @@ def dense_attention(
     check_sizes(dims)
     if empty_calls.is_empty(dims):
         return empty_calls.dense(q, v, None, q_lens)[0], None
+    q_lens, kv_lens = existing(q_lens, dims["q_len"]), existing(kv_lens, dims["kv_len"])
     return attend(q, k, v, scale, causal, sliding_window, bias, q_lens, kv_lens, "cudnn"), None
 
 

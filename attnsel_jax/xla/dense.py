@@ -109,8 +109,10 @@ def dense_attention(
     contract_checks.check_logit_numbers(soft_cap, attention_chunk_size, sliding_window)
     if empty_calls.is_empty(dims):
         return empty_calls.dense(q, v, sinks, q_lens)
-    batch = dims["batch"]
-    who = Masks(mask, q_segment_ids, kv_segment_ids, _offsets(q_offset, batch), q_lens, kv_lens)
+    q_lens = contract_checks.existing(q_lens, dims["q_len"])
+    kv_lens = contract_checks.existing(kv_lens, dims["kv_len"])
+    offsets = _offsets(q_offset, dims["batch"])
+    who = Masks(mask, q_segment_ids, kv_segment_ids, offsets, q_lens, kv_lens)
     static = Static(
         scale=float(dims["head_dim"] ** -0.5 if scale is None else scale),
         causal=causal,

@@ -209,8 +209,11 @@ def _rows(dims, q_offset, q_lens, kv_lens) -> tuple[int | None, jax.Array | None
         offset = contract_checks.check_offset(q_offset, batch)
     if static and q_lens is None and kv_lens is None:
         return int(offset or 0), None
-    columns = (0 if offset is None else offset, q_lens, kv_lens)
     sizes = (0, dims["q_len"], dims["kv_len"])
+    q_lens, kv_lens = (
+        contract_checks.existing(*pair) for pair in zip((q_lens, kv_lens), sizes[1:], strict=True)
+    )
+    columns = (0 if offset is None else offset, q_lens, kv_lens)
     rows = [
         jnp.broadcast_to(jnp.asarray(size if c is None else c, jnp.int32), (batch,))
         for c, size in zip(columns, sizes, strict=True)

@@ -93,6 +93,8 @@ def dense_attention(
     if empty_calls.is_empty(dims):
         return empty_calls.dense(q, v, sinks, q_lens)
     first, offsets = _offsets(q_offset, dims["batch"])
+    q_lens = contract_checks.existing(q_lens, dims["q_len"])
+    kv_lens = contract_checks.existing(kv_lens, dims["kv_len"])
     who = Masks(q_segment_ids, kv_segment_ids, offsets, q_lens, kv_lens)
     scale = float(dims["head_dim"] ** -0.5 if scale is None else scale)
     group = dims["num_q_heads"] // dims["num_kv_heads"]

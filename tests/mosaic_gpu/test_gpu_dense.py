@@ -58,6 +58,8 @@ TILED = (
     problem("offsets, empty rows, float16", batch=2, q_len=140, kv_len=350, q_offset=(-80, 150),
             causal=True, dtype="float16"),
     problem("lengths", batch=2, q_len=130, kv_len=333, q_lens=(130, 60), kv_lens=(330, 123)),
+    problem("lengths past the arrays", batch=2, q_len=130, kv_len=70, q_lens=(131, 900),
+            kv_lens=(100, 1000)),
     problem("segments", segments=3, causal=True, q_len=140, batch=2, q_lens=(140, 77)),
     problem("everything", batch=2, sinks=True, alibi=True, soft_cap=8.0, q_len=150,
             q_lens=(150, 70), kv_len=170, kv_lens=(170, 130), bias=(True, True, True, True),

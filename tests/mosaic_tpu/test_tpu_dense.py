@@ -47,6 +47,8 @@ TILED = (
     problem("offsets, empty rows", batch=2, kv_len=350, q_offset=(-140, 13), causal=True,
             heads=(1, 1), gradients=True),
     problem("lengths", batch=2, kv_len=341, q_lens=(260, 118), kv_lens=(341, 123)),
+    problem("lengths past the arrays", batch=2, q_len=130, kv_len=70, heads=(1, 1),
+            q_lens=(131, 900), kv_lens=(100, 1000), gradients=True),
     problem("segments, some blocks empty", segments=3, causal=True),
     problem("slopes, over two major blocks of keys", alibi=True, heads=(4, 2), q_len=130,
             kv_len=300, sliding_window=(None, 200), dtype="bfloat16", gradients=True),

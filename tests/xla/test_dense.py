@@ -133,6 +133,10 @@ CASES = {
         "q_segment_ids": jnp.arange(74, dtype=jnp.int32).reshape(2, 37) // 10,
         "kv_segment_ids": jnp.arange(86, dtype=jnp.int32).reshape(2, 43) // 11,
     },
+    "lengths past the arrays": {
+        "q_lens": jnp.array([38, 2**31 - 1], jnp.int32),
+        "kv_lens": jnp.array([60, 1000], jnp.int32),
+    },
     "lengths": {"q_lens": jnp.array([37, 5], jnp.int32), "kv_lens": jnp.array([19, 43], jnp.int32)},
     "lengths, some zero": {
         "q_lens": jnp.array([0, 20], jnp.int32),
