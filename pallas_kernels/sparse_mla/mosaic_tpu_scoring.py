@@ -324,7 +324,8 @@ class Scoring:
     def _keys(self, k: jax.Array, parity: int) -> Any:
         """Where step k's keys are."""
         keys = (self.scratch.even_keys, self.scratch.odd_keys)[parity]
-        return keys.at[jax.lax.div(k, 2) % (BUFFERS // 2)]
+        # `//` of a loop's index is lowered in 64 bits where the caller has those.
+        return keys.at[(k >> 1) % (BUFFERS // 2)]
 
     def _copy_scores(self, octet):
         """The copy of an octet's scores to HBM."""
