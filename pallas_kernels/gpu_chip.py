@@ -13,9 +13,13 @@ for a chip that is not here needs `jax.default_device` as well (`attnsel_jax.aot
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.jax_settings import unchecked
 
 DEFAULT = "h200"
 
@@ -88,6 +92,14 @@ def _default_device() -> jax.Device:
     if default is None:
         return jax.local_devices()[0]
     return jax.local_devices(backend=default)[0] if isinstance(default, str) else default
+
+
+def kernel(body: Callable[..., None], **options: Any) -> Callable[..., Any]:
+    """`plgpu.kernel`, whose calls a `jax.vmap` makes one after another.
+
+    Pallas' own rule traces the body again, under whatever settings the caller has by then.
+    """
+    return jax.custom_batching.sequential_vmap(unchecked(plgpu.kernel(body, **options)))
 
 
 @contextlib.contextmanager

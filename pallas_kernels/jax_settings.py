@@ -13,6 +13,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 from jax._src import config as _config  # what `jax.shard_map(check_vma=...)` sets; not public
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -38,7 +40,7 @@ def under_own_settings(function: Callable[P, T]) -> Callable[P, T]:
         which = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
 
         def unmarked(arrays: list[jax.Array]) -> T:
-            given = dict(zip(which, map(_without_mark, arrays), strict=True))
+            given = dict(zip(which, map(_without_mark_p.bind, arrays), strict=True))
             args, kwargs = tree.unflatten(given.get(i, leaf) for i, leaf in enumerate(leaves))
             return under_rules(*args, **kwargs)
 
@@ -70,6 +72,21 @@ def under_default_rules(function: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
+def unchecked(function: Callable[P, T]) -> Callable[P, T]:
+    """The function under the same rules, and with no check of mesh axes.
+
+    For what JAX traces again after the door was left, as it does under a `jax.vmap`.
+    """
+    under_rules = under_default_rules(function)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        with _config._check_vma(False):
+            return under_rules(*args, **kwargs)
+
+    return call
+
+
 def varying_axes(leaves: list[Any]) -> frozenset[str]:
     """The manual mesh axes that some array of a checked `shard_map` varies over."""
     if not _config._check_vma.value:
@@ -86,6 +103,10 @@ def _marked(x: Any, axes: frozenset[str]) -> Any:
     return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
 
-def _without_mark(array: jax.Array) -> jax.Array:
-    """The same array, of no axes: what is computed with no check has none. Costs nothing."""
-    return array.reshape(1, *array.shape).reshape(array.shape)
+# The same array, of no axes: what is computed with no check has none. A primitive of its own, since
+# any other takes its argument's axes when JAX evaluates it again with the check on.
+_without_mark_p = Primitive("without_mark")
+_without_mark_p.def_impl(lambda x: x)
+_without_mark_p.def_abstract_eval(lambda x: x.update(manual_axis_type=type(x.manual_axis_type)()))
+mlir.register_lowering(_without_mark_p, lambda _, x: [x])
+batching.defvectorized(_without_mark_p)

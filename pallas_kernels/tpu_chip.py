@@ -19,6 +19,8 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.jax_settings import unchecked
+
 LANES, SUBLANES = 128, 8  # of a vector register, 32 bits each
 DEFAULT = "v5e"
 # Left of VMEM for what Mosaic and XLA keep there themselves.
@@ -107,7 +109,7 @@ def pallas_call(kernel: Callable[..., None], **options: Any) -> Callable[..., An
     Pallas' own rule adds a dimension to the grid and to every block, which Mosaic refuses where an
     array stays in HBM or SMEM.
     """
-    return jax.custom_batching.sequential_vmap(pl.pallas_call(kernel, **options))
+    return jax.custom_batching.sequential_vmap(unchecked(pl.pallas_call(kernel, **options)))
 
 
 def compiler_params(

@@ -26,12 +26,10 @@ class Needs(NamedTuple):
     Attributes:
         token: for each token.
         seq: for each sequence, its row of the page table left out.
-        rows: tokens of a page that have an entry of their own; None = a page has one.
     """
 
     token: int
     seq: int
-    rows: int | None = None
 
 
 def some_sequences_at_a_time(needs: Needs) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -54,34 +52,28 @@ def some_sequences_at_a_time(needs: Needs) -> Callable[[Callable[..., Any]], Cal
 
 
 def _most_sequences(given: Mapping[str, Any], needs: Needs) -> int | None:
-    """How many sequences fit SMEM; None where the door will refuse the arguments.
+    """How many sequences fit SMEM, one at least; None where the door will refuse the arguments.
 
     Raises:
-        ValueError: not one fits.
+        ValueError: the row of one sequence does not fit, whatever else is there.
     """
     tokens = next(given[name] for name in OF_TOKENS if name in given)
     table = given["page_table"]
     if getattr(tokens, "ndim", 0) != 3 or getattr(table, "ndim", 0) != 2:
         return None
-    num_tokens, pages_per_seq = tokens.shape[0], table.shape[1]
-    entries = pages_per_seq
-    if needs.rows is not None and getattr(given["kv_pages"], "ndim", 0) == 5:
-        entries *= max(1, given["kv_pages"].shape[3] // needs.rows)
-    row = 4 * -(-entries // LANES) * LANES
-    free = SMEM_BYTES - SMEM_RESERVED
-    most = (free - needs.token * num_tokens) // (row + needs.seq)
-    if most < 1:
+    row = 4 * -(-table.shape[1] // LANES) * LANES
+    if row > SMEM_BYTES:
         raise ValueError(
-            f"page_table has {pages_per_seq} pages a sequence and the call {num_tokens} tokens, "
-            f"which take {row + needs.token * num_tokens} bytes, must be at most "
-            f"{free}, what a TPU's SMEM has: use larger pages, fewer tokens a call, or XLA"
+            f"page_table has {table.shape[1]} pages a sequence, must have at most "
+            f"{SMEM_BYTES // 4}, which a TPU's SMEM holds: use larger pages, or an XLA backend"
         )
-    return int(most)
+    free = SMEM_BYTES - SMEM_RESERVED - needs.token * tokens.shape[0]
+    return max(1, free // (row + needs.seq))
 
 
 def _in_parts(door: Callable[..., Any], given: dict[str, Any], most: int) -> Any:
     """The call, with at most so many sequences at a time."""
-    _refuse_what_does_not_fit(door, given)
+    _check_whole_call(door, given)
     part, parts = _cut(given, most)
     tokens = {name: given[name] for name in OF_TOKENS if name in given}
     pages = [name for name in PAGES if name in given]
@@ -106,7 +98,7 @@ def _in_parts(door: Callable[..., Any], given: dict[str, Any], most: int) -> Any
     return (*found, cache) if pages else found[0]
 
 
-def _refuse_what_does_not_fit(door: Callable[..., Any], given: dict[str, Any]) -> None:
+def _check_whole_call(door: Callable[..., Any], given: dict[str, Any]) -> None:
     """Lets the door check the whole call; raises what it raises."""
     arrays = {name: x for name, x in given.items() if hasattr(x, "dtype")}
     static = {name: x for name, x in given.items() if name not in arrays}

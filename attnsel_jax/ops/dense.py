@@ -80,7 +80,7 @@ def dot_product_attention(
         needs_grad: False admits backends that have no backward.
         backend: insist on one: a name, a member, a class.
         device: the chip to select for; None = the one that query, key or value was put on, where it
-            shows (not under `jit`), else JAX's default device.
+            shows (not under `jit`, `grad`, `vmap`), else JAX's default device.
         checked: also check values (outside `jit` only).
         mesh_axes: which mesh axes share out batch, heads and positions; None = what
             `use_mesh_axes` says, else what the arrays' shardings show.

@@ -20,13 +20,13 @@ def differentiated_once(rule: Callable[..., Any]) -> Callable[..., Any]:
     """The rule, called as `rule(static, *arrays)`; JAX would name a loop or a primitive of it.
 
     Raises:
-        NotImplementedError: when its results are differentiated.
+        NotImplementedError: when its results are differentiated, in reverse mode.
     """
 
     @functools.wraps(rule)
     def call(static: Any, *arrays: Any) -> Any:
-        guarded = jax.custom_jvp(functools.partial(rule, static))
-        guarded.defjvp(_refuse)
+        guarded = jax.custom_vjp(functools.partial(rule, static))
+        guarded.defvjp(lambda *arrays: (rule(static, *arrays), None), _refuse)
         return guarded(*arrays)
 
     return call
@@ -48,5 +48,5 @@ def with_named_residuals(forward: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _refuse(primals: Any, tangents: Any) -> Any:
+def _refuse(residuals: Any, cotangents: Any) -> Any:
     raise NotImplementedError(REFUSAL)

@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import gpu_chip
 from pallas_kernels.dense.mosaic_gpu_forward import Operands
 from pallas_kernels.dense.mosaic_gpu_geometry import KeyTiles, Static, key_tiles
 from pallas_kernels.dense.mosaic_gpu_plan import Place
@@ -72,7 +73,7 @@ def forward(static: Static, x: Operands) -> tuple[jax.Array, jax.Array]:
         out, lse, *scratch = refs
         block(static, operands, out, lse, Shared(*scratch))
 
-    out, lse = plgpu.kernel(
+    out, lse = gpu_chip.kernel(
         body,
         out_type=(
             jax.ShapeDtypeStruct((static.batch * rows, static.num_q_heads * width), dtype),

@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import gpu_chip
 from pallas_kernels.dense.mosaic_gpu_ampere import as_matrix, stored_width, swizzle_of
 from pallas_kernels.dense.mosaic_gpu_dkv import Steps, steps_of
 from pallas_kernels.dense.mosaic_gpu_dq import QueryGradients, seen_tiles, sums_over_keys
@@ -89,7 +90,7 @@ def _launched(
         jax.ShapeDtypeStruct((batch * blocks * TILE, heads * stored_width(a.shape[3])), a.dtype)
         for a in like
     ]
-    results = plgpu.kernel(
+    results = gpu_chip.kernel(
         body,
         out_type=(*matrices, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in sums_like)),
         scratch_types=[

@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import gpu_chip
 from pallas_kernels.dense.mosaic_gpu_ampere import swizzle_of
 from pallas_kernels.dense.mosaic_gpu_ampere_backward import load_numbers
 from pallas_kernels.dense.mosaic_gpu_dbias import shares, steps_of
@@ -61,7 +62,7 @@ def bias_gradient(static: Static, x: Arrays, dtype: Any, tiles: BackwardTiles) -
 
     tile = functools.partial(swizzled, dtype=x.q.dtype, swizzle=swizzle_of(static))
     tiles_of = [tile(stages, TILE, size) for size in (static.head_dim, static.head_dim_v) * 2]
-    return plgpu.kernel(
+    return gpu_chip.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(shape, dtype if by_query else jnp.float32),
         scratch_types=[

@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import gpu_chip
 from pallas_kernels.dense import mosaic_gpu_blackwell_softmax as softmax
 from pallas_kernels.dense import mosaic_gpu_forward as hopper
 from pallas_kernels.dense.mosaic_gpu_forward import Operands
@@ -81,7 +82,7 @@ def forward(static: Static, x: Operands) -> tuple[jax.Array, jax.Array]:
         out, lse, *scratch = refs
         block(static, operands, out, lse, _shared(static, scratch))
 
-    return plgpu.kernel(
+    return gpu_chip.kernel(
         body,
         out_type=(
             jax.ShapeDtypeStruct(out_shape, x.q.dtype),

@@ -21,6 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import gpu_chip
 from pallas_kernels.dense.mosaic_gpu_blackwell_softmax import NATIVE, ROW, STORED
 from pallas_kernels.dense.mosaic_gpu_blackwell_weights import (
     ROWS,
@@ -118,7 +119,7 @@ def _launched(static: Static, x: Arrays, queries: int, like: Any, ring: Any, nam
         found = [refs.pop(0) for _ in results]
         block(static, arrays, queries, found, _shared(queries, refs))
 
-    return plgpu.kernel(
+    return gpu_chip.kernel(
         body,
         out_type=tuple(results),
         scratch_types=_scratch(static, x.q.dtype, queries, *ring),

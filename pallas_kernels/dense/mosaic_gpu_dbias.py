@@ -22,6 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import gpu_chip
 from pallas_kernels.dense.mosaic_gpu_dkv import seeing_tiles
 from pallas_kernels.dense.mosaic_gpu_dq import drain
 from pallas_kernels.dense.mosaic_gpu_geometry import Static, row_of
@@ -86,7 +87,7 @@ def bias_gradient(static: Static, x: Arrays, dtype: Any, tiles: BackwardTiles) -
         block(static, arrays, result, Shared(*scratch), sharers)
 
     tile = functools.partial(swizzled, dtype=x.q.dtype)
-    return plgpu.kernel(
+    return gpu_chip.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((*owned, rows, key_blocks * TILE), dtype),
         scratch_types=[

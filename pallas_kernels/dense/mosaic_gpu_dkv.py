@@ -24,6 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import gpu_chip
 from pallas_kernels.dense.mosaic_gpu_dq import drain, owned
 from pallas_kernels.dense.mosaic_gpu_geometry import (
     Static,
@@ -92,7 +93,7 @@ def key_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> tuple[jax.
     owners, kv_heads = 1 if split else CONSUMERS, x.k.shape[2]
     of_a_head = static.q_len * (static.head_dim + static.head_dim_v) * x.q.dtype.itemsize
     together = heads_together(kv_heads, of_a_head * static.group)
-    return plgpu.kernel(
+    return gpu_chip.kernel(
         body,
         out_type=(
             jax.ShapeDtypeStruct(x.k.shape, x.k.dtype),

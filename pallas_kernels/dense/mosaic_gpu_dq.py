@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import gpu_chip
 from pallas_kernels.dense.mosaic_gpu_geometry import (
     Static,
     head_of_grid,
@@ -104,7 +105,7 @@ def query_gradients(static: Static, x: Arrays, tiles: BackwardTiles) -> QueryGra
     ]
     ring = functools.partial(plgpu.Barrier, num_arrivals=1)
     read = functools.partial(plgpu.Barrier, num_arrivals=CONSUMERS)
-    dq, delta, *sums = plgpu.kernel(
+    dq, delta, *sums = gpu_chip.kernel(
         body,
         out_type=out_type,
         scratch_types=[

@@ -114,7 +114,7 @@ def forward(static: Static, x: Operands) -> tuple[jax.Array, jax.Array]:
         here = Shared(*(None if of is None else scratch.pop(0) for of in shared))
         block(static, operands, out, lse, here, together)
 
-    return plgpu.kernel(
+    return gpu_chip.kernel(
         body,
         out_type=(
             jax.ShapeDtypeStruct(out_shape, x.q.dtype),

@@ -17,8 +17,9 @@ import numpy as np
 
 from pallas_kernels import masks
 from pallas_kernels.dense.mosaic_tpu_tiles import Tiles
-from pallas_kernels.tpu_chip import LANES, SMEM_BYTES, SMEM_RESERVED, SUBLANES
+from pallas_kernels.tpu_chip import LANES, SMEM_BYTES, SUBLANES
 
+OTHER_SMEM = 16 << 10  # for what the kernels have there beside the lists
 # Rows of `Work.rows`.
 START, STOP, FREE_START, FREE_STOP, NEXT_FREE, NEXT_MASKED, FIRST_HERE, FIRST_OF_ALL = range(8)
 # Rows of `Work.columns`.
@@ -235,12 +236,13 @@ def work_list(static: Static, who: Masks) -> Work:
 def _refuse_what_does_not_fit(work: Work, static: Static, batch: int) -> None:
     """Raises ValueError where the lists are more than SMEM holds."""
     registers = [-(-x.shape[0] // SUBLANES) * -(-x.shape[1] // LANES) for x in work]
-    needed, most = 4 * SUBLANES * LANES * sum(registers), SMEM_BYTES - SMEM_RESERVED
+    needed, most = 4 * SUBLANES * LANES * sum(registers), SMEM_BYTES - OTHER_SMEM
     if needed > most:
         raise ValueError(
-            f"q_len {static.q_len} and kv_len {static.kv_len}, with masks of {batch} row(s), want "
-            f"{needed} bytes of a TPU's SMEM for the list of tiles, must want at most {most}: cut "
-            f"the batch, or the queries (q_offset), share positions over a mesh, or use XLA"
+            f"q_len {static.q_len} and kv_len {static.kv_len}, with {batch} list(s) of tiles, want "
+            f"{needed} bytes of a TPU's SMEM, must want at most {most}: call with fewer "
+            f"{'rows of the batch' if batch > 1 else 'queries at a time, each with its q_offset'}, "
+            f"share positions over a mesh, or use XLA"
         )
 
 

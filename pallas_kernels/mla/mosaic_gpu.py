@@ -147,7 +147,7 @@ def _call(ql_nope, q_pe, pages, page_table, batch: Batch, kv_scale, sizes: Sizes
         "num_tokens": num_tokens, "most_keys": batch.most_keys, "row_blocks": row_blocks,
         "converts": ql_nope.dtype != dtype,
     }  # fmt: skip
-    called = plgpu.kernel(
+    called = gpu_chip.kernel(
         functools.partial(_kernel, sizes=sizes, **facts),
         out_type=shapes(sizes, num_tokens, tiles, dtype),
         scratch_types=scratch(

@@ -43,7 +43,7 @@ class _Passes(NamedTuple):
 
 
 @under_own_settings
-@some_sequences_at_a_time(Needs(token=28, seq=32))
+@some_sequences_at_a_time(Needs(token=16, seq=32))
 def mla_attention(
     ql_nope: jax.Array,
     q_pe: jax.Array,

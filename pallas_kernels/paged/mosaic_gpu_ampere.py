@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import gpu_chip
 from pallas_kernels.gpu_mma import (
     SWIZZLE,
     Ring,
@@ -112,7 +113,7 @@ def decode(
         first_item, num_items = mosaic_gpu_decode.items_of(block, work, geometry)
         lax.fori_loop(0, num_items, attend, None)
 
-    return plgpu.kernel(
+    return gpu_chip.kernel(
         kernel,
         out_type=[
             jax.ShapeDtypeStruct((geometry.partial_rows, geometry.partial_width), F32),
@@ -164,7 +165,7 @@ def prefill(
         lax.fori_loop(0, lax.div(left, jnp.int32(geometry.num_blocks)), attend, None)
 
     tiles = geometry.prefill_tiles
-    out, lse = plgpu.kernel(
+    out, lse = gpu_chip.kernel(
         kernel,
         out_type=[
             jax.ShapeDtypeStruct((tiles * ROWS, num_q_heads * width), geometry.out_dtype),

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import gpu_mma
+from pallas_kernels import gpu_chip, gpu_mma
 from pallas_kernels.gpu_tma_ring import Ring
 from pallas_kernels.paged import mosaic_gpu_decode, mosaic_gpu_prefill
 from pallas_kernels.paged.mosaic_gpu_ampere import Shared, attend_tiles, swizzle_of
@@ -60,7 +60,7 @@ def decode(
         first_item, num_items = mosaic_gpu_decode.items_of(block, work, geometry)
         lax.fori_loop(0, num_items, attend, None)
 
-    return plgpu.kernel(
+    return gpu_chip.kernel(
         kernel,
         out_type=[
             jax.ShapeDtypeStruct((geometry.partial_rows, geometry.partial_width), F32),
@@ -105,7 +105,7 @@ def prefill(
 
     tiles = geometry.prefill_tiles
     results = plgpu.SMEM((1, ROWS, geometry.head_dim), geometry.out_dtype)
-    return plgpu.kernel(
+    return gpu_chip.kernel(
         kernel,
         out_type=[
             jax.ShapeDtypeStruct(q.shape, geometry.out_dtype),

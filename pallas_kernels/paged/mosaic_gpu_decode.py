@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import gpu_chip
 from pallas_kernels.paged.mosaic_gpu_attend import (
     ROW,
     TILE,
@@ -152,7 +153,7 @@ def decode(
             plgpu.set_max_registers(producer_registers(geometry.head_dim), action="decrease")
             produce(lambda i: item_of(i).span, num_items, pages, table, scratch["ring"], geometry)
 
-    return plgpu.kernel(
+    return gpu_chip.kernel(
         kernel,
         out_type=[
             jax.ShapeDtypeStruct((geometry.partial_rows, geometry.partial_width), F32),

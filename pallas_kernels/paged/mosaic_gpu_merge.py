@@ -8,6 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import gpu_chip
 from pallas_kernels.paged.mosaic_gpu_decode import in_chunks
 from pallas_kernels.paged.mosaic_gpu_geometry import LANES, ROWS, Geometry
 from pallas_kernels.paged.mosaic_gpu_schedule import Schedule, decoded_token, tiles_per_block
@@ -71,7 +72,7 @@ def merge(
         )
 
     shape = (geometry.decode_tokens, geometry.num_q_heads, geometry.partial_width)
-    return plgpu.kernel(
+    return gpu_chip.kernel(
         kernel,
         out_type=[
             jax.ShapeDtypeStruct(shape, geometry.out_dtype),

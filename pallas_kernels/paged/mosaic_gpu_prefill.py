@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import gpu_chip
 from pallas_kernels.paged.mosaic_gpu_attend import (
     ROW,
     Rows,
@@ -180,7 +181,7 @@ def prefill(
             produce(lambda i: item_of(i).span, num_items(), pages, table, scratch["ring"], geometry)
 
     lse_shape = (geometry.num_q_heads, geometry.prefill_tiles, geometry.prefill_tokens)
-    return plgpu.kernel(
+    return gpu_chip.kernel(
         kernel,
         out_type=[
             jax.ShapeDtypeStruct(q.shape, geometry.out_dtype),

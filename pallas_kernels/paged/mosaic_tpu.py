@@ -32,7 +32,7 @@ SMALL_VMEM = 16 * 2**20
 
 
 @under_own_settings
-@some_sequences_at_a_time(Needs(token=8, seq=8, rows=MOST_ROWS))
+@some_sequences_at_a_time(Needs(token=8, seq=8))
 def paged_attention(
     q: jax.Array,
     k: jax.Array | None,

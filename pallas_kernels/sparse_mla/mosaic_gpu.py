@@ -121,7 +121,7 @@ def _call(queries, latent_pages, chosen: Chosen, kv_scale, sizes: Sizes):
     kind = kind_of(latent_pages)
     rows = kind.in_cache(latent_pages)
     slots = ExpandedSlots.scratch(kind.scratch(rows), sizes, dtype, KEYS * kind.copies() + 1)
-    called = plgpu.kernel(
+    called = gpu_chip.kernel(
         functools.partial(_kernel, sizes=sizes, row_blocks=row_blocks, kind=kind),
         out_type=shapes(sizes, num_tokens, tiles, dtype),
         scratch_types=[*scratch(sizes, slots, dtype, dtype), plgpu.SMEM((2, KEYS), jnp.int32)],

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import empty_calls
+from pallas_kernels import empty_calls, gpu_chip
 from pallas_kernels.contract_checks import check_indexer
 from pallas_kernels.jax_settings import under_own_settings
 from pallas_kernels.mla.mosaic_gpu_arguments import DTYPES, PAGE_SIZES, check_chip
@@ -80,7 +80,7 @@ def indexer_scores(
     most_keys = dims["pages_per_seq"] * dims["page_size"]
     shares = -(-most_keys // (SHARE * KEYS))
     page_size, dim, dtype = dims["page_size"], dims["index_head_dim"], q_index.dtype
-    scores = plgpu.kernel(
+    scores = gpu_chip.kernel(
         functools.partial(_kernel, num_tokens=num_tokens, most_keys=most_keys, page_size=page_size),
         out_type=jax.ShapeDtypeStruct((num_tokens, shares * SHARE * KEYS), jnp.float32),
         scratch_types=[
