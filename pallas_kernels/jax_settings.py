@@ -13,8 +13,6 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 from jax._src import config as _config  # what `jax.shard_map(check_vma=...)` sets; not public
-from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -40,7 +38,7 @@ def under_own_settings(function: Callable[P, T]) -> Callable[P, T]:
         which = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
 
         def unmarked(arrays: list[jax.Array]) -> T:
-            given = dict(zip(which, map(_without_mark_p.bind, arrays), strict=True))
+            given = dict(zip(which, map(_without_mark, arrays), strict=True))
             args, kwargs = tree.unflatten(given.get(i, leaf) for i, leaf in enumerate(leaves))
             return under_rules(*args, **kwargs)
 
@@ -103,10 +101,20 @@ def _marked(x: Any, axes: frozenset[str]) -> Any:
     return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
 
-# The same array, of no axes: what is computed with no check has none. A primitive of its own, since
-# any other takes its argument's axes when JAX evaluates it again with the check on.
-_without_mark_p = Primitive("without_mark")
-_without_mark_p.def_impl(lambda x: x)
-_without_mark_p.def_abstract_eval(lambda x: x.update(manual_axis_type=type(x.manual_axis_type)()))
-mlir.register_lowering(_without_mark_p, lambda _, x: [x])
-batching.defvectorized(_without_mark_p)
+def _without_mark(array: jax.Array) -> jax.Array:
+    """The same array, of no axes: what is computed with no check has none."""
+    return _without_mark_p().bind(array)
+
+
+@functools.cache
+def _without_mark_p() -> Any:
+    """A primitive of its own: others take their argument's axes when JAX evaluates them again."""
+    from jax.extend.core import Primitive  # at first use: it imports Pallas, some 40 ms
+    from jax.interpreters import batching, mlir
+
+    primitive = Primitive("without_mark")
+    primitive.def_impl(lambda x: x)
+    primitive.def_abstract_eval(lambda x: x.update(manual_axis_type=type(x.manual_axis_type)()))
+    mlir.register_lowering(primitive, lambda _, x: [x])
+    batching.defvectorized(primitive)
+    return primitive

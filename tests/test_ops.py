@@ -464,21 +464,30 @@ def test_arrays_that_were_put_on_a_device_are_attended_to_there(monkeypatch, doo
 def test_a_gradient_is_differentiated_by_the_reference_alone():
     call = dense()
 
-    def gradient(query, backend):
-        rest = {name: x for name, x in call.items() if name != "query"}
-        loss = lambda q: jnp.sum(dot_product_attention(q, **rest, backend=backend) ** 2)  # noqa: E731
-        return jax.grad(loss)(query)
+    def loss(query, backend):
+        return jnp.sum(dot_product_attention(**call | {"query": query}, backend=backend) ** 2)
+
+    gradient = jax.grad(loss)
 
     q, along = jnp.asarray(call["query"]), normal(9, *call["query"].shape)
-    for twice in (
-        lambda backend: jax.jvp(lambda q: gradient(q, backend), (q,), (along,))[1],
-        lambda backend: jax.grad(lambda q: jnp.vdot(gradient(q, backend), along))(q),
-    ):
-        with pytest.raises(NotImplementedError, match=r"gradient of a gradient.*'XLA_REFERENCE'"):
-            twice("XLA")
-        step = 1e-2 * along
-        slope = (gradient(q + step, "XLA") - gradient(q - step, "XLA")) / 2e-2
-        np.testing.assert_allclose(twice("XLA_REFERENCE"), slope, rtol=2e-2, atol=2e-3)
+
+    def twice(backend):
+        return jax.grad(lambda q: jnp.vdot(gradient(q, backend), along))(q)
+
+    with pytest.raises(NotImplementedError, match=r"gradient of a gradient.*'XLA_REFERENCE'"):
+        twice("XLA")
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda q: gradient(q, "XLA"), (q,), (along,))
+    step = 1e-2 * along
+    slope = (gradient(q + step, "XLA") - gradient(q - step, "XLA")) / 2e-2
+    forward = jax.jvp(lambda q: gradient(q, "XLA_REFERENCE"), (q,), (along,))[1]
+    for found in (twice("XLA_REFERENCE"), forward):
+        np.testing.assert_allclose(found, slope, rtol=2e-2, atol=2e-3)
+
+    def after_a_step(q):
+        return loss(q - jax.lax.stop_gradient(gradient(q, "XLA")), "XLA")
+
+    close(jax.grad(after_a_step)(q), gradient(q - gradient(q, "XLA"), "XLA"))
 
 
 @pytest.mark.parametrize("door", ["paged", "mla", "sparse mla"])

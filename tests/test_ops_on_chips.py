@@ -105,7 +105,7 @@ def test_a_policy_of_checkpoint_keeps_what_the_gradient_needs(chip):
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_inside_the_caller_s_own_shard_map(chip):
-    """Which checks what varies over the mesh: of keys that are everyone's, gradients are summed."""
+    """Which checks what varies over the mesh; values are tests/mesh's to compare."""
     q, kv, by_batch = array(2, 130, 4, 64), array(2, 130, 2, 64), jax.P("batch")
     mesh = jax.make_mesh((1,), ("batch",), (jax.sharding.AxisType.Auto,))
 

@@ -12,7 +12,7 @@ DENSE_RESIDUALS = "attnsel_dense_residuals"
 REFUSAL = (
     "the gradient of dense attention is differentiated (a Hessian, or a gradient of a gradient), "
     "must be differentiated once, for no kernel has its derivative: name backend='XLA_REFERENCE', "
-    "which is plain jax.numpy, or put jax.lax.stop_gradient around the gradient"
+    "which is plain jax.numpy, or put jax.lax.stop_gradient around it"
 )
 
 

@@ -77,6 +77,29 @@ def test_dense_and_gradients_of_what_devices_share(check_vma, backend):
 
 
 @checked
+@pytest.mark.parametrize("over", ["layers", "a batch"])
+def test_dense_under_scan_and_vmap(check_vma, over):
+    """Which JAX evaluates again, to differentiate them, after they were traced."""
+    on = mesh(False, model=2)
+    q, kv = normal(0, 2, 1, 9, 4, 16), normal(1, 2, 1, 9, 1, 16)
+
+    def attend(q, kv):
+        return dot_product_attention(q, kv, kv, is_causal=True, backend="XLA")
+
+    def layers(q, kv):
+        return jax.lax.scan(lambda x, kv: (x + attend(x, kv), None), q[0], kv)[0][None]
+
+    call = layers if over == "layers" else jax.vmap(attend)
+    heads = jax.P(None, None, None, "model")
+    mapped = own(call, on, (heads, jax.P()), heads, check_vma)
+
+    def gradients(function):
+        return jax.grad(lambda *x: jnp.sum(function(*x) ** 2), argnums=(0, 1))(q, kv)
+
+    close(gradients(mapped), gradients(call))
+
+
+@checked
 def test_paged(check_vma):
     on = mesh(False, model=2)
     q, new, stored = normal(0, TOKENS, 4, 16), normal(1, TOKENS, 2, 16), normal(2, 2, 4, 4, 2, 16)

@@ -474,18 +474,3 @@ def test_a_smaller_head_of_values_compiles_for_every_tpu(chip):
 @pytest.mark.parametrize("lengths", [(1, 33), (37, 37), (3, 271), (8192, 8192), (4096, 20000)])
 def test_every_length_compiles_for_every_tpu(chip, lengths):
     compiles(chip, q_len=lengths[0], kv_len=lengths[1], dtype="float32", gradients=True)
-
-
-@pytest.mark.parametrize(
-    ("shape", "segments"), [((1, 1 << 18, 1, 128), False), ((64, 1 << 15, 1, 128), True)]
-)
-def test_a_list_of_tiles_that_does_not_fit_is_refused(shape, segments):
-    q = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    ids = jax.ShapeDtypeStruct(shape[:2], jnp.int32) if segments else None
-    with pytest.raises(ValueError, match=r"want \d+ bytes of a TPU's SMEM.*or use XLA"):
-        jax.eval_shape(
-            lambda q, ids: mosaic_tpu.dense_attention(
-                q, q, q, causal=True, q_segment_ids=ids, kv_segment_ids=ids
-            ),
-            q, ids,
-        )  # fmt: skip

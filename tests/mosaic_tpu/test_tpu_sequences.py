@@ -1,8 +1,10 @@
-"""Page tables that SMEM does not hold: some sequences at a time, and the same numbers."""
+"""What SMEM does not hold: of page tables some sequences at a time, of tiles' lists refused."""
 
+import contextlib
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from latent_kernels import row_of
@@ -23,6 +25,7 @@ from attnsel_jax.problems import Problem
 from attnsel_jax.problems.indexer_inputs import indexer_inputs
 from attnsel_jax.problems.paged_inputs import paged_inputs
 from pallas_kernels import tpu_sequences
+from pallas_kernels.dense import mosaic_tpu
 from pallas_kernels.mla.mosaic_tpu import mla_attention
 from pallas_kernels.sparse_mla.mosaic_tpu import sparse_mla_attention
 from pallas_kernels.sparse_mla.mosaic_tpu_indexer import indexer_scores
@@ -140,8 +143,9 @@ def test_a_table_of_four_mebibytes_compiles():
         {"pages_per_seq": 1000, "page_size": 256},
         {"pages_per_seq": 1024, "q_len": 32},  # 8192 tokens
         {"pages_per_seq": 200_000, "batch": 4},
+        {"pages_per_seq": 1024, "batch": 4, "q_len": 10_000},
     ],
-    ids=["decode", "large pages", "prompts", "long"],
+    ids=["decode", "large pages", "prompts", "long", "many tokens"],
 )
 def test_large_tables_compile(chip, op, sizes):
     compiles(chip, op, **sizes)
@@ -155,3 +159,30 @@ def test_a_row_that_does_not_fit_is_refused(op):
     arrays = {name: x for name, x in arguments.items() if name not in static}
     with pytest.raises(ValueError, match=r"page_table has 300000 pages a sequence.*use larger"):
         jax.eval_shape(lambda arrays: kernel(**arrays, **static), arrays)
+
+
+def test_a_page_has_one_entry_whatever_its_size():
+    """As the kernel has it: 256 sequences of 896 pages of 256 tokens are one call."""
+    arguments, _ = large("paged", pages_per_seq=896, page_size=256)
+    assert tpu_sequences._most_sequences(arguments, tpu_sequences.Needs(8, 8)) >= 256
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "segments", "fits"),
+    [(1, 240_000, False, True), (50, 1 << 15, True, True), (1, 1 << 18, False, False),
+     (64, 1 << 15, True, False)],
+)  # fmt: skip
+def test_a_list_of_tiles_that_does_not_fit_is_refused(batch, length, segments, fits):
+    q = jax.ShapeDtypeStruct((batch, length, 1, 128), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((batch, length), jnp.int32) if segments else None
+    with (
+        contextlib.nullcontext()
+        if fits
+        else pytest.raises(ValueError, match=r"want \d+ bytes of a TPU's SMEM.*or use XLA")
+    ):
+        jax.eval_shape(
+            lambda q, ids: mosaic_tpu.dense_attention(
+                q, q, q, causal=True, q_segment_ids=ids, kv_segment_ids=ids
+            ),
+            q, ids,
+        )  # fmt: skip

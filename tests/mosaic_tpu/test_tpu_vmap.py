@@ -1,5 +1,7 @@
 """`jax.vmap` over TPU kernels, interpreted, beside the same on XLA: a call after another."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,16 @@ pytestmark = pytest.mark.once
 
 def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+@pytest.fixture(autouse=True)
+def _strict_settings():
+    """The strictest: what vmap traces again is traced under the kernels' own all the same."""
+    with contextlib.ExitStack() as settings:
+        settings.enter_context(jax.enable_x64(True))
+        settings.enter_context(jax.numpy_dtype_promotion("strict"))
+        settings.enter_context(jax.numpy_rank_promotion("raise"))
+        yield
 
 
 def same_on_both(call, tolerance=2e-4):
