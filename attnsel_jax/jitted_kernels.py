@@ -12,16 +12,21 @@ from typing import Any
 import jax
 
 from attnsel_jax.backend import AttentionBackend
+from attnsel_jax.kernel_results import check_results
 
 _STATIC = {
     "scale", "causal", "sliding_window", "attention_chunk_size", "soft_cap", "kv_cache_dtype",
     "topk",
 }  # fmt: skip
+_POSITIONAL = {"dense": ("q", "k", "v"), "topk_positions": ("scores",)}  # of what is called so
 
 
 def jitted_kernel(backend: type[AttentionBackend], op: str) -> Callable[..., Any]:
-    """The backend's kernel for the op, under `jit`; refuses gradients that it does not declare."""
-    return guarded(backend, op, _jitted(backend.get_kernel(op)))
+    """The backend's kernel for the op, under `jit`.
+
+    It refuses gradients that it does not declare, and results that are not the contract's.
+    """
+    return guarded(backend, op, _jitted(backend.get_kernel(op), backend, op))
 
 
 def guarded(
@@ -34,8 +39,15 @@ def guarded(
 
 
 @functools.cache
-def _jitted(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    return jax.jit(kernel, static_argnames=static_names(kernel))
+def _jitted(
+    kernel: Callable[..., Any], backend: type[AttentionBackend], op: str
+) -> Callable[..., Any]:
+    @functools.wraps(kernel)
+    def call(*args: Any, **named: Any) -> Any:
+        given = dict(zip(_POSITIONAL[op], args, strict=False)) | named
+        return check_results(backend, op, kernel(*args, **named), given)
+
+    return jax.jit(call, static_argnames=static_names(kernel))
 
 
 def static_names(kernel: Callable[..., Any]) -> tuple[str, ...]:

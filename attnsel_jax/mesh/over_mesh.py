@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from attnsel_jax.backend import AttentionBackend
 from attnsel_jax.cache_layouts import layout_named
 from attnsel_jax.jitted_kernels import guarded, jitted_kernel, static_names
+from attnsel_jax.kernel_results import check_results
 from attnsel_jax.mesh import groups
 from attnsel_jax.mesh.dimensions import ARGUMENTS, POSITIONAL, RESULTS, by_name, dimensions
 from attnsel_jax.mesh.forms import attend_dense, attend_ragged, check_context, score_ragged
@@ -53,49 +54,53 @@ def kernel_over_mesh(
     if plan is None and op in ("dense", "topk_positions"):
         return jitted_kernel(backend, op)
     layout = backend.latent_layout if backend.is_mla() else backend.layout
-    call = guarded(backend, op, _jitted(backend.get_kernel(op), op, layout))
+    call = guarded(backend, op, _jitted(backend.get_kernel(op), op, layout, backend))
     return functools.partial(call, plan=plan)
 
 
 @functools.cache
-def _jitted(kernel: Kernel, op: str, layout: str) -> Callable[..., Any]:
+def _jitted(
+    kernel: Kernel, op: str, layout: str, backend: type[AttentionBackend]
+) -> Callable[..., Any]:
     @under_default_rules
     def call(*args: Any, plan: Plan | None, **kwargs: Any) -> tuple[jax.Array, ...]:
         given = by_name(op, args, kwargs)
         arrays = {n: a for n, a in given.items() if n in ARGUMENTS[op] and a is not None}
         static = {n: value for n, value in given.items() if n not in ARGUMENTS[op]}
+        of_arrays = _by_arrays(kernel, op, static, backend)
         if plan is None:
-            arrays = _with_cached_heads(op, arrays, layout)
-            return groups.attend(_by_arrays(kernel, op, static), op, arrays)
-        return _shared_out(kernel, op, layout, arrays, static, plan)
+            return groups.attend(of_arrays, op, _with_cached_heads(op, arrays, layout))
+        return _shared_out(of_arrays, op, layout, arrays, static, plan)
 
     call.__name__ = f"{op}_over_mesh"
     return jax.jit(call, static_argnames=(*static_names(kernel), "plan"))
 
 
-def _by_arrays(kernel: Kernel, op: str, static: dict[str, Any]) -> Callable[..., Any]:
-    """The kernel as a function of its arrays by name."""
+def _by_arrays(
+    kernel: Kernel, op: str, static: dict[str, Any], backend: type[AttentionBackend]
+) -> Kernel:
+    """The kernel as a function of its arrays by name; its results are held to the contract."""
     names = list(ARGUMENTS[op])[: POSITIONAL[op]]
 
     def of_arrays(arrays: Arrays, **changed: Any) -> tuple[jax.Array, ...]:
         others = {name: array for name, array in arrays.items() if name not in names}
         results = kernel(*(arrays.get(name) for name in names), **others, **{**static, **changed})
+        check_results(backend, op, results, {**static, **arrays})
         return results if isinstance(results, tuple) else (results,)
 
     return of_arrays
 
 
 def _shared_out(
-    kernel: Kernel, op: str, layout: str, arrays: Arrays, static: dict[str, Any], plan: Plan
+    of_arrays: Kernel, op: str, layout: str, arrays: Arrays, static: dict[str, Any], plan: Plan
 ) -> tuple[jax.Array, ...]:
-    """The call under `shard_map`."""
+    """The call under `shard_map`; `of_arrays` is the kernel."""
     dims = dimensions(op, arrays, layout)
     specs = {name: plan.spec(dims[name]) for name in arrays}
     results = tuple(
         specs[said] if said in specs else plan.spec(tuple(said.split())) for said in RESULTS[op]
     )
     check_context(op, plan, arrays, static)
-    of_arrays = _by_arrays(kernel, op, static)
     num_heads = arrays["q"].shape[dims["q"].index("heads")] if "q" in arrays else None
 
     def share(mine: Arrays) -> tuple[jax.Array, ...]:
