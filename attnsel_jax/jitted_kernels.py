@@ -44,7 +44,7 @@ def _jitted(
 ) -> Callable[..., Any]:
     @functools.wraps(kernel)
     def call(*args: Any, **named: Any) -> Any:
-        given = dict(zip(_POSITIONAL[op], args, strict=False)) | named
+        given = dict(zip(_POSITIONAL.get(op, ()), args, strict=False)) | named
         return check_results(backend, op, kernel(*args, **named), given)
 
     return jax.jit(call, static_argnames=static_names(kernel))
