@@ -23,7 +23,8 @@ from pallas_kernels import jax_settings
 BATCH = AttentionMetadata.from_lengths((3, 1), (5, 6), [[3, 0], [1, 2]], 4)
 TOKENS = BATCH.slot_mapping.shape[0]
 BY_HEAD = jax.P(None, None, "model")
-checked = pytest.mark.parametrize("check_vma", [True, False])
+# Unchecked is what ops over a mesh use themselves.
+checked = pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.sweep)])
 
 
 def normal(seed, *shape):
@@ -76,6 +77,7 @@ def test_dense_and_gradients_of_what_devices_share(check_vma, backend):
     close(result(mapped), result(attend))
 
 
+@pytest.mark.once
 @checked
 @pytest.mark.parametrize("over", ["layers", "a batch"])
 def test_dense_under_scan_and_vmap(check_vma, over):
@@ -113,6 +115,7 @@ def test_paged(check_vma):
     close(mapped(q, new, stored), step(q, new, stored))
 
 
+@pytest.mark.once
 @checked
 @pytest.mark.parametrize("use_sparse", [False, True], ids=["mla", "sparse_mla"])
 def test_latents_that_devices_share(check_vma, use_sparse):

@@ -54,7 +54,8 @@ def test_dense_and_gradients_for_each_example(chip):
     same_on_both(call, chip)
 
 
-@pytest.mark.parametrize("chip", [pytest.param("h200", marks=pytest.mark.sweep), "a100"])
+@pytest.mark.sweep
+@pytest.mark.parametrize("chip", ["h200", "a100"])
 def test_paged_over_layers(chip):
     q, new, stored = (
         normal(0, 2, TOKENS, 4, 64),

@@ -128,7 +128,7 @@ def compiles(chip, op, **sizes):
     assert report.compiled, report.refusal
 
 
-@pytest.mark.once
+@pytest.mark.sweep
 def test_a_table_of_four_mebibytes_compiles():
     compiles("v5e", "paged", pages_per_seq=4096)
 
