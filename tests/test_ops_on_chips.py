@@ -92,6 +92,17 @@ def test_a_gradient_of_a_gradient_is_refused(chip):
         jax.make_jaxpr(jax.grad(lambda q: jax.grad(loss)(q).astype(jnp.float32).sum()))(q)
 
 
+@pytest.mark.parametrize("chip", CHIPS)
+def test_dense_under_vmap(chip):
+    """What vmap traces again is traced under the kernels' own settings, too."""
+    q = array(3, 1, 130, 4, 64)
+
+    def loss(q):
+        return dot_product_attention(q, q, q, is_causal=True, device=chip).astype(jnp.float32).sum()
+
+    assert traced(chip, jax.vmap(jax.grad(loss)), q).shape == q.shape
+
+
 @pytest.mark.parametrize("chip", ["cpu", *CHIPS])
 def test_a_policy_of_checkpoint_keeps_what_the_gradient_needs(chip):
     q = array(1, 128, 2, 64)

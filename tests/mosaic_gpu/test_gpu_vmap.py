@@ -1,6 +1,4 @@
-"""`jax.vmap` over GPU kernels, interpreted, beside the same on XLA: Pallas' own rule."""
-
-import contextlib
+"""`jax.vmap` over GPU kernels, interpreted, beside the same on XLA: a call after another."""
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +17,6 @@ TOKENS = BATCH.slot_mapping.shape[0]
 
 def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.bfloat16)
-
-
-@pytest.fixture(autouse=True)
-def _strict_settings():
-    """The strictest: what vmap traces again is traced under the kernels' own all the same."""
-    with contextlib.ExitStack() as settings:
-        settings.enter_context(jax.enable_x64(True))
-        settings.enter_context(jax.numpy_dtype_promotion("strict"))
-        settings.enter_context(jax.numpy_rank_promotion("raise"))
-        yield
 
 
 def same_on_both(call, chip):
