@@ -88,6 +88,7 @@ def test_paged_over_layers():
     same_on_both(call)
 
 
+@pytest.mark.sweep
 def test_topk():
     scores = normal(0, 2, 9, 300)
     same_on_both(lambda device: jax.vmap(lambda x: topk_positions(x, 128, device=device))(scores))
