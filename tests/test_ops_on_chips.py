@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from strict_settings import strict_settings
 
 from attnsel_jax import (
     DENSE_RESIDUALS,
@@ -40,17 +41,12 @@ STRICT = pytest.param(True, marks=pytest.mark.once, id="strict-settings")
 
 
 @pytest.fixture(autouse=True, params=[pytest.param(False, id="settings"), STRICT])
-def is_strict(request):
+def _settings(request):
     of_test = request.node.callspec.params
     if request.param and of_test.get("chip", "v5e") not in ("v5e", "h100"):
         pytest.skip("one TPU and one GPU are enough under strict settings")
-    with contextlib.ExitStack() as settings:
-        if request.param:
-            settings.enter_context(jax.enable_x64(True))
-            settings.enter_context(jax.numpy_dtype_promotion("strict"))
-            settings.enter_context(jax.numpy_rank_promotion("raise"))
-            settings.enter_context(jax.default_matmul_precision("highest"))
-        yield request.param
+    with strict_settings() if request.param else contextlib.nullcontext():
+        yield
 
 
 def array(*shape, dtype="bfloat16"):

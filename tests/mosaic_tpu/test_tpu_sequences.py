@@ -167,12 +167,13 @@ def test_a_page_has_one_entry_whatever_its_size():
 
 
 @pytest.mark.parametrize(
-    ("batch", "length", "segments", "fits"),
-    [(1, 240_000, False, True), (50, 1 << 15, True, True), (1, 1 << 18, False, False),
-     (64, 1 << 15, True, False)],
+    ("batch", "length", "segments", "dtype", "fits"),
+    [(1, 240_000, False, "bfloat16", True), (50, 1 << 15, True, "bfloat16", True),
+     (1, 120_000, False, "float32", True), (1, 1 << 18, False, "bfloat16", False),
+     (64, 1 << 15, True, "bfloat16", False)],
 )  # fmt: skip
-def test_a_list_of_tiles_that_does_not_fit_is_refused(batch, length, segments, fits):
-    q = jax.ShapeDtypeStruct((batch, length, 1, 128), jnp.bfloat16)
+def test_a_list_of_tiles_that_does_not_fit_is_refused(batch, length, segments, dtype, fits):
+    q = jax.ShapeDtypeStruct((batch, length, 1, 128), dtype)
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32) if segments else None
     with (
         contextlib.nullcontext()

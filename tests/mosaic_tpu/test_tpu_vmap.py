@@ -1,11 +1,10 @@
 """`jax.vmap` over TPU kernels, interpreted, beside the same on XLA: a call after another."""
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from strict_settings import strict_settings
 from tpu_interpreter import tpu_interpreter
 
 from attnsel_jax import (
@@ -29,10 +28,7 @@ def normal(seed, *shape):
 @pytest.fixture(autouse=True)
 def _strict_settings():
     """The strictest: what vmap traces again is traced under the kernels' own all the same."""
-    with contextlib.ExitStack() as settings:
-        settings.enter_context(jax.enable_x64(True))
-        settings.enter_context(jax.numpy_dtype_promotion("strict"))
-        settings.enter_context(jax.numpy_rank_promotion("raise"))
+    with strict_settings():
         yield
 
 
