@@ -7,6 +7,7 @@ from attnsel_jax.capabilities import Capabilities, Rejection
 from attnsel_jax.config import AttentionSelectorConfig
 from attnsel_jax.constraints import EITHER, MultipleOf, OneOf
 from attnsel_jax.platforms import Device
+from pallas_kernels import fp8_ds_mla
 
 XLA_LATENT = Capabilities(
     dtype=OneOf("float32", "bfloat16", "float16"),
@@ -22,7 +23,11 @@ XLA_LATENT = Capabilities(
 
 def other_rows(config: AttentionSelectorConfig) -> list[Rejection]:
     """Rows of bytes hold a latent of 512 and a rotary key of 64, and nothing else."""
-    sizes = {"head_size": (config.head_size, 576), "head_size_v": (config.head_size_v or 512, 512)}
+    rank = fp8_ds_mla.KV_LORA_RANK
+    sizes = {
+        "head_size": (config.head_size, rank + fp8_ds_mla.ROPE_DIM),
+        "head_size_v": (config.head_size_v or rank, rank),
+    }
     return [
         Rejection(name, asked, f"{allowed} with kv_cache_dtype fp8_ds_mla")
         for name, (asked, allowed) in sizes.items()
