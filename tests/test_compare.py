@@ -65,6 +65,7 @@ def red(problem, kernel):
     return failed
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("fault", "feature", "expected"),
@@ -87,6 +88,7 @@ def test_a_fault_in_dense_attention_is_red(fault, feature, expected, dtype):
     assert red(dense_problem(feature, dtype), faulty_kernels.dense(fault)) == expected
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("fault", "feature", "expected"),

@@ -40,6 +40,19 @@ TOKENS = BATCH.slot_mapping.shape[0]
 STRICT = pytest.param(True, marks=pytest.mark.once, id="strict-settings")
 
 
+def of_caches(*stored):
+    """Parametrizes by cache: under strict settings one on each push, the others on demand."""
+    once, sweep = pytest.mark.once, pytest.mark.sweep
+    strict = (
+        pytest.param(True, each, id=f"strict-settings-{each}", marks=[once, sweep] if i else once)
+        for i, each in enumerate(stored)
+    )
+    plain = (pytest.param(False, each, id=f"settings-{each}") for each in stored)
+    return pytest.mark.parametrize(
+        ("_settings", "stored"), [*plain, *strict], indirect=["_settings"]
+    )
+
+
 @pytest.fixture(autouse=True, params=[pytest.param(False, id="settings"), STRICT])
 def _settings(request):
     of_test = request.node.callspec.params
@@ -131,7 +144,7 @@ def test_inside_the_caller_s_own_shard_map(chip):
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("stored", ["auto", "fp8_e4m3", "int8"])
+@of_caches("auto", "fp8_e4m3", "int8")
 def test_paged(chip, stored):
     cache = allocate_kv_cache(16, 64, 2, 64, "bfloat16", kv_cache_dtype=stored, device=chip)
     q, new = array(TOKENS, 4, 64), array(TOKENS, 2, 64)
@@ -146,7 +159,7 @@ def test_paged(chip, stored):
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("stored", ["auto", "fp8_e4m3", "fp8_ds_mla"])
+@of_caches("auto", "fp8_e4m3", "fp8_ds_mla")
 @pytest.mark.parametrize("use_sparse", [False, True], ids=["mla", "sparse_mla"])
 def test_latent(chip, stored, use_sparse):
     cache = allocate_latent_cache(

@@ -19,6 +19,8 @@ MOSAIC = (
 )
 XLA = ("attnsel_jax.backends.xla:XlaBackend", "attnsel_jax.xla.dense:dense_attention")
 SERIAL = ("serial_ring:MosaicTpuBackend", MOSAIC[1])
+# What stands beside an exchange is the compiler's doing, not jax's.
+pytestmark = pytest.mark.once
 # Of the pieces of queries and keys, three pairs meet in zig-zag order; backward, each is computed
 # again, and pulled back.
 FORWARD, BACKWARD = Work(kernels=3), Work(kernels=6)

@@ -12,6 +12,7 @@ from test_pallas_kernels import compiled
 from attnsel_jax.aot import MeshCall
 from attnsel_jax.aot.arguments import mla_arguments
 
+pytestmark = pytest.mark.once
 TOKENS, HEADS, PAGES, PAGE_SIZE, KV_LEN = 8, 64, 512, 64, 1024
 MLA = "attnsel_jax.backends.mosaic_tpu_mla:MosaicTpuMlaBackend"
 SPARSE = "attnsel_jax.backends.mosaic_tpu_mla_sparse:MosaicTpuMlaSparseBackend"

@@ -166,11 +166,8 @@ def _cut_tiles(monkeypatch):
     use(CUT, monkeypatch)
 
 
-# On each push the one that most faults are planted in.
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(x, marks=pytest.mark.sweep if x != "gradients" else ()) for x in PROBLEMS],
-)
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", PROBLEMS)
 def test_the_right_kernel_passes(name):
     row = compared(PROBLEMS[name])
     assert row.verdict == PASS, str(row)

@@ -57,8 +57,9 @@ def batch(q_lens, kv_lens, *, seed=0, **options):
 
 
 # On each push the extremes, one of each kind of cache, and what "everything" has on demand alone.
-ON_DEMAND = ("page-32", "page-64", "page-128", "e4m3", "e5m2", "int8", "bfloat16-cache", "window",
-             "two-sided-window", "chunked", "sinks", "soft-cap", "alibi")  # fmt: skip
+ON_DEMAND = ("page-32", "page-64", "page-128", "e4m3", "e4m3-unscaled", "e5m2", "int8",
+             "bfloat16-cache", "window", "two-sided-window", "chunked", "sinks", "soft-cap",
+             "alibi", "encoder-only")  # fmt: skip
 
 
 ON_OLD_JAX_TOO = ("mixed", "cross", "everything")
@@ -389,7 +390,7 @@ def compiles(chip, q_lens=(1, 40, 3), kv_lens=(70, 75, 9), **options):
 EVERYTHING = {"sinks": True, "alibi": True, "soft_cap": 8.0, "sliding_window": 20}
 
 
-@pytest.mark.parametrize("chip", ["v5e", "v6e", "7x", *map(sweep, ("v4", "v5p"))])
+@pytest.mark.parametrize("chip", ["v5e", "7x", *map(sweep, ("v4", "v5p", "v6e"))])
 def test_a_sample_compiles(chip):
     compiles(chip, heads=(8, 2), head_size=128, page_size=16, **EVERYTHING)
 

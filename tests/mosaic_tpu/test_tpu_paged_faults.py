@@ -174,7 +174,14 @@ WAITS = {
 }
 
 
-@pytest.mark.parametrize("name", WAITS)
+# One of reading and one of writing on each push.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("step", "window") else pytest.mark.sweep)
+        for name in WAITS
+    ],
+)
 def test_a_copy_that_nobody_waits_for_is_found(monkeypatch, name):
     """A race, a semaphore that is not 0 at the end, or numbers that had not come."""
     *wait, lens = WAITS[name]
