@@ -116,6 +116,11 @@ def _cache_dims(shape: tuple[int, ...], layout: str) -> Dims:
     return tuple(named)
 
 
+def page_axis(shape: tuple[int, ...], layout: str) -> int:
+    """Where the pages are in the array of a paged cache."""
+    return _cache_dims(shape, layout).index("pages")
+
+
 def page_counts(op: str, pages: jax.Array, layout: str) -> tuple[int, int]:
     """(num_pages, page_size) of a cache."""
     if op == "indexer_scores":

@@ -4,6 +4,10 @@ Each function asks the selector with what its arguments say, and calls the chose
 jitted. A feature that no backend here honours is refused at selection, never dropped.
 """
 
+from attnsel_jax.ops.cache_writes import copy_pages as copy_pages
+from attnsel_jax.ops.cache_writes import write_index_keys as write_index_keys
+from attnsel_jax.ops.cache_writes import write_kv_cache as write_kv_cache
+from attnsel_jax.ops.cache_writes import write_latent_cache as write_latent_cache
 from attnsel_jax.ops.dense import DENSE_RESIDUALS as DENSE_RESIDUALS
 from attnsel_jax.ops.dense import dot_product_attention as dot_product_attention
 from attnsel_jax.ops.indexer import indexer_scores as indexer_scores

@@ -21,7 +21,8 @@ from pallas_kernels.shape_checks import (
 )
 
 _CACHE_AND_BATCH = ("num_pages", "page_size", "max_num_seqs", "pages_per_seq")
-LATENT_DTYPES = (*FLOATS, "float8_e4m3fn", "float8_e5m2", "uint8")
+INDEX_DTYPES = (*FLOATS, "float8_e4m3fn", "float8_e5m2")
+LATENT_DTYPES = (*INDEX_DTYPES, "uint8")
 
 
 def check_paged(
@@ -45,23 +46,14 @@ def check_paged(
     _check_kind("cache", cache, KVCache, "allocate it with allocate_kv_cache, or wrap its array")
     _check_given({"q": q, "cache.pages": cache.pages})
     _check_pair("k", k, "v", v)
-    layout, shape = layout_named(cache.layout), cache.pages.shape
-    _check_ndim(shape, len(layout.stride_order), cache.layout)
-    pages = jax.ShapeDtypeStruct(layout.dims(shape), cache.pages.dtype)
-    scales = {
-        f"cache.{name}": (scale, "num_kv_heads" if getattr(scale, "ndim", 0) else "", FLOAT32)
-        for name in ("k_scale", "v_scale")
-        if (scale := getattr(cache, name)) is not None
-    }
     dims = check_arguments(
         {
             "q": (q, "num_tokens num_heads head_size", FLOATS),
-            "cache": (pages, "num_pages page_size num_kv_heads head_size", CACHE_DTYPES),
+            **_kv_cache_table(cache),
             "k": (k, "num_tokens k_heads head_size", FLOATS),
             "v": (v, "num_tokens v_heads head_size", FLOATS),
             **_batch_table(metadata),
             **{name: (values, "num_heads", FLOAT32) for name, values in per_head.items()},
-            **scales,
         }
     )
     check_groups(dims["num_heads"], dims["num_kv_heads"])
@@ -97,20 +89,13 @@ def check_latent(
         "q_pe": (q_pe, "num_tokens num_heads rope_dim", FLOATS),
     }
     width = sum(check_arguments(queries)[name] for name in ("kv_lora_rank", "rope_dim"))
-    is_bytes = cache.layout == "rows" and jnp.dtype(cache.pages.dtype) == jnp.uint8
-    row = fp8_ds_mla.ROW_BYTES if is_bytes else width
     dims = check_arguments(
         {
             **queries,
             "kv_c": (kv_c, "num_tokens kv_lora_rank", FLOATS),
             "k_pe": (k_pe, "num_tokens rope_dim", FLOATS),
             "topk_indices": (topk_indices, "num_tokens topk", INT32),
-            "cache.pages": (
-                _logical(cache),
-                f"num_pages page_size {row}",
-                LATENT_DTYPES,
-            ),
-            "cache.kv_scale": (cache.kv_scale, "", FLOAT32),
+            **_latent_table(cache, width),
             **_batch_table(metadata),
         }
     )
@@ -133,7 +118,7 @@ def check_indexer(
         {
             "q_index": (q_index, "num_tokens num_index_heads index_head_dim", FLOATS),
             "weights": (weights, "num_tokens num_index_heads", FLOAT32),
-            "index_pages": (index_pages, "num_pages page_size index_head_dim", LATENT_DTYPES[:-1]),
+            "index_pages": (index_pages, "num_pages page_size index_head_dim", INDEX_DTYPES),
             **_batch_table(metadata),
         }
     )
@@ -144,6 +129,82 @@ def check_indexer(
         )
     _check_not_empty(dims, "num_index_heads", "index_head_dim", *_CACHE_AND_BATCH)
     _check_groups_divide(dims)
+
+
+def check_kv_rows(k: jax.Array, v: jax.Array, cache: KVCache, slot_mapping: jax.Array) -> None:
+    """Refuses what does not fit together; arguments as of `write_kv_cache`.
+
+    Raises:
+        TypeError: an argument is no array, or the cache of another class.
+        ValueError: a rank, a dtype or a size that cannot be.
+    """
+    _check_kind("cache", cache, KVCache, "allocate it with allocate_kv_cache, or wrap its array")
+    _check_given({"cache.pages": cache.pages, "k": k, "v": v, "slot_mapping": slot_mapping})
+    dims = check_arguments(
+        {
+            **_kv_cache_table(cache),
+            "k": (k, "num_tokens k_heads head_size", FLOATS),
+            "v": (v, "num_tokens v_heads head_size", FLOATS),
+            "slot_mapping": (slot_mapping, "num_tokens", INT32),
+        }
+    )
+    _check_new_heads(dims)
+    check_same_dtype(k=k, v=v)
+    _check_not_empty(dims, "head_size", "num_pages", "page_size")
+
+
+def check_latent_rows(
+    kv_c: jax.Array, k_pe: jax.Array, cache: LatentCache, slot_mapping: jax.Array
+) -> None:
+    """Refuses what does not fit together; arguments as of `write_latent_cache`.
+
+    Raises:
+        TypeError: an argument is no array, or the cache of another class.
+        ValueError: a rank, a dtype or a size that cannot be.
+    """
+    _check_kind("cache", cache, LatentCache, "wrap its array: LatentCache(pages, kv_scale)")
+    given = {"kv_c": kv_c, "k_pe": k_pe, "slot_mapping": slot_mapping}
+    _check_given({"cache.pages": cache.pages, **given})
+    rows = {
+        "kv_c": (kv_c, "num_tokens kv_lora_rank", FLOATS),
+        "k_pe": (k_pe, "num_tokens rope_dim", FLOATS),
+    }
+    width = sum(check_arguments(rows)[name] for name in ("kv_lora_rank", "rope_dim"))
+    dims = check_arguments(
+        {**rows, **_latent_table(cache, width), "slot_mapping": (slot_mapping, "num_tokens", INT32)}
+    )
+    check_same_dtype(kv_c=kv_c, k_pe=k_pe)
+    sizes = (dims["kv_lora_rank"], dims["rope_dim"])
+    wanted = (fp8_ds_mla.KV_LORA_RANK, fp8_ds_mla.ROPE_DIM)
+    if cache.kv_cache_dtype == fp8_ds_mla.NAME and sizes != wanted:
+        raise ValueError(
+            f"kv_lora_rank and rope_dim are {sizes}, must be {wanted} in a cache of fp8_ds_mla: "
+            f"use a float8_e4m3fn cache and kv_scale for other sizes"
+        )
+    _check_not_empty(dims, "kv_lora_rank", "rope_dim", "num_pages", "page_size")
+
+
+def _kv_cache_table(cache: KVCache) -> dict[str, Spec]:
+    """A cache's rows of the table, in the caller's words."""
+    layout, shape = layout_named(cache.layout), cache.pages.shape
+    _check_ndim(shape, len(layout.stride_order), cache.layout)
+    pages = jax.ShapeDtypeStruct(layout.dims(shape), cache.pages.dtype)
+    scales = {
+        f"cache.{name}": (scale, "num_kv_heads" if getattr(scale, "ndim", 0) else "", FLOAT32)
+        for name in ("k_scale", "v_scale")
+        if (scale := getattr(cache, name)) is not None
+    }
+    return {"cache": (pages, "num_pages page_size num_kv_heads head_size", CACHE_DTYPES), **scales}
+
+
+def _latent_table(cache: LatentCache, width: int) -> dict[str, Spec]:
+    """A latent cache's rows of the table; width: numbers of a latent and its rotary key."""
+    is_bytes = cache.layout == "rows" and jnp.dtype(cache.pages.dtype) == jnp.uint8
+    row = fp8_ds_mla.ROW_BYTES if is_bytes else width
+    return {
+        "cache.pages": (_logical(cache), f"num_pages page_size {row}", LATENT_DTYPES),
+        "cache.kv_scale": (cache.kv_scale, "", FLOAT32),
+    }
 
 
 def _logical(cache: LatentCache) -> jax.Array | jax.ShapeDtypeStruct:

@@ -42,7 +42,7 @@ def write_kv(
             for x, scale in ((k, k_scale), (v, v_scale))
         ]
     )
-    bits = jnp.uint8 if kv_pages.dtype.itemsize == 1 else jnp.uint16
+    bits = jnp.dtype(f"uint{8 * kv_pages.dtype.itemsize}")
     rows = jax.lax.bitcast_convert_type(kv_pages, bits).reshape(-1, head_dim)
     new = jax.lax.bitcast_convert_type(values, bits).reshape(-1, head_dim)
     rows = rows.at[row.reshape(-1)].set(new, mode="drop")
