@@ -34,6 +34,7 @@ _HOMES = {
         "copy_pages",
         "dot_product_attention",
         "indexer_scores",
+        "merge_attention",
         "mla_attention",
         "paged_attention",
         "sparse_mla_attention",

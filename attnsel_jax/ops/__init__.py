@@ -12,6 +12,7 @@ from attnsel_jax.ops.dense import DENSE_RESIDUALS as DENSE_RESIDUALS
 from attnsel_jax.ops.dense import dot_product_attention as dot_product_attention
 from attnsel_jax.ops.indexer import indexer_scores as indexer_scores
 from attnsel_jax.ops.indexer import topk_positions as topk_positions
+from attnsel_jax.ops.merging import merge_attention as merge_attention
 from attnsel_jax.ops.mla import allocate_latent_cache as allocate_latent_cache
 from attnsel_jax.ops.mla import mla_attention as mla_attention
 from attnsel_jax.ops.mla import sparse_mla_attention as sparse_mla_attention
