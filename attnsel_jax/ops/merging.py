@@ -17,8 +17,9 @@ def merge_attention(
     """What one call over all the keys would give, of calls over some of them each.
 
     The calls have the same queries and scale, no key in common, and a sink in one of them at most.
-    Each part weighs `exp(lse)`; one that saw no key (lse -inf) weighs nothing, whatever its out. In
-    float32, rounded once at the end. Has gradients, through the lse too.
+    Each part weighs `exp(lse)`; one that saw no key (lse -inf) weighs nothing, whatever its out.
+    Sums are float32; each out comes rounded to its dtype, and the sum is rounded to it again. Has
+    gradients, through the lse too.
 
     Args:
         outs: of each call [..., head_size_v], in one dtype.
@@ -33,9 +34,7 @@ def merge_attention(
     """
     for name, parts in (("outs", outs), ("lses", lses)):
         if hasattr(parts, "shape") or not isinstance(parts, Sequence):
-            raise TypeError(
-                f"{name} is {type(parts).__name__}, must be a list of arrays, one a part"
-            )
+            raise TypeError(f"{name} is {type(parts).__name__}, must be a list of arrays")
     if not outs or len(outs) != len(lses):
         raise ValueError(
             f"outs has {len(outs)} parts and lses {len(lses)}, must have as many, at least 1: each "
