@@ -264,14 +264,6 @@ def test_what_does_not_fit_is_refused():
     refused(copy_pages, "cache", slots, slots, message="cache is str, must be an array")
 
 
-@pytest.mark.parametrize("axis_type", list(jax.sharding.AxisType)[:2], ids=str)
-def test_a_cache_that_devices_share_is_refused(axis_type):
-    mesh = jax.make_mesh((2,), ("x",), (axis_type,))
-    shared = jax.device_put(jnp.zeros((2, 6, 4, 2, 8)), jax.NamedSharding(mesh, jax.P(None, "x")))
-    with pytest.raises(ValueError, match="sharded over mesh axis 'x', must lie whole"):
-        copy_pages(KVCache(shared), np.int32([1]), np.int32([2]))
-
-
 def test_a_prompt_of_mla_over_keys_and_values_of_every_head():
     """As docs/kernels.md has it: dense attention, and the latents written beside it."""
     tokens, heads, rank, nope, rope = 7, 2, 16, 8, 4

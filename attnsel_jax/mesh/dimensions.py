@@ -64,6 +64,34 @@ ARGUMENTS: dict[str, dict[str, str]] = {
     },
     "topk_positions": {"scores": "tokens -"},
 }
+# Calls that fill a cache without attending. Their result is the cache.
+FILLING: dict[str, dict[str, str]] = {
+    "write_kv": {
+        "k": "tokens kv_heads -",
+        "v": "tokens kv_heads -",
+        "kv_pages": "",
+        "slot_mapping": "tokens",
+        "k_scale": "cache_heads",
+        "v_scale": "cache_heads",
+    },
+    "write_latents": {
+        "kv_c": "tokens -",
+        "k_pe": "tokens -",
+        "latent_pages": "pages ...",
+        "slot_mapping": "tokens",
+        "kv_scale": "",
+    },
+    "write_index_keys": {
+        "k_index": "tokens -", "index_pages": "pages - -", "slot_mapping": "tokens",
+    },
+    "copy_kv": {"kv_pages": "", "source": "-", "target": "-"},
+    "copy_latents": {"latent_pages": "pages ...", "source": "-", "target": "-"},
+}  # fmt: skip
+CACHES = {
+    "paged": "kv_pages", "mla": "latent_pages", "sparse_mla": "latent_pages",
+    "indexer_scores": "index_pages", "write_kv": "kv_pages", "write_latents": "latent_pages",
+    "write_index_keys": "index_pages", "copy_kv": "kv_pages", "copy_latents": "latent_pages",
+}  # fmt: skip
 RESULTS: dict[str, tuple[str, ...]] = {
     "dense": ("batch q_len heads -", "batch q_len heads"),
     "paged": ("tokens heads -", "tokens heads", "kv_pages"),
@@ -85,20 +113,21 @@ def dimensions(
     """The dimensions of a call's arrays, by argument.
 
     Args:
-        op: a key of `ARGUMENTS`.
+        op: a key of `ARGUMENTS` or `FILLING`.
         arrays: the call's arrays by name, those that are given.
         layout: of the paged cache.
     """
-    return {name: _dims(op, name, array, layout) for name, array in arrays.items()}
+    said = ARGUMENTS.get(op) or FILLING[op]
+    return {name: _dims(said[name], name, array, layout) for name, array in arrays.items()}
 
 
-def _dims(op: str, name: str, array: jax.Array, layout: str) -> Dims:
+def _dims(said: str, name: str, array: jax.Array, layout: str) -> Dims:
     if name == "kv_pages":
         return _cache_dims(array.shape, layout)
-    dims = tuple(ARGUMENTS[op][name].split()) if array.ndim else ()
+    dims = tuple(said.split()) if array.ndim else ()
     if dims[1:] == ("...",):
         dims = (dims[0], *"-" * (array.ndim - 1))
-    if ARGUMENTS[op][name] == LOGITS:  # a size of 1 stands for all
+    if said == LOGITS:  # a size of 1 stands for all
         dims = tuple("-" if size == 1 else d for d, size in zip(dims, array.shape, strict=True))
     return dims
 
@@ -123,9 +152,9 @@ def page_axis(shape: tuple[int, ...], layout: str) -> int:
 
 def page_counts(op: str, pages: jax.Array, layout: str) -> tuple[int, int]:
     """(num_pages, page_size) of a cache."""
-    if op == "indexer_scores":
+    if CACHES[op] == "index_pages":
         return pages.shape[:2]
-    of = layout_named(layout) if op == "paged" else latent_layout_named(layout)
+    of = layout_named(layout) if CACHES[op] == "kv_pages" else latent_layout_named(layout)
     return of.dims(pages.shape)[:2]
 
 

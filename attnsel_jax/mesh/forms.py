@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from attnsel_jax.mesh import groups
-from attnsel_jax.mesh.dimensions import page_counts
+from attnsel_jax.mesh.dimensions import CACHES, page_counts
 from attnsel_jax.mesh.plan import Plan
 from attnsel_jax.mesh.ring import ring_attention
 from attnsel_jax.mesh.spread_pages import spread_attention, spread_scores
@@ -39,7 +39,7 @@ def attend_ragged(
     kernel: Kernel, op: str, arrays: Arrays, static: dict[str, Any], plan: Plan, layout: str
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Out, lse and this device's part of the cache."""
-    cache = groups.CACHES[op]
+    cache = CACHES[op]
     arrays = groups.with_own_pages(op, arrays, plan, layout)
     if plan.context is not None:
         kernel = functools.partial(
@@ -60,7 +60,7 @@ def score_ragged(
     """The indexer's scores of this device's tokens, summed over the heads of all devices."""
     arrays = groups.with_own_pages(op, arrays, plan, layout)
     if plan.context is not None:
-        counts = page_counts(op, arrays[groups.CACHES[op]], layout)
+        counts = page_counts(op, arrays[CACHES[op]], layout)
         kernel = functools.partial(spread_scores, kernel, counts=counts)
     (scores,) = groups.attend(kernel, op, arrays)
     if plan.heads:

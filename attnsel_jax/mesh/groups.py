@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnsel_jax.mesh.dimensions import RESULTS, page_counts
+from attnsel_jax.mesh.dimensions import CACHES, RESULTS, page_counts
 from attnsel_jax.mesh.plan import Plan
 from attnsel_jax.metadata import AttentionMetadata
 
@@ -21,10 +21,6 @@ TOKENS = (
     "weights",
 )  # fmt: skip
 CUT = (*TOKENS, "page_table", "kv_lens", "cu_q_lens", "num_seqs")
-CACHES = {
-    "paged": "kv_pages", "mla": "latent_pages", "sparse_mla": "latent_pages",
-    "indexer_scores": "index_pages",
-}  # fmt: skip
 
 
 def attend(kernel: Callable[..., Any], op: str, arrays: Arrays) -> tuple[jax.Array, ...]:
@@ -78,7 +74,7 @@ def with_own_pages(op: str, arrays: Arrays, plan: Plan, layout: str) -> Arrays:
         return arrays
     num_pages, page_size = page_counts(op, arrays[CACHES[op]], layout)
     first = jax.lax.axis_index(axes) * num_pages
-    moved = {"page_table": arrays["page_table"] - first}
+    moved = {"page_table": arrays["page_table"] - first} if "page_table" in arrays else {}
     if "slot_mapping" in arrays:
         slots, here = arrays["slot_mapping"], num_pages * page_size
         slots = jnp.where(slots >= 0, slots - first * page_size, -1)

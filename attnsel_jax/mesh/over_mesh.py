@@ -120,11 +120,11 @@ def _shared_out(
         check_vma=False,
     )  # fmt: skip
     return over_mesh(
-        {name: _placed(array, plan.mesh, specs[name]) for name, array in arrays.items()}
+        {name: placed(array, plan.mesh, specs[name]) for name, array in arrays.items()}
     )
 
 
-def _placed(array: jax.Array, mesh: Mesh, spec: jax.P) -> jax.Array:
+def placed(array: jax.Array, mesh: Mesh, spec: jax.P) -> jax.Array:
     """The array cut as the spec says; what is whole is cut where it lies, without communication."""
     if jax.sharding.AxisType.Explicit not in mesh.axis_types:  # shard_map sees to it
         return array

@@ -55,10 +55,10 @@ def check_shares(
                     f"{plan.size(axes)}, the size of {_named(axes)}: "
                     f"{_WAYS_OUT.get(dim, _WAYS_OUT['groups'])}"
                 )
-    if plan.heads and "kv_heads" in dims.get("k", ()):
+    if plan.heads and "q" in arrays and "kv_heads" in dims.get("k", ()):
         q, k = (arrays[x].shape[dims[x].index(d)] for x, d in (("q", "heads"), ("k", "kv_heads")))
         own_heads(plan, q, k)
-    if op == "paged":
+    if "kv_pages" in arrays:
         _check_layout(plan, arrays["kv_pages"], dims["kv_pages"], layout)
 
 

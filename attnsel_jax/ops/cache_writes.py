@@ -3,15 +3,16 @@
 The attention ops write what their own step made. These are for the rest: keys of cross attention,
 which every later call only reads; a prefix that another machine computed; index keys; a prompt
 whose attention ran over keys and values of every head. Inside `jit`, donate the cache, and it is
-updated in place.
+updated in place. Over a mesh each device fills its own share.
 """
 
 import functools
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from attnsel_jax.kv_cache import KVCache, LatentCache
+from attnsel_jax.mesh import MeshAxes, Plan, filled, plan_call
 from attnsel_jax.mesh.dimensions import page_axis
 from attnsel_jax.ops.calls import as_array
 from attnsel_jax.ops.ragged_arguments import INDEX_DTYPES, check_kv_rows, check_latent_rows
@@ -20,7 +21,14 @@ from pallas_kernels.shape_checks import FLOATS, INT32, check_arguments
 from pallas_kernels.stored_values import quantise
 
 
-def write_kv_cache(cache: KVCache, k: jax.Array, v: jax.Array, slot_mapping: jax.Array) -> KVCache:
+def write_kv_cache(
+    cache: KVCache,
+    k: jax.Array,
+    v: jax.Array,
+    slot_mapping: jax.Array,
+    *,
+    mesh_axes: MeshAxes | None = None,
+) -> KVCache:
     """The cache with keys and values put at slots, stored as `paged_attention` stores them.
 
     Args:
@@ -29,48 +37,59 @@ def write_kv_cache(cache: KVCache, k: jax.Array, v: jax.Array, slot_mapping: jax
             divisor of it, each then repeated.
         slot_mapping: int32 [num_tokens]: page * page_size + offset, as in `AttentionMetadata`;
             outside the cache (-1) = written nowhere. Where two tokens name one slot, either wins.
+        mesh_axes: as in `paged_attention`.
 
     Raises:
         TypeError: an argument that is no array, or a cache of another class.
-        ValueError: arguments that do not fit together, or a cache that a mesh's devices share.
+        ValueError: arguments that do not fit together.
     """
     check_kv_rows(k, v, cache, slot_mapping)
-    _check_is_whole(cache.pages)
-    pages = _put_kv(
-        cache.pages, k, v, slot_mapping, cache.k_scale, cache.v_scale,
-        layout=cache.layout, copies=cache.num_kv_heads // max(k.shape[1], 1),
-    )  # fmt: skip
-    return cache.with_pages(pages)
+    arrays = {
+        "k": k, "v": v, "kv_pages": cache.pages, "slot_mapping": slot_mapping,
+        "k_scale": cache.k_scale, "v_scale": cache.v_scale,
+    }  # fmt: skip
+    return cache.with_pages(_fill("write_kv", arrays, mesh_axes, cache.layout))
 
 
 def write_latent_cache(
-    cache: LatentCache, kv_c: jax.Array, k_pe: jax.Array, slot_mapping: jax.Array
+    cache: LatentCache,
+    kv_c: jax.Array,
+    k_pe: jax.Array,
+    slot_mapping: jax.Array,
+    *,
+    mesh_axes: MeshAxes | None = None,
 ) -> LatentCache:
     """The cache with latents put at slots, stored as `mla_attention` stores them.
 
     Args:
         cache: in any layout, `fp8_ds_mla` too.
         kv_c, k_pe: [num_tokens, kv_lora_rank], [num_tokens, rope_dim], true values.
-        slot_mapping: as in `write_kv_cache`.
+        slot_mapping, mesh_axes: as in `write_kv_cache`.
 
     Raises:
         TypeError, ValueError: as `write_kv_cache`.
     """
     check_latent_rows(kv_c, k_pe, cache, slot_mapping)
-    _check_is_whole(cache.pages)
-    pages = _put_latents(cache.pages, kv_c, k_pe, slot_mapping, cache.kv_scale, layout=cache.layout)
-    return cache.with_pages(pages)
+    arrays = {
+        "kv_c": kv_c, "k_pe": k_pe, "latent_pages": cache.pages, "slot_mapping": slot_mapping,
+        "kv_scale": cache.kv_scale,
+    }  # fmt: skip
+    return cache.with_pages(_fill("write_latents", arrays, mesh_axes, cache.layout))
 
 
 def write_index_keys(
-    index_pages: jax.Array, k_index: jax.Array, slot_mapping: jax.Array
+    index_pages: jax.Array,
+    k_index: jax.Array,
+    slot_mapping: jax.Array,
+    *,
+    mesh_axes: MeshAxes | None = None,
 ) -> jax.Array:
     """The keys that `indexer_scores` reads, put at slots.
 
     Args:
         index_pages: [num_pages, page_size, index_head_dim].
         k_index: [num_tokens, index_head_dim]; saturated and rounded to index_pages' dtype.
-        slot_mapping: as in `write_kv_cache`.
+        slot_mapping, mesh_axes: as in `write_kv_cache`.
 
     Raises:
         TypeError, ValueError: as `write_kv_cache`.
@@ -83,12 +102,16 @@ def write_index_keys(
         },
         required=("index_pages", "k_index", "slot_mapping"),
     )
-    _check_is_whole(index_pages)
-    return _put_rows(index_pages, k_index, slot_mapping)
+    arrays = {"k_index": k_index, "index_pages": index_pages, "slot_mapping": slot_mapping}
+    return _fill("write_index_keys", arrays, mesh_axes, "rows")
 
 
 def copy_pages(
-    cache: KVCache | LatentCache | jax.Array, source: jax.Array, target: jax.Array
+    cache: KVCache | LatentCache | jax.Array,
+    source: jax.Array,
+    target: jax.Array,
+    *,
+    mesh_axes: MeshAxes | None = None,
 ) -> KVCache | LatentCache | jax.Array:
     """The cache with page source[i], as it was before the call, in place of page target[i].
 
@@ -98,67 +121,73 @@ def copy_pages(
         cache: any; or an indexer's pages [num_pages, page_size, index_head_dim].
         source, target: int32 [n]. Where one of both is outside the cache (-1), nothing is copied.
             Where two copies name one target, either wins.
+        mesh_axes: as in `paged_attention`; heads may be cut, pages not.
 
     Raises:
         TypeError: an argument that is no array.
-        ValueError: ids of another shape or dtype, or a cache that a mesh's devices share.
+        ValueError: ids of another shape or dtype, or pages that lie on several devices.
     """
     is_cache = isinstance(cache, KVCache | LatentCache)
     pages = cache.pages if is_cache else as_array("cache", cache)
-    check_arguments(
-        {"source": (source, "n", INT32), "target": (target, "n", INT32)}, ("source", "target")
-    )
-    _check_is_whole(pages)
-    axis = page_axis(pages.shape, cache.layout) if isinstance(cache, KVCache) else 0
-    copied = _copied(pages, source, target, axis=axis)
+    ids = {"source": (source, "n", INT32), "target": (target, "n", INT32)}
+    check_arguments(ids, required=tuple(ids))
+    op, name = ("copy_kv", "kv_pages") if isinstance(cache, KVCache) else LATENTS
+    arrays = {name: pages, "source": source, "target": target}
+    copied = _fill(op, arrays, mesh_axes, cache.layout if is_cache else "rows")
     return cache.with_pages(copied) if is_cache else copied
 
 
-def _check_is_whole(pages: jax.Array) -> None:
-    """Refuses a cache of which a mesh's devices hold parts: a slot says nothing of whose it is."""
-    shown = pages if not isinstance(pages, jax.core.Tracer) else jax.typeof(pages)
-    spec = getattr(getattr(shown, "sharding", None), "spec", ())
-    axes = [axis for axis in spec if axis is not None]
-    if axes:
-        raise ValueError(
-            f"cache.pages is sharded over mesh axis {axes[0]!r}, must lie whole on a device: call "
-            f"this inside jax.shard_map, with each device's part of the cache and slots counted "
-            f"from its first page"
-        )
+LATENTS = ("copy_latents", "latent_pages")  # an indexer's pages are cut as a latent cache's
 
 
-# Lowerings are imported when they are traced: importing the package brings none.
+def _fill(op: str, arrays: dict[str, Any], mesh_axes: MeshAxes | None, layout: str) -> jax.Array:
+    """The cache of a call of `FILLING`, shared out as its arrays are, or as the caller says."""
+    given = {name: array for name, array in arrays.items() if array is not None}
+    plan = plan_call(op, given, mesh_axes, layout)
+    return _filled(given, op=op, layout=layout, plan=plan)
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "copies"))
+@functools.partial(jax.jit, static_argnames=("op", "layout", "plan"))
 @under_own_settings
-def _put_kv(pages, k, v, slots, k_scale, v_scale, *, layout: str, copies: int) -> jax.Array:
+def _filled(arrays, *, op: str, layout: str, plan: Plan | None) -> jax.Array:
+    return filled(functools.partial(_ON_ONE_DEVICE[op], layout=layout), op, arrays, plan, layout)
+
+
+# What fills the cache of one device. Lowerings are imported when they are traced: importing the
+# package brings none.
+
+
+def _write_kv(arrays, layout: str) -> jax.Array:
     from attnsel_jax.xla.layout_writes import put_kv
 
-    if copies > 1:
-        k, v = (jnp.repeat(x, copies, axis=1) for x in (k, v))
-    return put_kv(pages, k, v, slots, k_scale, v_scale, layout)
+    return put_kv(**{"k_scale": None, "v_scale": None, **arrays}, layout=layout)
 
 
-@functools.partial(jax.jit, static_argnames="layout")
-@under_own_settings
-def _put_latents(pages, kv_c, k_pe, slots, kv_scale, *, layout: str) -> jax.Array:
+def _write_latents(arrays, layout: str) -> jax.Array:
     from attnsel_jax.xla.layout_writes import put_latents
 
-    return put_latents(pages, kv_c, k_pe, slots, kv_scale, layout)
+    return put_latents(**{"kv_scale": None, **arrays}, layout=layout)
 
 
-@jax.jit
-@under_own_settings
-def _put_rows(pages, rows, slots) -> jax.Array:
+def _write_index_keys(arrays, layout: str) -> jax.Array:
     from attnsel_jax.xla.cache_writes import write_rows
 
-    return write_rows(pages, quantise(rows, None, pages.dtype), slots)
+    pages = arrays["index_pages"]
+    return write_rows(pages, quantise(arrays["k_index"], None, pages.dtype), arrays["slot_mapping"])
 
 
-@functools.partial(jax.jit, static_argnames="axis")
-@under_own_settings
-def _copied(pages, source, target, *, axis: int) -> jax.Array:
+def _copy(arrays, layout: str) -> jax.Array:
     from attnsel_jax.xla.layout_writes import copy_along
 
-    return copy_along(pages, source, target, axis)
+    ((name, pages),) = ((n, a) for n, a in arrays.items() if n.endswith("_pages"))
+    axis = page_axis(pages.shape, layout) if name == "kv_pages" else 0
+    return copy_along(pages, arrays["source"], arrays["target"], axis)
+
+
+_ON_ONE_DEVICE = {
+    "write_kv": _write_kv,
+    "write_latents": _write_latents,
+    "write_index_keys": _write_index_keys,
+    "copy_kv": _copy,
+    "copy_latents": _copy,
+}

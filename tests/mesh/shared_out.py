@@ -17,8 +17,8 @@ from attnsel_jax.compare.deviations import deviation
 from attnsel_jax.compare.expected import expected
 from attnsel_jax.compare.kernel_runs import RESULTS
 from attnsel_jax.mesh import kernel_over_mesh, plan_call
-from attnsel_jax.mesh.dimensions import dimensions
-from attnsel_jax.mesh.groups import CACHES, TOKENS
+from attnsel_jax.mesh.dimensions import CACHES, dimensions
+from attnsel_jax.mesh.groups import TOKENS
 from attnsel_jax.problems.paged_inputs import unused
 
 WHOLE = ("sinks", "alibi_slopes", "k_scale", "v_scale", "kv_scale")
