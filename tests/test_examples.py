@@ -21,6 +21,7 @@ SAYS = {  # a line of what each prints, so that an example that shows nothing is
     "force_a_backend.py": "jit inside the context manager: traces again ",
     "on_a_mesh.py": "tokens served on eight devices equal those of one: True",
     "select_and_explain.py": "CUDNN: 'op' asked 'paged', allowed dense",
+    "serve_mla.py": "decoding over all cached positions  differs from the whole sequence's rows",
     "swap_backends_in_a_model.py": "XLA_REFERENCE  tokens equal those without a cache: True",
     "train_a_layer.py": "the layer looks back by [3, 3]",
 }
