@@ -141,7 +141,7 @@ def tiles_for_chip(
     if itemsize not in TILES[chip.name]:
         raise ValueError(
             f"kv_pages has {itemsize} byte a number, must have 2 on {chip.name}: Ampere has no "
-            f"instruction that converts float8"
+            f"instruction that converts float8; use a cache of bfloat16 or float16, or XLA"
         )
     by_size = TILES[chip.name][itemsize]
     if chip.name in EACH_SIZE and head_dim not in by_size:
@@ -152,7 +152,8 @@ def tiles_for_chip(
     if head_dim > max(by_size):
         raise ValueError(
             f"head_dim is {head_dim}, must be at most {max(by_size)} with a cache of {itemsize} "
-            f"byte a number: converting its tiles takes more registers than there are"
+            f"byte a number: converting its tiles takes more registers than there are; use a cache "
+            f"of 2 bytes a number, or XLA"
         )
     size = min(size for size in by_size if size >= head_dim)
     asked = [ADDED_TILES] * added + [BOUNDED_TILES] * bounded
