@@ -13,6 +13,7 @@ import jax
 
 from attnsel_jax.backend import AttentionBackend
 from attnsel_jax.kernel_results import check_results
+from attnsel_jax.symbolic_sizes import refused_where_compared
 
 _STATIC = {
     "scale", "causal", "sliding_window", "attention_chunk_size", "soft_cap", "kv_cache_dtype",
@@ -45,7 +46,8 @@ def _jitted(
     @functools.wraps(kernel)
     def call(*args: Any, **named: Any) -> Any:
         given = dict(zip(_POSITIONAL.get(op, ()), args, strict=False)) | named
-        return check_results(backend, op, kernel(*args, **named), given)
+        with refused_where_compared(backend, op, given):
+            return check_results(backend, op, kernel(*args, **named), given)
 
     return jax.jit(call, static_argnames=static_names(kernel))
 

@@ -30,7 +30,7 @@ LAYERS = {
     r"attnsel_jax\.(capabilities|cache_layouts|kv_cache|metadata|vllm_metadata|backend_names)": 2,
     r"attnsel_jax\.mosaic_(gpu|tpu)_limits": 2,
     r"attnsel_jax\.(backend|xla)": 3,
-    r"attnsel_jax\.(impls|backends|jitted_kernels|kernel_results|mesh)": 4,
+    r"attnsel_jax\.(impls|backends|jitted_kernels|kernel_results|symbolic_sizes|mesh)": 4,
     r"attnsel_jax\.(registry|forcing|plugins|registered_layouts)": 5,
     r"attnsel_jax\.(selection|selector)": 6,
     r"attnsel_jax\.(ops|value_checks)": 7,

@@ -23,6 +23,7 @@ from attnsel_jax.mesh.dimensions import ARGUMENTS, POSITIONAL, RESULTS, by_name,
 from attnsel_jax.mesh.forms import attend_dense, attend_ragged, check_context, score_ragged
 from attnsel_jax.mesh.plan import Mesh, Plan
 from attnsel_jax.mesh.shares import own_heads
+from attnsel_jax.symbolic_sizes import refused_where_compared
 from pallas_kernels.jax_settings import under_default_rules
 
 Arrays = dict[str, jax.Array]
@@ -84,8 +85,10 @@ def _by_arrays(
 
     def of_arrays(arrays: Arrays, **changed: Any) -> tuple[jax.Array, ...]:
         others = {name: array for name, array in arrays.items() if name not in names}
-        results = kernel(*(arrays.get(name) for name in names), **others, **{**static, **changed})
-        check_results(backend, op, results, {**static, **arrays})
+        leading = (arrays.get(name) for name in names)
+        with refused_where_compared(backend, op, arrays):
+            results = kernel(*leading, **others, **{**static, **changed})
+            check_results(backend, op, results, {**static, **arrays})
         return results if isinstance(results, tuple) else (results,)
 
     return of_arrays

@@ -232,10 +232,11 @@ def _batch_table(metadata: AttentionMetadata) -> dict[str, Spec]:
     _check_given({f"metadata.{name}": getattr(metadata, name) for name in names})
     rows = metadata.kv_lens.shape
     groups = metadata.num_seqs.shape[0] if metadata.num_seqs.ndim == 1 else None
+    starts = str(sum(rows[:1]) + (groups or 1)).replace(" ", "")  # a symbolic one is "n + 1"
     return {
         "metadata.page_table": (metadata.page_table, "max_num_seqs pages_per_seq", INT32),
         "metadata.kv_lens": (metadata.kv_lens, "max_num_seqs", INT32),
-        "metadata.cu_q_lens": (metadata.cu_q_lens, str(sum(rows[:1]) + (groups or 1)), INT32),
+        "metadata.cu_q_lens": (metadata.cu_q_lens, starts, INT32),
         "metadata.num_seqs": (metadata.num_seqs, "groups" if groups else "", INT32),
         "metadata.slot_mapping": (metadata.slot_mapping, "num_tokens", INT32),
     }
