@@ -261,6 +261,7 @@ def test_compare_draws_problems():
         (("--device", "tpu:9"), "device is 'tpu:9', must be one that is here: cpu:0"),
         (("--backend", "XLAA"), "backend is 'XLAA'"),
         (("--plot", "no/such/folder/picture.png"), "must be in a folder that exists"),
+        (("--plot", "picture.xyz"), "--plot is picture.xyz, must end in one of ."),
     ],
 )
 def test_compare_s_mistakes(options, said):
@@ -290,7 +291,11 @@ def test_bench_lists_and_runs(tmp_path):
         (("--case", "nonsense"), "case is 'nonsense', must be one of dense_causal_4096"),
         (("--backend", "XLAA"), "backend is 'XLAA'"),
         (("--rounds", "0"), "rounds is 0, must be at least 1"),
+        (("--budget", "nan"), "budget is nan, must be at least 0 seconds"),
+        (("--seed", "-1"), "seed is -1, must be at least 0"),
         (("--output", "no/such/folder/results.json"), "folder that exists"),
+        (("--output", "."), "--output is ., a folder, must be a file: add its name"),
+        (("--plot", "picture"), "--plot is picture, must end in one of ."),
     ],
 )
 def test_bench_s_mistakes(options, said):

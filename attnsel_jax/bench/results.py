@@ -24,6 +24,10 @@ class Settings:
     def __post_init__(self):
         if self.rounds < 1:
             raise ValueError(f"rounds is {self.rounds}, must be at least 1")
+        if not self.budget_s >= 0:
+            raise ValueError(f"budget is {self.budget_s}, must be at least 0 seconds")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}, must be at least 0")
 
 
 @dataclasses.dataclass(frozen=True)

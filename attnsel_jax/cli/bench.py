@@ -13,8 +13,9 @@ from attnsel_jax.cli.terminal import (
     CHECK_FAILED,
     Json,
     callers_mistakes,
+    check_drawable,
+    check_writable,
     console,
-    fail,
     print_json,
     progress_console,
     quiet_device_start,
@@ -48,6 +49,7 @@ def bench(
     Times are medians of interleaved rounds on fresh random data; answers are compared too.
     """
     from attnsel_jax import bench as library
+    from attnsel_jax.bench.plot import plot as draw
     from attnsel_jax.platforms import current_device
 
     with callers_mistakes():
@@ -57,7 +59,8 @@ def bench(
     if list_cases:
         _print_names(names, json)
         return
-    _check_writable(output, plot)
+    check_writable("--output", output)
+    check_drawable("--plot", plot)
     with quiet_device_start():
         current_device()
     results = _run(library, names, settings, json)
@@ -65,7 +68,7 @@ def bench(
     if output:
         output.write_text(json_module.dumps(data, indent=2) + "\n")
     if plot:
-        _plot(results, plot)
+        draw(results, plot)
     if json:
         print_json(data)
     else:
@@ -79,13 +82,6 @@ def _print_names(names: tuple[str, ...], as_json: bool) -> None:
         print_json(list(names))
     else:
         console().print("\n".join(names))
-
-
-def _check_writable(*paths: Path | None) -> None:
-    """Refuses before minutes of measuring what could not be written after them."""
-    for path in paths:
-        if path is not None and not path.resolve().parent.is_dir():
-            fail(f"{path} is in no folder that exists: make the folder first")
 
 
 def _run(library: Any, names: tuple[str, ...], settings: Any, as_json: bool) -> list[Any]:
@@ -113,17 +109,6 @@ def _as_data(results: list[Any], settings: Any) -> dict[str, Any]:
     roofline = roofline_of(device) if needs_roofline else None
     command = ["attnsel", *sys.argv[1:]]
     return to_json(results, settings, device, roofline, command)
-
-
-def _plot(results: list[Any], path: Path) -> None:
-    from attnsel_jax.bench.plot import plot
-
-    try:
-        plot(results, path)
-    except ImportError:
-        fail("--plot needs matplotlib, which is not installed: pip install 'attnsel-jax[plot]'")
-    except ValueError as error:
-        fail(f"--plot is {path}: {error}")
 
 
 def _print_result(result: Any) -> None:

@@ -12,8 +12,8 @@ from attnsel_jax.cli.terminal import (
     NOTHING_SERVES,
     Json,
     callers_mistakes,
+    check_drawable,
     console,
-    fail,
     print_json,
     progress_console,
     quiet_device_start,
@@ -67,8 +67,7 @@ def compare(
     if list_problems:
         _print_problems(problems, json)
         return
-    if plot is not None:
-        _check_plot(plot)
+    check_drawable("--plot", plot)
     with callers_mistakes():
         comparison = _compared(problems, backend, _device(device), seed)
     if plot is not None:
@@ -177,16 +176,6 @@ def _compared(problems: list[Any], backends: list[str] | None, chip: Any, seed: 
         return library_compare(
             problems, backends, chip, seed=seed, progress=report, workers=WORKERS
         )
-
-
-def _check_plot(path: Path) -> None:
-    """Refuses before the run what could not be drawn after it."""
-    import importlib.util
-
-    if importlib.util.find_spec("matplotlib") is None:
-        fail("--plot needs matplotlib, which is not installed: pip install 'attnsel-jax[plot]'")
-    if not path.resolve().parent.is_dir():
-        fail(f"--plot is {path}, must be in a folder that exists: make it first")
 
 
 def _plot(comparison: Any, path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -64,6 +65,33 @@ def fail(message: str, code: int = USAGE) -> NoReturn:
         f"[bold red]error:[/bold red] {escape(message)}"
     )
     raise typer.Exit(code)
+
+
+def check_writable(option: str, path: Path | None) -> None:
+    """Refuses before minutes of work a file that could not be written after them; None passes."""
+    if path is None:
+        return
+    if path.is_dir():
+        fail(f"{option} is {path}, a folder, must be a file: add its name")
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        fail(f"{option} is {path}, must be in a folder that exists: make it first")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        fail(f"{option} is {path}, must be where you may write: name another place")
+
+
+def check_drawable(option: str, path: Path | None) -> None:
+    """The same of a picture: matplotlib must be here, and know the format."""
+    if path is None:
+        return
+    check_writable(option, path)
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        fail(f"{option} needs matplotlib, which is not installed: pip install 'attnsel-jax[plot]'")
+    formats = sorted(FigureCanvasBase.filetypes)
+    if path.suffix.removeprefix(".").lower() not in formats:
+        fail(f"{option} is {path}, must end in one of .{', .'.join(formats)}")
 
 
 @contextlib.contextmanager
