@@ -251,6 +251,45 @@ def test_a_callers_own_arrays():
     assert set(worst.worst.at) == {"batch", "query", "head"}
 
 
+OWN = {"q": np.ones((1, 4, 2, 8), np.float32), "k": np.ones((1, 4, 2, 8), np.float32)}
+OWN["v"] = OWN["k"]
+OWN_BATCH = {
+    "q": OWN["q"][0],
+    "k": None,
+    "v": None,
+    "kv_pages": np.ones((2, 3, 4, 2, 8), np.float32),
+    "page_table": np.array([[1], [2]], np.int32),
+    "kv_lens": np.array([4, 2], np.int32),
+    "cu_q_lens": np.array([0, 3, 4], np.int32),
+    "num_seqs": np.array(2, np.int32),
+    "slot_mapping": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments", "options", "message"),
+    [
+        ("dense", {"query": OWN["q"]}, {}, "arguments has query, must have names of op dense's"),
+        ("dense", {"q": OWN["q"], "k": OWN["k"]}, {}, "arguments lacks v, must have it"),
+        ("dense", OWN | {"q": OWN["q"].tolist()}, {}, "q is list, must be an array"),
+        ("topk_positions", {}, {"gradients": True}, "gradients is True, must be False for op topk"),
+        ("paged", OWN_BATCH | {"page_table": np.array([[1], [3]])}, {}, r"page_table\[1, 0\] is 3"),
+        ("paged", OWN_BATCH | {"num_seqs": np.array(3)}, {}, "num_seqs is 3, must be 0 to 2"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_callers_mistakes_are_no_backends_errors(op, arguments, options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        compare_arrays(op, arguments, ["XLA_REFERENCE"], **options)
+
+
+def test_arrays_as_numpy_load_gives_them(tmp_path):
+    given = OWN | {"causal": True, "scale": 0.3, "sliding_window": (2, 2)}
+    np.savez(tmp_path / "arrays.npz", **given)
+    with np.load(tmp_path / "arrays.npz") as loaded:
+        assert compare_arrays("dense", loaded, ["XLA_REFERENCE"]).passed
+
+
 def test_unknown_names_are_refused_before_anything_runs():
     with pytest.raises(ValueError, match=r"problem is 'llama33', must be a set \(default, quick\)"):
         compare(["llama33"])

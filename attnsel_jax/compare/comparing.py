@@ -18,6 +18,7 @@ from attnsel_jax.compare.comparison import ERROR, FAIL, PASS, REFUSED, Compariso
 from attnsel_jax.compare.deviations import deviation
 from attnsel_jax.compare.expected import Expected, expected
 from attnsel_jax.compare.kernel_runs import RESULTS, run
+from attnsel_jax.compare.own_arrays import as_arguments
 from attnsel_jax.compare.picture import edges
 from attnsel_jax.config import AttentionSelectorConfig
 from attnsel_jax.constraints import OneOf
@@ -113,18 +114,17 @@ def compare_arrays(
     Args:
         op: "dense", "paged", "mla", "sparse_mla", "indexer_scores" or "topk_positions".
         arguments: the op's, by name, as its contract has them (`pallas_kernels`); a paged cache in
-            the "stacked" layout. Python numbers are static.
+            the "stacked" layout. What is static may be an array of no dimensions, as `numpy.load`
+            gives it.
         backends: as in `compare`.
         gradients: whether to compare gradients too (dense).
         device: as in `compare`.
 
     Raises:
-        ValueError: an unknown op or backend.
+        TypeError: a list where an array is meant.
+        ValueError: an unknown op or backend, or arguments that are not the contract's.
     """
-    arrays = {
-        name: np.asarray(value) if hasattr(value, "shape") else value
-        for name, value in arguments.items()
-    }
+    arrays = as_arguments(op, arguments, gradients=gradients)
     return compare([given(op, arrays, gradients=gradients)], backends, device)
 
 
