@@ -186,6 +186,19 @@ class Partial(AttentionBackend):
     kernels = {"dense": "attnsel_jax.xla.reference:dense_attention"}
 
 
+def without_lse(**arguments):
+    """A right kernel for `WithoutLse`."""
+    return faulty_kernels.dense(None)(**arguments)[0], None
+
+
+class WithoutLse(Partial):
+    """Its gradients are compared, those of out alone: as CUDNN's are."""
+
+    name = "WITHOUT_LSE"
+    capabilities = {"dense": dataclasses.replace(Partial.capabilities["dense"], needs_grad=EITHER)}
+    kernels = {"dense": "test_compare:without_lse"}
+
+
 class Missing(Partial):
     """Its kernel needs what is not installed."""
 
@@ -204,21 +217,49 @@ def test_what_a_backend_does_not_declare_is_left_out_by_reason():
     assert "no lse, no gradients" in str(Comparison("cpu", (row,)))
 
 
+def test_gradients_of_a_backend_without_lse_are_those_of_out_alone():
+    honest = {"WITHOUT_LSE": WithoutLse, "XLA": "XLA"}
+    rows = compare([dense_problem("plain", "float32", gradients=True)], honest).rows
+    assert [row.verdict for row in rows] == ["pass", "pass"], [row.error for row in rows]
+    assert [d.quantity for d in rows[0].deviations] == ["out", "grad q", "grad k", "grad v"]
+
+
 def test_a_kernel_that_cannot_be_imported_is_refused_with_the_cause():
     (row,) = compare([dense_problem("plain", "float32")], [Missing])
     assert row.verdict == "refused"
     assert "no_such_package" in str(row.reasons[0])
 
 
-def test_a_kernel_that_raises_is_an_error_and_the_others_still_run():
+class LoweringError(Exception):
+    """As Mosaic's, which is no RuntimeError."""
+
+
+@pytest.mark.parametrize("kind", [NotImplementedError, LoweringError])
+def test_a_kernel_that_raises_is_an_error_and_the_others_still_run(kind):
     def broken(**arguments):
-        raise NotImplementedError("not written yet")
+        raise kind("not written yet")
 
     problem = dense_problem("plain", "float32")
     comparison = compare([problem], {"broken": broken, "XLA_REFERENCE": "XLA_REFERENCE"})
     assert [row.verdict for row in comparison] == ["error", "pass"]
-    assert comparison.rows[0].error == "NotImplementedError: not written yet"
+    assert comparison.rows[0].error == f"{kind.__name__}: not written yet"
     assert not comparison.passed
+
+
+@pytest.mark.parametrize(
+    ("results", "said"),
+    [
+        (lambda out, lse: out, r"the kernel returns no tuple, must return (out, lse)"),
+        (lambda out, lse: (out,), r"the kernel returns a tuple of 1, must return (out, lse)"),
+        (lambda out, lse: (out, None), "lse is NoneType, must be an array"),
+    ],
+)
+def test_results_that_are_not_the_contracts_are_an_error(results, said):
+    def kernel(**arguments):
+        return results(*faulty_kernels.dense(None)(**arguments))
+
+    (row,) = compare([dense_problem("plain", "float32")], {"mine": kernel}).rows
+    assert row.error == f"ValueError: {said}"
 
 
 def test_a_result_of_the_wrong_dtype_or_shape_is_an_error():

@@ -37,7 +37,7 @@ def run(
         kernel: has the signature of the op's contract.
         op: a key of `RESULTS`.
         arguments: the contract's, by name; what is no NumPy array is static.
-        cotangents: of out and lse, if gradients are wanted.
+        cotangents: of out and lse, if gradients are wanted; lse's is left out where lse is.
         layout: of the cache that the kernel takes; the arguments and results are "stacked", and
             "rows" where the cache is a latent one.
         without: "lse" or "gradients", where the kernel has none.
@@ -46,27 +46,24 @@ def run(
         The results by name, and gradients as "grad q", ...
 
     Raises:
-        ValueError: a result's dtype is not the contract's.
+        ValueError: the results are not as many arrays as the contract's, or one of another dtype.
     """
     static = {n: x for n, x in arguments.items() if not isinstance(x, np.ndarray)}
     arrays = {n: jnp.asarray(x) for n, x in arguments.items() if isinstance(x, np.ndarray)}
     cotangents = None if "gradients" in without else cotangents
     if cotangents is not None:
-        if "lse" in without:
-            cotangents = (cotangents[0], np.zeros_like(cotangents[1]))
         wrt = {name: arrays.pop(name) for name in gradient_names(arguments)}
     else:
         wrt = {}
 
     def call(wrt: dict[str, jax.Array], arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
         results = kernel(**_in_layout(arrays, layout), **wrt, **static)
-        results = results if isinstance(results, tuple) else (results,)
-        named = dict(zip(RESULTS[op], results, strict=True))
-        return _as_the_oracle(named, layout, arrays)
+        return _as_the_oracle(_named(op, results, without), layout, arrays)
 
     def call_and_differentiate(wrt, arrays, cotangents):
         results, pull_back = jax.vjp(lambda x: call(x, arrays), wrt)
-        (gradients,) = pull_back(dict(zip(("out", "lse"), cotangents, strict=True)))
+        seeds = dict(zip(("out", "lse"), cotangents, strict=True))
+        (gradients,) = pull_back({name: seeds[name] for name in results})
         return results | {f"grad {name}": gradient for name, gradient in gradients.items()}
 
     if cotangents is None:
@@ -76,7 +73,20 @@ def run(
             wrt, arrays, jax.tree.map(jnp.asarray, cotangents)
         )
     _check_dtypes(results, arguments)
-    return {name: np.asarray(x) for name, x in results.items() if name not in without}
+    return {name: np.asarray(x) for name, x in results.items()}
+
+
+def _named(op: str, results: Any, without: Container[str]) -> dict[str, jax.Array]:
+    """The results by name; refuses another count, and what is no array."""
+    names, found = RESULTS[op], results if isinstance(results, tuple) else (results,)
+    if len(found) != len(names):
+        said = f"a tuple of {len(found)}" if isinstance(results, tuple) else "no tuple"
+        raise ValueError(f"the kernel returns {said}, must return ({', '.join(names)})")
+    named = {n: x for n, x in zip(names, found, strict=True) if n not in without}
+    for name, x in named.items():
+        if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+            raise ValueError(f"{name} is {type(x).__name__}, must be an array")
+    return named
 
 
 def _check_dtypes(results: Mapping[str, jax.Array], arguments: Mapping[str, Any]) -> None:
