@@ -6,6 +6,7 @@ can be converted and read by another.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,21 +36,26 @@ class KVCache:
     @property
     def num_pages(self) -> int:
         """Pages in the cache."""
-        return layout_named(self.layout).dims(self.pages.shape)[0]
+        return self._dims()[0]
 
     @property
     def page_size(self) -> int:
         """Tokens in a page."""
-        return layout_named(self.layout).dims(self.pages.shape)[1]
+        return self._dims()[1]
 
     @property
     def num_kv_heads(self) -> int:
         """Heads of keys and values."""
-        return layout_named(self.layout).dims(self.pages.shape)[2]
+        return self._dims()[2]
 
     def split(self) -> tuple[jax.Array, jax.Array]:
         """Stored keys and values, each [num_pages, page_size, num_kv_heads, head_dim]."""
+        self._dims()
         return layout_named(self.layout).split(self.pages)
+
+    def _dims(self) -> tuple[int, ...]:
+        layout = layout_named(self.layout)
+        return _of_one(self, len(layout.stride_order), layout.dims)
 
     def with_pages(self, pages: jax.Array) -> "KVCache":
         """The same cache with other contents."""
@@ -83,17 +89,21 @@ class LatentCache:
     @property
     def num_pages(self) -> int:
         """Pages in the cache."""
-        return latent_layout_named(self.layout).dims(self.pages.shape)[0]
+        return self._dims()[0]
 
     @property
     def page_size(self) -> int:
         """Tokens in a page."""
-        return latent_layout_named(self.layout).dims(self.pages.shape)[1]
+        return self._dims()[1]
 
     @property
     def kv_cache_dtype(self) -> str | None:
         """What the array's dtype does not say: "fp8_ds_mla" for byte rows, else None."""
         return fp8_ds_mla.NAME if self.pages.dtype == jnp.uint8 else None
+
+    def _dims(self) -> tuple[int, ...]:
+        layout = latent_layout_named(self.layout)
+        return _of_one(self, layout.ndim, layout.dims)
 
     def with_pages(self, pages: jax.Array) -> "LatentCache":
         """The same cache with other contents."""
@@ -108,8 +118,24 @@ class LatentCache:
         target = latent_layout_named(layout)
         if layout == self.layout:
             return self
+        self._dims()
         rows = latent_layout_named(self.layout).to_rows(self.pages, rope_dim)
         return dataclasses.replace(self, pages=target.from_rows(rows, rope_dim), layout=layout)
+
+
+def _of_one(cache: Any, ndim: int, dims: Callable[..., tuple[int, ...]]) -> tuple[int, ...]:
+    """The sizes of a cache's array; refuses several caches as one, as a scan over layers has them.
+
+    Raises:
+        ValueError: it has not as many dimensions as its layout.
+    """
+    shape = cache.pages.shape
+    if len(shape) != ndim:
+        raise ValueError(
+            f"pages has {len(shape)} dimensions {shape}, must have {ndim} in layout "
+            f"{cache.layout!r}: of caches in a stack take one, or jax.vmap what is asked of each"
+        )
+    return dims(shape)
 
 
 def check_stored(pages: jax.Array, kv_cache_dtype: Any, dtype: Any) -> None:

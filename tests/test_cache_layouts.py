@@ -1,5 +1,6 @@
 """Cache layouts that packages register: a kernel of one is compared like any other."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -147,3 +148,22 @@ def test_only_registered_layouts_go_away():
     unregister_cache_layout("by_number")
     with pytest.raises(ValueError, match="name is 'page_by_page', must be registered first"):
         unregister_cache_layout("page_by_page")
+
+
+@pytest.mark.parametrize(
+    ("cache", "layout"),
+    [
+        (KVCache(jnp.arange(2 * 3 * 4 * 2 * 128.0).reshape(2, 3, 4, 2, 128)), "by_head"),
+        (LatentCache(jnp.arange(3 * 64 * 576.0).reshape(3, 64, 576)), "striped"),
+    ],
+    ids=["kv", "latent"],
+)
+def test_a_stack_of_caches_is_not_read_as_one(cache, layout):
+    stack = jax.tree.map(lambda x: jnp.stack([x, 2 * x, 3 * x]), cache)
+    for ask in (lambda c: c.num_pages, lambda c: c.page_size, lambda c: c.converted(layout)):
+        with pytest.raises(ValueError, match=r"pages has . dimensions .* of caches in a stack"):
+            ask(stack)
+    converted = jax.vmap(lambda cache: cache.converted(layout))(stack)
+    one = jax.tree.map(lambda x: x[1], converted)
+    np.testing.assert_array_equal(one.pages, 2 * cache.converted(layout).pages)
+    assert one.num_pages == 3
