@@ -14,10 +14,11 @@ import jax.numpy as jnp
 
 from attnsel_jax.cache_layouts import latent_layout_named, layout_named
 from attnsel_jax.config import STORED_AS, dtype_name, kv_cache_dtype_name
+from attnsel_jax.pytrees import exportable_pytree
 from pallas_kernels import fp8_ds_mla
 
 
-@jax.tree_util.register_dataclass
+@exportable_pytree
 @dataclasses.dataclass(frozen=True)
 class KVCache:
     """A paged cache of keys and values.
@@ -69,7 +70,7 @@ class KVCache:
         return dataclasses.replace(self, pages=pages, layout=layout)
 
 
-@jax.tree_util.register_dataclass
+@exportable_pytree
 @dataclasses.dataclass(frozen=True)
 class LatentCache:
     """A paged MLA cache: one latent and one rotary key for each token, shared by all heads.

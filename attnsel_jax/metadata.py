@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnsel_jax.pytrees import exportable_pytree
 from attnsel_jax.static_arguments import count, flag
 
 INT32_MAX = 2**31 - 1
 
 
-@jax.tree_util.register_dataclass
+@exportable_pytree
 @dataclasses.dataclass(frozen=True)
 class AttentionMetadata:
     """A ragged batch, as the op contracts of `pallas_kernels.paged` name its parts.

@@ -27,6 +27,7 @@ every_source = pytest.mark.parametrize("path", SOURCES, ids=IDS)
 LAYERS = {
     r"pallas_kernels": 0,
     r"attnsel_jax\.(config|constraints|platforms|envs|jax_versions|qualnames|static_arguments)": 1,
+    r"attnsel_jax\.pytrees": 1,
     r"attnsel_jax\.(capabilities|cache_layouts|kv_cache|metadata|vllm_metadata|backend_names)": 2,
     r"attnsel_jax\.mosaic_(gpu|tpu)_limits": 2,
     r"attnsel_jax\.(backend|xla)": 3,

@@ -1,4 +1,4 @@
-"""`jax.export` with symbolic sizes: taken by what is plain jax.numpy, refused elsewhere."""
+"""`jax.export`: caches and batches go into its files; symbolic sizes are taken, or refused."""
 
 import dataclasses
 
@@ -32,6 +32,16 @@ def shapes(arrays, tokens=TOKENS):
 
 def exported(op, call, **static):
     return jax.export.export(jax.jit(lambda call: op(**call, **static)))(call)
+
+
+@pytest.mark.parametrize(("op", "make"), [(paged_attention, paged), (mla_attention, mla)])
+def test_a_step_is_written_and_read_again(op, make):
+    call = make()
+    static = {"scale": call.pop("scale")} if "scale" in call else {}
+    step = exported(op, call, **static)
+    read = jax.export.deserialize(step.serialize())
+    assert (read.in_tree, read.out_tree) == (step.in_tree, step.out_tree)
+    assert jax.tree.structure(((call,), {})) == read.in_tree  # what is static included
 
 
 def test_the_reference_takes_dense_calls_of_symbolic_length():
