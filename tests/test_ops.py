@@ -1,5 +1,6 @@
 """What model code calls: equal to jax.nn where it stands in for it, to the oracle everywhere."""
 
+import dataclasses
 import inspect
 
 import jax
@@ -488,6 +489,43 @@ def test_a_gradient_is_differentiated_by_the_reference_alone():
         return loss(q - jax.lax.stop_gradient(gradient(q, "XLA")), "XLA")
 
     close(jax.grad(after_a_step)(q), gradient(q - gradient(q, "XLA"), "XLA"))
+
+
+def test_a_scan_over_layers_of_one_cache_copies_none():
+    """As docs/kernels.md has it: the pages of all layers in one cache, the batch shifted."""
+    layers, pages = 2, 256
+    call = paged()
+    cache = allocate_kv_cache(
+        num_pages=layers * pages, page_size=PAGE_SIZE, num_kv_heads=2, head_size=8, dtype="float32"
+    )
+
+    def of_layer(metadata, i):
+        slots = metadata.slot_mapping
+        slots = jnp.where(slots < 0, slots, slots + i * pages * PAGE_SIZE)
+        table = metadata.page_table + i * pages
+        return dataclasses.replace(metadata, page_table=table, slot_mapping=slots)
+
+    def step(cache, q):
+        def layer(carry, i):
+            q, cache = carry
+            more = {"cache": cache, "metadata": of_layer(call["metadata"], i)}
+            out, cache = paged_attention(**call | {"q": q} | more)
+            return (q + out, cache), None
+
+        return jax.lax.scan(layer, (q, cache), jnp.arange(layers))[0]
+
+    compiled = jax.jit(step, donate_argnums=0).lower(cache, call["q"]).compile()
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == cache.pages.nbytes
+    assert memory.temp_size_in_bytes < cache.pages.nbytes / layers
+    q, written = call["q"], []
+    for part in jnp.split(cache.pages, layers, axis=1):
+        part = {"q": q, "cache": KVCache(part), "backend": "XLA_REFERENCE"}
+        out, one = paged_attention(**call | part)
+        q, written = q + out, [*written, one.pages]
+    whole, cache = compiled(cache, call["q"])
+    close(whole, q)
+    close(cache.pages, jnp.concatenate(written, axis=1))
 
 
 @pytest.mark.parametrize("door", ["paged", "mla", "sparse mla"])
