@@ -13,7 +13,9 @@ for a chip that is not here needs `jax.default_device` as well (`attnsel_jax.aot
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +24,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.jax_settings import unchecked
 
 DEFAULT = "h200"
+# Blocks of a launch along x, y and z, as CUDA takes them.
+MOST_BLOCKS = (2**31 - 1, 65535, 65535)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +103,27 @@ def kernel(body: Callable[..., None], **options: Any) -> Callable[..., Any]:
 
     Pallas' own rule traces the body again, under whatever settings the caller has by then.
     """
+    options["grid"], options["grid_names"] = launchable(options["grid"], options["grid_names"])
     return jax.custom_batching.sequential_vmap(unchecked(plgpu.kernel(body, **options)))
+
+
+def launchable(grid: Sequence[int], names: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """A grid and its names in the first order that a GPU launches, the given one if it does.
+
+    Mosaic makes the last axis x, the one before it y, and z of all others together.
+
+    Raises:
+        ValueError: there is no such order.
+    """
+    for axes in itertools.permutations(zip(grid, names, strict=True)):
+        sizes = [size for size, _ in axes]
+        launched = sizes[-1], *sizes[-2:-1], math.prod(sizes[:-2])
+        if all(size <= most for size, most in zip(launched, MOST_BLOCKS, strict=False)):
+            return tuple(zip(*axes, strict=True))
+    raise ValueError(
+        f"grid is {dict(zip(names, grid, strict=True))}, must be of at most {MOST_BLOCKS} blocks: "
+        f"give fewer rows or tokens at once, or use XLA"
+    )
 
 
 @contextlib.contextmanager
