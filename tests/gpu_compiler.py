@@ -18,6 +18,7 @@ import sys
 import tempfile
 
 import pytest
+from gpu_tma_addresses import misaligned
 from jax.experimental.mosaic.gpu import layout_inference
 
 from attnsel_jax.aot import target_for
@@ -64,8 +65,9 @@ def program_of(chip, kernel, arguments, *, gradients=False):
     with pytest.MonkeyPatch.context() as patch, _printed() as printed:
         for name in PRINTED:
             patch.setenv(name, "1")
-        inferred = _inferred(patch)
+        inferred, elsewhere = _inferred(patch), misaligned(patch)
         program = compiled(task)
+    assert not elsewhere, elsewhere[0]
     assert not (lost := loads_that_lose_their_phase("\n".join(inferred))), lost[0]
     for text in inferred:
         assert not (otherwise := views_that_lie_otherwise(text)), otherwise

@@ -223,7 +223,7 @@ def _prompts(queries, kv_pages, page_table, schedule, heads, geometry):
     queries = jnp.pad(queries, ((0, fewer), (0, 0), (0, 0)))
     _, prefill = KERNELS[gpu_chip.current().capability]
     out, lse = prefill(queries, kv_pages, page_table, schedule, heads, geometry)
-    out = out[: geometry.num_tokens]
+    out = out[: geometry.num_tokens, :, : geometry.head_dim]
     row, is_of_none = row_of_token(schedule, geometry)
     lse = lse.reshape(geometry.num_q_heads, -1)[:, row].T
     # A sink is no sequence either.

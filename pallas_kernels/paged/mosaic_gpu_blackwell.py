@@ -67,7 +67,7 @@ def decode(
             jax.ShapeDtypeStruct((geometry.partial_rows,), F32),
         ],
         kernel_name="paged_decode_blackwell",
-        **_launch(sizes, plgpu.SMEM((ROWS, geometry.head_dim), F32), (ROWS,), geometry),
+        **_launch(sizes, plgpu.SMEM((ROWS, geometry.head_dim), F32), {}, geometry),
     )(*arrays)
 
 
@@ -104,22 +104,20 @@ def prefill(
         lax.fori_loop(0, lax.div(left, jnp.int32(geometry.num_blocks)), attend, None)
 
     tiles = geometry.prefill_tiles
-    results = plgpu.SMEM((1, ROWS, geometry.head_dim), geometry.out_dtype)
+    results = plgpu.SMEM((1, ROWS, geometry.out_width), geometry.out_dtype)
     return gpu_chip.kernel(
         kernel,
         out_type=[
-            jax.ShapeDtypeStruct(q.shape, geometry.out_dtype),
+            jax.ShapeDtypeStruct((*q.shape[:2], geometry.out_width), geometry.out_dtype),
             jax.ShapeDtypeStruct((geometry.num_q_heads, tiles, ROWS), F32),
         ],
         kernel_name="paged_prefill_blackwell",
-        **_launch(sizes, results, (1, ROWS), geometry),
+        **_launch(sizes, results, {"lse_smem": plgpu.SMEM((1, ROWS), F32)}, geometry),
     )(*arrays)
 
 
-def _launch(
-    sizes: Phase, results: Any, lse_shape: tuple[int, ...], geometry: Geometry
-) -> dict[str, Any]:
-    """What both kernels are launched with."""
+def _launch(sizes: Phase, results: Any, more: dict[str, Any], geometry: Geometry) -> dict[str, Any]:
+    """What both kernels are launched with, and more shared memory."""
 
     def operands(rows):
         return gpu_mma.swizzled(
@@ -139,8 +137,7 @@ def _launch(
         "k_and_results": plgpu.RefUnion(tiles, results),
         "v": tiles,
         "full": plgpu.Barrier(num_barriers=sizes.stages, num_arrivals=copies),
-        "lse_smem": plgpu.SMEM(lse_shape, F32),
-    }
+    } | more
     if geometry.converts:
         scratch["wide"] = operands(sizes.keys)
     return {

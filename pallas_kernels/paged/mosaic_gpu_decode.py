@@ -87,7 +87,6 @@ def decode(
     scratch = {
         "ring": ring_scratch(geometry, keys, stages, readers=1),
         "q_full": plgpu.Barrier(num_barriers=warpgroups),
-        "lse_smem": plgpu.SMEM((ROWS,), F32),
     }
     q_smem = plgpu.SMEM(tile, geometry.dtype, transforms=transforms)
     out_smem = plgpu.SMEM(tile[1:], F32)
@@ -95,7 +94,7 @@ def decode(
         scratch["q_and_out"] = plgpu.RefUnion(q_smem, out_smem)
     else:
         scratch |= {"q_smem": q_smem, "out_smem": out_smem}
-        scratch |= {"sum_smem": plgpu.SMEM((ROWS,), F32)}
+        scratch |= {"max_smem": plgpu.SMEM((ROWS,), F32), "sum_smem": plgpu.SMEM((ROWS,), F32)}
         scratch |= {"handed": plgpu.Barrier(), "taken": plgpu.Barrier()}
     if geometry.converts:
         scratch["wide"] = (plgpu.SMEM(wide, geometry.dtype, transforms=transforms),) * 2
@@ -249,7 +248,7 @@ def _hand_over(state: State, turn: Any, scratch: dict[str, Any]) -> None:
     """The second warpgroup leaves its softmax in shared memory."""
     pl.when(turn > 0)(lambda: plgpu.barrier_wait(scratch["taken"]))
     scratch["out_smem"][...] = state.acc
-    scratch["lse_smem"][...] = state.m
+    scratch["max_smem"][...] = state.m
     scratch["sum_smem"][...] = state.l
     plgpu.barrier_arrive(scratch["handed"])
 
@@ -258,7 +257,7 @@ def _with_the_other(state: State, scratch: dict[str, Any]) -> State:
     """The first warpgroup's softmax and the second's."""
     plgpu.barrier_wait(scratch["handed"])
     acc = plgpu.load(scratch["out_smem"], layout=TILE, optimized=False)
-    m, total = (_load_row(scratch[name]) for name in ("lse_smem", "sum_smem"))
+    m, total = (_load_row(scratch[name]) for name in ("max_smem", "sum_smem"))
     higher = jnp.maximum(state.m, m)
     mine, theirs = jnp.exp2(state.m - higher), jnp.exp2(m - higher)
     width = acc.shape[1]
@@ -277,9 +276,14 @@ def normalised(state: State) -> tuple[jax.Array, jax.Array]:
 def leave(
     state: State, item: Item, out: Any, lse: Any, scratch: dict[str, Any], geometry: Geometry
 ) -> None:
-    """Stores a partial result, in chunks of rows."""
-    out_smem, lse_smem = scratch["out_smem"], scratch["lse_smem"]
-    out_smem[...], lse_smem[...] = normalised(state)
+    """Stores a partial result, in chunks of rows.
+
+    Its lse is stored whole, from registers: a chunk is 32 bytes, and copies in shared memory begin
+    at multiples of 128. Rows of no query are those of the block's next item, or nobody's.
+    """
+    out_smem = scratch["out_smem"]
+    out_smem[...], log_sum = normalised(state)
+    lse[pl.ds(item.partial_row, ROWS)] = log_sum
     plgpu.commit_smem()
 
     def store(chunk, _):
@@ -287,7 +291,6 @@ def leave(
         there = pl.ds(item.partial_row + chunk * CHUNK, CHUNK)
         columns = pl.ds(0, geometry.head_dim)
         plgpu.copy_smem_to_gmem(out_smem.at[here], out.at[there, columns])
-        plgpu.copy_smem_to_gmem(lse_smem.at[here], lse.at[there])
 
     lax.fori_loop(0, lax.div(item.num_rows + (CHUNK - 1), jnp.int32(CHUNK)), store, None)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)

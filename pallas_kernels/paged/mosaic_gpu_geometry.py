@@ -15,6 +15,7 @@ LANES = 128  # threads of a warpgroup: a plain vector has a multiple of them
 COMPUTE_REGISTERS = {1: 248, 2: 232}  # of a thread, by warpgroups that compute
 SWIZZLES = (128, 64, 32)  # bytes
 CHUNK = 8  # rows of partial results that are stored at once
+TMA_BYTES = 128  # what a copy in shared memory begins at a multiple of
 
 
 def producer_registers(head_dim: int) -> int:
@@ -134,6 +135,11 @@ class Geometry:
         return self.decode_rows * self.units + (self.num_blocks + 1) * ROWS
 
     # Prefill: the rows of a tile are tokens of one head; a block has two tiles.
+
+    @property
+    def out_width(self) -> int:
+        """Columns of a result in memory: a copy of rows may begin at any of them."""
+        return round_up(self.head_dim, TMA_BYTES // self.out_dtype.itemsize)
 
     @property
     def pairs_heads(self) -> bool:

@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import gpu_chip
 from pallas_kernels.paged.mosaic_gpu_attend import (
     ROW,
+    TILE,
     Rows,
     State,
     Tools,
@@ -95,8 +96,8 @@ def prefill(
         geometry: the call's sizes.
 
     Returns:
-        out [num_tokens, num_q_heads, head_dim], nothing of use for tokens that are decoded; lse
-        float32 [num_q_heads, tiles, 64 or 128], natural.
+        out [num_tokens, num_q_heads, head_dim or more], nothing of use for tokens that are decoded;
+        lse float32 [num_q_heads, tiles, 64 or 128], natural.
     """
     keys, stages, warpgroups, _, overlapped = geometry.tiles.prefill
     tile = (warpgroups, ROWS, geometry.head_dim)
@@ -105,7 +106,7 @@ def prefill(
         "ring": ring_scratch(geometry, keys, stages, readers=warpgroups),
         "q_smem": plgpu.SMEM((2, *tile), q.dtype, transforms=transforms),  # and the next's
         "q_full": plgpu.Barrier(num_barriers=warpgroups),
-        "out_smem": plgpu.SMEM(tile, geometry.out_dtype),
+        "out_smem": plgpu.SMEM((*tile[:2], geometry.out_width), geometry.out_dtype),
         "lse_smem": plgpu.SMEM(tile[:2], F32),
     }
     if geometry.scales_rows:
@@ -184,7 +185,7 @@ def prefill(
     return gpu_chip.kernel(
         kernel,
         out_type=[
-            jax.ShapeDtypeStruct(q.shape, geometry.out_dtype),
+            jax.ShapeDtypeStruct((*q.shape[:2], geometry.out_width), geometry.out_dtype),
             jax.ShapeDtypeStruct(lse_shape, F32),
         ],
         scratch_types=scratch,
@@ -276,7 +277,11 @@ def finish(
     """Stores the rows that are the sequence's."""
     out_smem, lse_smem = scratch["out_smem"].at[warpgroup], scratch["lse_smem"].at[warpgroup]
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the item before has left
-    out_smem[...], lse_smem[...] = normalised(state, item, heads, geometry)
+    results, lse_smem[...] = normalised(state, item, heads, geometry)
+    if more := geometry.out_width - geometry.head_dim:
+        zeros = plgpu.layout_cast(jnp.zeros((ROWS, more), results.dtype), TILE)
+        results = jnp.concatenate([results, zeros], axis=1)
+    out_smem[...] = results
     plgpu.commit_smem()
     place = pl.ds(0 if geometry.pairs_heads else warpgroup * ROWS, ROWS)
     plgpu.copy_smem_to_gmem(lse_smem, lse.at[item.head, item.tile, place])

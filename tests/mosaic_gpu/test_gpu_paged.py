@@ -281,6 +281,12 @@ def test_registers_of_a_block_s_roles_fit_what_it_is_launched_with(head_size):
         assert asked <= launched
 
 
+@pytest.mark.parametrize("head_size", [80, 96])
+def test_rows_of_prompts_begin_where_tma_takes_them(monkeypatch, head_size):
+    """Of 160 and 192 bytes, and stored from any on: TMA wants multiples of 128."""
+    gpu_paged.compiled(monkeypatch, "h200", head_size=head_size)
+
+
 def test_prompts_of_bfloat16_over_a_float16_cache_fit_shared_memory(monkeypatch):
     """Their queries lie there twice."""
     gpu_paged.compiled(monkeypatch, "h200", head_size=128, cache_dtype="float16")
