@@ -212,8 +212,9 @@ def epilogue(static, x: Operands, shared, at: Rows, i: int, state: Softmax, out,
     if static.sinks:
         sink = x.sinks[at.head] * LOG2E
         top = jnp.maximum(m, sink)
-        rest = jnp.exp2(m - top)
-        m, l = top, l * rest + jnp.exp2(sink - top)
+        shift = jnp.where(top == -jnp.inf, 0.0, top)  # -inf - -inf is NaN
+        rest = jnp.exp2(m - shift)
+        m, l = top, l * rest + jnp.exp2(sink - shift)
     exists = (_queries(static, at) < at.row.q_len) & (l != 0.0)
     log_sum = m * (1 / LOG2E) + jnp.log(jnp.where(exists, l, 1.0))
     shared.lse[i, :] = jnp.where(exists, log_sum, -jnp.inf)

@@ -147,8 +147,9 @@ def normalised(static, x, acc, state, row, head, first_row) -> tuple[jax.Array, 
     if static.sinks:
         sink = x.sinks[head] * LOG2E
         top = jnp.maximum(m, sink)
-        rest = jnp.exp2(m - top)
-        m, l, acc = top, l * rest + jnp.exp2(sink - top), acc * along(rest, acc)
+        shift = jnp.where(top == -jnp.inf, 0.0, top)  # -inf - -inf is NaN
+        rest = jnp.exp2(m - shift)
+        m, l, acc = top, l * rest + jnp.exp2(sink - shift), acc * along(rest, acc)
     rows = _row_iota(acc.shape[0]) + first_row
     exists = (rows < row.q_len) & (l != 0.0)
     inverse = jnp.where(exists, 1.0 / jnp.where(exists, l, 1.0), 0.0)

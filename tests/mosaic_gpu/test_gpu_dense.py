@@ -348,6 +348,16 @@ def compiles(chip, **options):
     compiled_cleanly(chip, KERNEL, arguments)
 
 
+@pytest.mark.parametrize("chip", ["h200", "a100", "b200"])
+def test_a_sink_of_nothing_is_none_for_rows_that_see_nothing(chip):
+    q, k, v = (jnp.ones((1, 8, 1, 64), jnp.bfloat16) for _ in range(3))
+    sinks, kv_lens = jnp.full(1, -jnp.inf), jnp.zeros(1, jnp.int32)
+    with gpu_interpreter(chip):
+        out, lse = jax.jit(mosaic_gpu.dense_attention)(q, k, v, sinks=sinks, kv_lens=kv_lens)
+    assert not np.asarray(out, np.float32).any()
+    assert np.isneginf(lse).all()
+
+
 @pytest.mark.parametrize("cores", [2, False])
 def test_it_compiles_for_a_gpu(cores, monkeypatch):
     few_cores(monkeypatch, cores)
