@@ -70,6 +70,17 @@ def test_parts_without_keys_weigh_nothing_whatever_they_hold():
     assert np.isnan(broken).all(axis=(1, 2)).tolist() == [True, False, False]
 
 
+def test_parts_that_a_bias_hides_whole_weigh_alike():
+    """Of -1e9, beside which float32 has no room for the logarithm of a number of keys."""
+    q, k, v = dense().values()
+    bias = jnp.full((1, 1, 1, 6), -1e9)
+    parts = [attend(q, k[:, i : i + 2], v[:, i : i + 2], bias=bias[..., :2]) for i in (0, 2, 4)]
+    out, lse = merge_attention(*zip(*parts, strict=True))
+    want, want_lse = attend(q, k[:, :6], v[:, :6], bias=bias)
+    np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(lse, want_lse)
+
+
 def test_a_prefix_that_sequences_share():
     """Read once for all tokens of the batch, then each sequence's own keys."""
     prefix, own = 8, (3, 6)  # keys

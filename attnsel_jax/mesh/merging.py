@@ -2,9 +2,12 @@
 
     lse = log(sum over parts of exp(lse_i))        out = sum over parts of exp(lse_i - lse) * out_i
 
-Everything is float32; a part that saw no key has lse -inf and weighs nothing.
+Everything is float32; a part that saw no key has lse -inf and weighs nothing. Weights are divided
+by their sum, not by exp(lse): where all keys have a bias of -1e9, float32 has no room beside it for
+the logarithm of their number.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -23,10 +26,12 @@ def nothing(shape: tuple[int, ...], width: int) -> Partial:
     return Partial(jnp.zeros((*shape, width), jnp.float32), jnp.full(shape, -jnp.inf, jnp.float32))
 
 
-def merged(a: Partial, b: Partial) -> Partial:
-    """Over the keys of both."""
-    lse = jnp.logaddexp(a.lse, b.lse)
-    return Partial(sum(weight(x.lse, lse)[..., None] * x.out for x in (a, b)), lse)
+def merged(*parts: Partial) -> Partial:
+    """Over the keys of all."""
+    top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, [part.lse for part in parts]))
+    weights = [weight(part.lse, top) for part in parts]
+    outs = [w[..., None] * part.out for w, part in zip(weights, parts, strict=True)]
+    return _divided(sum(outs), sum(weights), top)
 
 
 def with_sinks(part: Partial, sinks: jax.Array | None, exists: jax.Array | None) -> Partial:
@@ -47,9 +52,9 @@ def with_sinks(part: Partial, sinks: jax.Array | None, exists: jax.Array | None)
 
 def merged_along(part: Partial, dim: int) -> Partial:
     """Over the keys of all parts that stand along a dimension."""
-    lse = jax.nn.logsumexp(part.lse, axis=dim)
-    shares = weight(part.lse, jnp.expand_dims(lse, dim))
-    return Partial(jnp.sum(shares[..., None] * part.out, axis=dim), lse)
+    top = jax.lax.stop_gradient(jnp.max(part.lse, axis=dim))
+    weights = weight(part.lse, jnp.expand_dims(top, dim))
+    return _divided(jnp.sum(weights[..., None] * part.out, axis=dim), weights.sum(dim), top)
 
 
 def merged_over(part: Partial, axis: str) -> Partial:
@@ -59,6 +64,11 @@ def merged_over(part: Partial, axis: str) -> Partial:
     # Where nothing was seen there may be anything: kernels leave NaN for queries that are NaN.
     held = jnp.where(mine[..., None] == 0, 0, mine[..., None] * part.out)
     total, out = jax.lax.psum((mine, held), axis)
+    return _divided(out, total, top)
+
+
+def _divided(out: jax.Array, total: jax.Array, top: jax.Array) -> Partial:
+    """Of sums of weighted outs and of weights, exp(lse - top)."""
     empty = total == 0
     total = jnp.where(empty, 1, total)
     return Partial(out / total[..., None], jnp.where(empty, -jnp.inf, top + jnp.log(total)))

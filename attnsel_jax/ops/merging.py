@@ -1,6 +1,5 @@
 """Attention over keys that several calls shared out among them: their results, made one."""
 
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -57,5 +56,5 @@ def _merged(outs: list[jax.Array], lses: list[jax.Array]) -> tuple[jax.Array, ja
         Partial(jnp.where(lse[..., None] == -jnp.inf, 0, out.astype(jnp.float32)), lse)
         for out, lse in zip(outs, lses, strict=True)
     ]
-    whole = functools.reduce(merged, parts)
+    whole = merged(*parts)
     return whole.out.astype(outs[0].dtype), whole.lse

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from attnsel_jax.xla import dense_backward
 from attnsel_jax.xla.dense_blocks import (
@@ -35,7 +36,11 @@ from attnsel_jax.xla.dense_tiles import (
     zero_unless,
 )
 from pallas_kernels import contract_checks, empty_calls, masks, shape_checks
-from pallas_kernels.dense.derivative_rules import differentiated_once, with_named_residuals
+from pallas_kernels.dense.derivative_rules import (
+    DENSE_RESIDUALS,
+    differentiated_once,
+    with_named_residuals,
+)
 from pallas_kernels.jax_settings import under_default_rules, under_own_settings
 
 
@@ -162,7 +167,16 @@ def _offsets(q_offset: int | jax.Array | None, batch: int) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 @under_own_settings
 def _attend(static: Static, x: Floats, who: Masks) -> tuple[jax.Array, jax.Array]:
-    """The two results, one part and one block of its queries after another."""
+    """The two results."""
+    return _rows(static, x, who)[:2]
+
+
+def _rows(static: Static, x: Floats, who: Masks) -> tuple[jax.Array, ...]:
+    """Out, lse and `correction` of all rows, one part and one block of its queries after another.
+
+    correction: what exp(logit - lse) of a row is multiplied by to be its probability, 1 but for the
+    rounding of lse. A bias of -1e9 on all keys of a row leaves lse no room for their number.
+    """
     batch, q_len, num_q_heads, _ = x.q.shape
 
     def part_step(part: Part, outputs):
@@ -178,7 +192,7 @@ def _attend(static: Static, x: Floats, who: Masks) -> tuple[jax.Array, jax.Array
 
     out = jnp.zeros((batch, q_len, num_q_heads, x.v.shape[-1]), x.q.dtype)
     lse = jnp.zeros((batch, q_len, num_q_heads), jnp.float32)
-    return over_parts(static, batch, x.k.shape[2], part_step, (out, lse))
+    return over_parts(static, batch, x.k.shape[2], part_step, (out, lse, jnp.ones_like(lse)))
 
 
 def _write_rows(whole: jax.Array, rows: jax.Array, at) -> jax.Array:
@@ -189,8 +203,8 @@ def _write_rows(whole: jax.Array, rows: jax.Array, at) -> jax.Array:
     return lax.dynamic_update_slice(whole, rows, (*at, *zeros))
 
 
-def _q_block(static: Static, x: Floats, who: Masks, block: Block) -> tuple[jax.Array, jax.Array]:
-    """One block of queries against all keys that it sees: [b, k, g, t, d] and [b, k, g, t]."""
+def _q_block(static: Static, x: Floats, who: Masks, block: Block) -> tuple[jax.Array, ...]:
+    """One block of queries against all keys that it sees: [b, k, g, t, d], twice [b, k, g, t]."""
     kv_len = x.k.shape[2]
     q = q_rows(x.q, block) * jnp.asarray(split_scale(static, x.q.dtype)[0], x.q.dtype)
 
@@ -214,10 +228,11 @@ def _q_block(static: Static, x: Floats, who: Masks, block: Block) -> tuple[jax.A
     m, total, acc = over_blocks(kv_reach(static, who, block, kv_len), kv_step, carry)
     out = acc / jnp.where(total == 0, 1.0, total)[..., None]
     lse = jnp.where(total == 0, -jnp.inf, m + jnp.log(total))
+    rounded = jnp.where(jnp.abs(lse) < jnp.inf, jnp.exp(lse - m) / total, 1.0)
     if who.q_lens is not None:
         real = (block.indices() < who.q_lens[:, None])[:, None, None, :]
         out, lse = zero_unless(real[..., None], out), jnp.where(real, lse, -jnp.inf)
-    return out, lse
+    return out, lse, rounded
 
 
 def _start(static: Static, x: Floats, rows: tuple[int, ...]):
@@ -229,18 +244,28 @@ def _start(static: Static, x: Floats, rows: tuple[int, ...]):
     return jnp.broadcast_to(sinks, rows), jnp.ones(rows, jnp.float32), acc
 
 
+def _forward(static: Static, x: Floats, who: Masks):
+    results, (*given, correction, out, lse) = _named_forward(static, x, who)
+    if correction is not None:
+        correction = checkpoint_name(correction, DENSE_RESIDUALS)
+    return results, (*given, correction, out, lse)
+
+
 @with_named_residuals
 @differentiated_once
 @under_own_settings
-def _forward(static: Static, x: Floats, who: Masks):
-    out, lse = _attend(static, x, who)
-    return (out, lse), (x, who, out, lse)
+def _named_forward(static: Static, x: Floats, who: Masks):
+    out, lse, correction = _rows(static, x, who)
+    return (out, lse), (x, who, None if x.bias is None else correction, out, lse)
 
 
 @differentiated_once
 @under_own_settings
 def _backward(static: Static, residuals, cotangents):
-    x, who, out, lse = residuals
+    x, who, correction, out, lse = residuals
+    if correction is not None:  # of each row's probabilities, which are what is multiplied by these
+        dout, dlse = cotangents
+        cotangents = (dout * correction[..., None]).astype(dout.dtype), dlse * correction
     static = dataclasses.replace(static, **block_sizes(BACKWARD, x.q, x.k))
     gradients = dense_backward.gradients(static, x, who, out, lse, *cotangents)
     return gradients, None

@@ -12,7 +12,7 @@ from attnsel_jax.compare import compare
 from attnsel_jax.compare.comparison import PASS
 from attnsel_jax.problems import Problem
 from attnsel_jax.problems.dense_inputs import dense_inputs
-from attnsel_jax.xla import dense
+from attnsel_jax.xla import dense, reference
 from attnsel_jax.xla.dense import dense_attention
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2, "float16": 4e-3}
@@ -60,17 +60,17 @@ def split(arguments):
     return floats, arrays, {n: x for n, x in rest.items() if n not in arrays}
 
 
-def run(arguments, dout, dlse):
+def run(arguments, dout, dlse, kernel=dense_attention):
     """out, lse and the gradients of sum(dout * out) + sum(dlse * lse), jitted, in one go."""
     floats, arrays, static = split(arguments)
 
     @jax.jit
     def everything(floats, arrays, dout, dlse):
-        f = functools.partial(dense_attention, **arrays, **static)
+        f = functools.partial(kernel, **arrays, **static)
         (out, lse), pull = jax.vjp(lambda x: f(**x), floats)
         return out, lse, pull((dout, dlse))[0]
 
-    with jax.numpy_dtype_promotion("strict"):
+    with jax.numpy_dtype_promotion("strict" if kernel is dense_attention else "standard"):
         return everything(floats, arrays, dout, dlse)
 
 
@@ -237,3 +237,18 @@ def test_keys_that_only_missing_queries_could_see_may_be_nan():
     problem = Problem("missing", "dense", "", dense_inputs, options, gradients=True)
     (row,) = compare([problem], ["XLA"]).rows
     assert row.verdict == PASS, str(row)
+
+
+@pytest.mark.parametrize("hidden", [-1e9, -3e38])
+def test_rows_that_a_bias_hides_whole(hidden):
+    """Left padding under a causal mask: what such a row gives is even over its keys."""
+    bias = jnp.zeros((2, 1, 1, 43)).at[1, ..., :9].set(hidden)
+    arguments, dout, dlse = problem(causal=True, bias=bias)
+    for name, ours, plain in zip(
+        ("out", "lse", "gradients"),
+        run(arguments, dout, dlse),
+        run(arguments, dout, dlse, reference.dense_attention),
+        strict=True,
+    ):
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4, err_msg=name)
