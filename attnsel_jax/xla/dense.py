@@ -11,7 +11,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from attnsel_jax.xla import dense_backward
 from attnsel_jax.xla.dense_blocks import (
@@ -37,7 +36,7 @@ from attnsel_jax.xla.dense_tiles import (
 )
 from pallas_kernels import contract_checks, empty_calls, masks, shape_checks
 from pallas_kernels.dense.derivative_rules import (
-    DENSE_RESIDUALS,
+    corrected,
     differentiated_once,
     with_named_residuals,
 )
@@ -244,17 +243,10 @@ def _start(static: Static, x: Floats, rows: tuple[int, ...]):
     return jnp.broadcast_to(sinks, rows), jnp.ones(rows, jnp.float32), acc
 
 
-def _forward(static: Static, x: Floats, who: Masks):
-    results, (*given, correction, out, lse) = _named_forward(static, x, who)
-    if correction is not None:
-        correction = checkpoint_name(correction, DENSE_RESIDUALS)
-    return results, (*given, correction, out, lse)
-
-
 @with_named_residuals
 @differentiated_once
 @under_own_settings
-def _named_forward(static: Static, x: Floats, who: Masks):
+def _forward(static: Static, x: Floats, who: Masks):
     out, lse, correction = _rows(static, x, who)
     return (out, lse), (x, who, None if x.bias is None else correction, out, lse)
 
@@ -263,11 +255,10 @@ def _named_forward(static: Static, x: Floats, who: Masks):
 @under_own_settings
 def _backward(static: Static, residuals, cotangents):
     x, who, correction, out, lse = residuals
-    if correction is not None:  # of each row's probabilities, which are what is multiplied by these
-        dout, dlse = cotangents
-        cotangents = (dout * correction[..., None]).astype(dout.dtype), dlse * correction
     static = dataclasses.replace(static, **block_sizes(BACKWARD, x.q, x.k))
-    gradients = dense_backward.gradients(static, x, who, out, lse, *cotangents)
+    gradients = dense_backward.gradients(
+        static, x, who, out, lse, *corrected(cotangents, correction)
+    )
     return gradients, None
 
 

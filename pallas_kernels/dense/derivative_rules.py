@@ -35,17 +35,40 @@ def differentiated_once(rule: Callable[..., Any]) -> Callable[..., Any]:
 def with_named_residuals(forward: Callable[..., Any]) -> Callable[..., Any]:
     """The forward rule, whose out and lse have a name for the policies of `jax.checkpoint`.
 
-    The rule gives (out, lse), (what came in, out, lse): where a policy saves them, the forward
-    kernel does not run again for the backward one.
+    The rule gives (out, lse), (what came in, out, lse), or (what came in, correction, out, lse)
+    (see `corrected`): where a policy saves them, the forward kernel does not run again for the
+    backward one.
     """
 
     @functools.wraps(forward)
     def call(static: Any, *arrays: Any) -> Any:
         results, (*given, _, _) = forward(static, *arrays)
-        out, lse = (checkpoint_name(x, DENSE_RESIDUALS) for x in results)
-        return (out, lse), (*given, out, lse)
+        more = [x if x is None else _named(x) for x in given[len(arrays) :]]
+        out, lse = map(_named, results)
+        return (out, lse), (*given[: len(arrays)], *more, out, lse)
 
     return call
+
+
+def corrected(
+    cotangents: tuple[jax.Array, jax.Array], correction: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """The cotangents of out and lse for a backward pass that knows probabilities from lse alone.
+
+    Args:
+        cotangents: dout [batch, q_len, num_q_heads, head_dim_v], dlse float32 without the last.
+        correction: of each row, as dlse: what exp(logit - lse) is multiplied by to be its
+            probability; None = 1. Every gradient is a sum of products of a row's probability and
+            its cotangents, so these may have the factor.
+    """
+    if correction is None:
+        return cotangents
+    dout, dlse = cotangents
+    return (dout * correction[..., None]).astype(dout.dtype), dlse * correction
+
+
+def _named(x: jax.Array) -> jax.Array:
+    return checkpoint_name(x, DENSE_RESIDUALS)
 
 
 def _refuse(residuals: Any, cotangents: Any) -> Any:

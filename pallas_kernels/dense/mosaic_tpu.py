@@ -13,7 +13,11 @@ import jax.numpy as jnp
 
 from pallas_kernels import contract_checks, empty_calls, masks, tpu_chip
 from pallas_kernels.dense import mosaic_tpu_backward, mosaic_tpu_forward
-from pallas_kernels.dense.derivative_rules import differentiated_once, with_named_residuals
+from pallas_kernels.dense.derivative_rules import (
+    corrected,
+    differentiated_once,
+    with_named_residuals,
+)
 from pallas_kernels.dense.mosaic_tpu_forward import Operands
 from pallas_kernels.dense.mosaic_tpu_logits import LOG2E
 from pallas_kernels.dense.mosaic_tpu_schedule import Masks, Static, work_list
@@ -152,6 +156,11 @@ def _size_class(x: Floats) -> tuple[tpu_chip.TpuChip, str, int, bool]:
 @under_own_settings
 def _attend(static: Static, x: Floats, who: Masks) -> tuple[jax.Array, jax.Array]:
     """The two results, in the contract's layout."""
+    return _rows(static, x, who)[:2]
+
+
+def _rows(static: Static, x: Floats, who: Masks) -> tuple[jax.Array | None, ...]:
+    """Out, lse, and with a bias what the rows' probabilities are multiplied by, else None."""
     bias, bias_of = _bias_operand(x.bias, static)
     operands = Operands(
         q=jnp.transpose(x.q, (0, 2, 3, 1)),
@@ -164,7 +173,8 @@ def _attend(static: Static, x: Floats, who: Masks) -> tuple[jax.Array, jax.Array
         kv_segments=_row(who.kv_segment_ids),
     )
     out, lse = mosaic_tpu_forward.forward(static, operands, bias_of, work_list(static, who))
-    return jnp.transpose(out, (0, 3, 1, 2)), jnp.swapaxes(lse[:, :, 0], 1, 2)
+    lse = jnp.moveaxis(lse, (2, 3), (0, 2))  # [1 or 2, batch, q_len, num_q_heads]
+    return jnp.transpose(out, (0, 3, 1, 2)), lse[0], None if x.bias is None else lse[1]
 
 
 def _row(ids: jax.Array | None) -> jax.Array | None:
@@ -186,15 +196,15 @@ def _bias_operand(bias: jax.Array | None, static: Static) -> tuple[jax.Array | N
 @differentiated_once
 @under_own_settings
 def _forward(static: Static, x: Floats, who: Masks):
-    out, lse = _attend(static, x, who)
-    return (out, lse), (x, who, out, lse)
+    out, lse, correction = _rows(static, x, who)
+    return (out, lse), (x, who, correction, out, lse)
 
 
 @differentiated_once
 @under_own_settings
 def _backward(static: Static, residuals, cotangents):
-    x, who, out, lse = residuals
-    gradients = _gradients(static, x, who, out, lse, *cotangents)
+    x, who, correction, out, lse = residuals
+    gradients = _gradients(static, x, who, out, lse, *corrected(cotangents, correction))
     return gradients, None
 
 

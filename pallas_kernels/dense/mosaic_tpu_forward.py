@@ -56,8 +56,13 @@ class Operands(NamedTuple):
 
 
 def forward(static: Static, x: Operands, bias_of: str, work: Work) -> tuple[jax.Array, jax.Array]:
-    """Gives out [batch, num_q_heads, head_dim_v, q_len] and lse [batch, num_q_heads, 1, q_len]."""
-    tiles = static.tiles
+    """Gives out [batch, num_q_heads, head_dim_v, q_len] and lse [batch, num_q_heads, 1, q_len].
+
+    With a bias lse has two rows. The second is what exp(logit - lse) is multiplied by to be a
+    probability, 1 but for the rounding of lse: a bias of -1e9 on all keys leaves it no room for the
+    logarithm of their number.
+    """
+    tiles, rows_of_lse = static.tiles, 1 if x.bias is None else 2
     if static.together % 2:
         raise ValueError(
             f"tiles.longest is {tiles.longest}, must be 0 for the forward kernel, whose runs have "
@@ -87,7 +92,7 @@ def forward(static: Static, x: Operands, bias_of: str, work: Work) -> tuple[jax.
             num_scalar_prefetch=4,
             grid=(batch, num_q_heads, static.q_majors, static.kv_majors),
             in_specs=[specs[name] for name in names],
-            out_specs=[along_q(head_dim_v), along_q(1)],
+            out_specs=[along_q(head_dim_v), along_q(rows_of_lse)],
             scratch_shapes=[
                 per_query,
                 per_query,
@@ -99,7 +104,7 @@ def forward(static: Static, x: Operands, bias_of: str, work: Work) -> tuple[jax.
         ),
         out_shape=[
             jax.ShapeDtypeStruct((batch, num_q_heads, head_dim_v, q_len), x.q.dtype),
-            jax.ShapeDtypeStruct((batch, num_q_heads, 1, q_len), f32),
+            jax.ShapeDtypeStruct((batch, num_q_heads, rows_of_lse, q_len), f32),
         ],
         compiler_params=tpu_chip.compiler_params(("parallel", "parallel", "parallel", "arbitrary")),
         name="dense_attention_forward",
@@ -314,7 +319,11 @@ class _GridStep(NamedTuple):
             out = _by_query(refs.acc[:, here], share / jnp.where(seen, total, 1.0), jnp.multiply)
             out = _by_query(out, seen, lambda a, s: jnp.where(s, a, 0.0))
             refs.out[:, here] = out.astype(refs.out.dtype)
-            refs.lse[:, here] = jnp.where(seen, top + jnp.log(total), -jnp.inf)[:1]
+            lse = jnp.where(seen, top + jnp.log(total), -jnp.inf)
+            refs.lse[:1, here] = lse[:1]
+            if refs.lse.shape[0] > 1:
+                rounded = jnp.exp2((lse - top) * LOG2E) / total
+                refs.lse[1:, here] = jnp.where(jnp.abs(lse) < jnp.inf, rounded, 1.0)[:1]
 
         lax.fori_loop(0, self.walk.static.rows, row, None)
 

@@ -5,6 +5,7 @@ rows of tiles with nothing, something and everything to see, and odd and even nu
 """
 
 import dataclasses
+import functools
 import itertools
 import types
 
@@ -21,6 +22,7 @@ from attnsel_jax.backends.mosaic_tpu import MosaicTpuBackend
 from attnsel_jax.compare.comparison import PASS
 from attnsel_jax.platforms import CHIPS, Device
 from attnsel_jax.problems import QUICK
+from attnsel_jax.xla import reference
 from pallas_kernels import masks
 from pallas_kernels.dense import (
     mosaic_tpu,
@@ -135,6 +137,29 @@ def test_a_scale_of_zero_weighs_all_keys_alike():
     np.testing.assert_allclose(out, jnp.broadcast_to(v.mean(1, keepdims=True), v.shape), rtol=1e-5,
                                atol=1e-6)  # fmt: skip
     np.testing.assert_allclose(lse, np.log(20), rtol=1e-6)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 200), pytest.param((1, 2, 200, 200), marks=pytest.mark.sweep)]
+)
+def test_rows_that_a_bias_hides_whole(shape):
+    """Left padding under a causal mask: what such a row gives is even over its keys."""
+    keys = [jax.random.key(i) for i in range(5)]
+    q, k, v, dout = (jax.random.normal(key, (1, 200, 2, 64)) for key in keys[:4])
+    dlse = jax.random.normal(keys[4], (1, 200, 2))
+    bias = jnp.zeros(shape).at[..., :150].set(-1e9)
+
+    def everything(kernel):
+        attend = functools.partial(kernel, causal=True)
+        results, pull = jax.vjp(lambda *x: attend(*x[:3], bias=x[3]), q, k, v, bias)
+        return results, pull((dout, dlse))
+
+    with tpu_interpreter():
+        ours = jax.jit(everything, static_argnums=0)(mosaic_tpu.dense_attention)
+    plain = everything(reference.dense_attention)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 ACCEPTED = [
