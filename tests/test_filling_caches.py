@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from calls import filled, mla, paged
+from calls import mla, paged
 from strict_settings import strict_settings
 from test_cache_layouts import latent_layout, layout
 
@@ -31,8 +31,10 @@ from attnsel_jax.oracle.ragged import write_slots
 
 PAGES, SIZE, HEADS = 5, 64, 2
 # The last slot, the first, nowhere, past the end, halves and tiles of a striped page.
-SLOTS = np.array([PAGES * SIZE - 1, 0, -1, 70, PAGES * SIZE, 63, 32, 95, 17, 2**31 - 1], np.int32)
-KNOWN = np.where(SLOTS < PAGES * SIZE, SLOTS, -1)  # the oracle knows -1 only
+SLOTS = np.array(
+    [PAGES * SIZE - 1, 0, -1, 70, PAGES * SIZE, 63, 32, 95, 17, 2**31 - 1, -2, -(2**31)], np.int32
+)
+KNOWN = np.where(SLOTS < PAGES * SIZE, SLOTS, -1)  # the oracle knows negative ones only
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8")
 
 
@@ -101,7 +103,7 @@ def test_latents_of_fp8_ds_mla(name):
 @pytest.mark.parametrize("dtype", DTYPES[:-1])
 def test_index_keys(dtype):
     before = pages(PAGES, SIZE, 128, dtype=dtype)
-    keys = drawn(1, len(SLOTS), 128)
+    keys = drawn(1, len(SLOTS), 128).at[0, :3].set(jnp.array([1e6, jnp.inf, jnp.nan]))
     want = before.copy()
     write_slots(want, oracle.quantise(keys, None, before.dtype), KNOWN)
     assert_same(write_index_keys(before, keys, SLOTS), want)
@@ -126,12 +128,11 @@ def test_attention_reads_what_was_written():
 
 
 def test_a_cache_of_more_heads_than_k_holds_copies():
-    given = paged()
-    k, v = given["k"][:, :1], given["v"][:, :1]
-    slots = given["metadata"].slot_mapping
-    got = write_kv_cache(given["cache"], k, v, slots)
-    want = write_kv_cache(given["cache"], *(jnp.repeat(x, 2, axis=1) for x in (k, v)), slots)
-    np.testing.assert_array_equal(got.pages, want.pages)
+    k, v = drawn(1, len(SLOTS), 2, 64), drawn(2, len(SLOTS), 2, 64)
+    cache = KVCache(jnp.zeros((2, PAGES, SIZE, 4, 64)))
+    got = write_kv_cache(cache, k, v, SLOTS).pages
+    twice = (np.asarray(x)[:, [0, 0, 1, 1]] for x in (k, v))
+    assert_same(got, oracle.write_kv(*twice, cache.pages, KNOWN))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "int8"])
@@ -147,7 +148,7 @@ def test_pages_are_copied_as_they_were(name, dtype):
     assert_same(jnp.stack(got.split()), want)
 
 
-@pytest.mark.parametrize("name", [*LATENT_LAYOUTS, None])
+@pytest.mark.parametrize("name", ["rows", "striped", "tiled", None])
 def test_latents_and_index_keys_are_copied(name):
     before = pages(PAGES, SIZE, 576, dtype="bfloat16")
     want = before.copy()
@@ -161,26 +162,37 @@ def test_latents_and_index_keys_are_copied(name):
     assert_same(got, want)
 
 
-def test_nothing_to_write_and_nothing_to_copy():
-    cache, none = KVCache(filled(1, 2, 6, 4, 2, 8)), jnp.zeros(0, jnp.int32)
-    rows = jnp.zeros((0, 2, 8))
-    for got in (write_kv_cache(cache, rows, rows, none), copy_pages(cache, none, none)):
-        np.testing.assert_array_equal(got.pages, cache.pages)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
+def test_nothing_to_write_and_nothing_to_copy(dtype):
+    none = jnp.zeros(0, jnp.int32)
+    rows = jnp.zeros((0, 2, 64))
+    for name in LAYOUTS:
+        cache = KVCache(jnp.ones((2, PAGES, SIZE, 2, 64), dtype)).converted(name)
+        for got in (write_kv_cache(cache, rows, rows, none), copy_pages(cache, none, none)):
+            assert_same(got.pages, cache.pages)
+    rows = jnp.zeros((0, 512)), jnp.zeros((0, 64))
+    for name in LATENT_LAYOUTS:
+        if name != "by_number":
+            cache = LatentCache(jnp.ones((PAGES, SIZE, 576), dtype)).converted(name)
+            assert_same(write_latent_cache(cache, *rows, none).pages, cache.pages)
+    index = jnp.ones((PAGES, SIZE, 512), dtype)
+    assert_same(write_index_keys(index, rows[0], none), index)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_under_strict_settings_jit_and_a_checked_shard_map(name):
-    cache = KVCache(jnp.zeros((2, PAGES, SIZE, HEADS, 64), "bfloat16"), jnp.float32(2.0))
-    cache = cache.converted(name)
+    before = drawn(0, 2, PAGES, SIZE, HEADS, 64, dtype="bfloat16")
+    cache = KVCache(before, jnp.float32(2.0)).converted(name)
     k, v = (drawn(i, len(SLOTS), HEADS, 64, dtype="bfloat16") for i in (1, 2))
-    want = write_kv_cache(cache, k, v, SLOTS).pages
+    moved = KVCache(before.at[:, 4].set(before[:, 1]), jnp.float32(2.0)).converted(name)
+    want = write_kv_cache(moved, k, v, SLOTS).pages
     mesh, along = jax.make_mesh((2,), ("x",), (jax.sharding.AxisType.Auto,)), jax.P("x")
 
     @jax.jit
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(jax.P(), along), out_specs=along)
     def written(cache, k):
-        pages = copy_pages(cache, SLOTS[:2], SLOTS[:2])
-        return write_kv_cache(pages, k[0], v, SLOTS).pages[None]
+        moved = copy_pages(cache, np.int32([1]), np.int32([4]))
+        return write_kv_cache(moved, k[0], v, SLOTS).pages[None]
 
     with strict_settings():
         got = written(cache, jnp.stack([k, k]))
@@ -231,6 +243,23 @@ def test_a_donated_cache_is_filled_where_it_lies(name, dtype, chip):
     assert report.memory["temporaries"] < cache_bytes / 50
 
 
+@pytest.mark.once
+@pytest.mark.parametrize(("chip", "name"), [("v5e", "side_by_side"), ("h100", "by_head")])
+@pytest.mark.parametrize(
+    "dtype", ["float8_e4m3fn", pytest.param("bfloat16", marks=pytest.mark.sweep)]
+)
+def test_pages_are_copied_where_they_lie(chip, name, dtype):
+    if missing := target_for(chip).missing():
+        pytest.skip(f"no compiler for {chip} here: {missing}")
+    cache = shape(*LAYOUTS[name].shape(512, 64, 8, 128), dtype=dtype)
+    ids = dict.fromkeys(("source", "target"), shape(4, dtype="int32"))
+    path = "attnsel_jax.xla.layout_writes:copy_kv"
+    report = compile_for(chip, path, {"kv_pages": cache, **ids, "layout": name})
+    assert report.compiled, report.refusal
+    assert report.memory["aliased"] == cache.size * cache.dtype.itemsize
+    assert report.memory["temporaries"] < cache.size * cache.dtype.itemsize / 50
+
+
 def refused(call, *arguments, message):
     with pytest.raises((TypeError, ValueError), match=message):
         call(*arguments)
@@ -256,12 +285,45 @@ def test_what_does_not_fit_is_refused():
     refused(write, cache, kv_c, None, slots, message="k_pe is NoneType, must be an array")
     rows = LatentCache(jnp.zeros((6, 4, 656), jnp.uint8))
     refused(write, rows, kv_c, k_pe, slots, message=r"are \(8, 4\), must be \(512, 64\)")
-    index = jnp.zeros((6, 4, 8), "int8")
-    refused(write_index_keys, index, kv_c, slots, message="index_pages has dtype int8")
-    refused(write_index_keys, index, kv_c, None, message="index_pages has dtype int8")
+    tiled = LatentCache(jnp.zeros((6, 4, 2, 4, 128), jnp.uint8), layout="tiled")
+    refused(write, tiled, kv_c, k_pe, slots, message=r"are \(8, 4\), must be \(512, 64\)")
+    rows, ropes = jnp.zeros((5, 512), "bfloat16"), jnp.zeros((5, 64), "bfloat16")
+    short = LatentCache(jnp.zeros((3, 9, 4, 128), "bfloat16"), layout="striped")
+    refused(write, short, rows, ropes, slots, message="page_size 8, must be .* multiple of 32")
+    packed = LatentCache(jnp.zeros((3, 8, 3, 1, 128), "bfloat16"), layout="tiled")
+    refused(write, packed, rows[:, :256], ropes, slots, message="must be .* in layout 'tiled'")
+    whole = LatentCache(jnp.zeros((3, 9, 32, 128), "bfloat16"), layout="striped")
+    wide = jnp.zeros((5, 544), "bfloat16")
+    refused(write, whole, wide, ropes[:, :32], slots, message="rope_dim is 32, must be 64 in lay")
+    index = jnp.zeros((6, 4, 8))
+    refused(write_index_keys, index.astype("int8"), kv_c, slots, message="has dtype int8")
+    refused(write_index_keys, index, kv_c, None, message="slot_mapping is None, must be an array")
+    refused(write_index_keys, index[:0], kv_c, slots, message="num_pages is 0, must be at least 1")
+    none = KVCache(jnp.zeros((2, 6, 4, 0, 8)))
+    refused(write_kv_cache, none, k[:, :0], v[:, :0], slots, message="num_kv_heads is 0, must be")
+    given = KVCache(jnp.zeros((3, 2, 6, 4, 2, 8)))
+    refused(copy_pages, given, slots, slots, message="6 dimensions .*, must have 5")
+    layers = LatentCache(jnp.zeros((3, 6, 4, 12)))
+    refused(copy_pages, layers, slots, slots, message="has 4 dimensions .*, must have 3")
+    refused(copy_pages, given.pages[0], slots, slots, message="has 5 dimensions .*, must have 3")
+    by_number = LatentCache(jnp.zeros((6, 12, 4)), layout="by_number")
+    refused(copy_pages, by_number, slots, slots, message="must be one of rows, striped, tiled")
     refused(copy_pages, cache, [1], slots, message="source is list, must be an array")
     refused(copy_pages, cache, slots, slots[:2], message="target has n 2, must be 5")
     refused(copy_pages, "cache", slots, slots, message="cache is str, must be an array")
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_gradients_are_refused(name):
+    """They would be 0 where a cache is seen as integers, and right elsewhere."""
+    k = drawn(1, len(SLOTS), HEADS, 64)
+    cache = KVCache(jnp.zeros((2, PAGES, SIZE, HEADS, 64))).converted(name)
+    for call in (
+        lambda k: write_kv_cache(cache, k, k, SLOTS),
+        lambda k: copy_pages(cache.with_pages(cache.pages + k.sum()), SLOTS, SLOTS),
+    ):
+        with pytest.raises(ValueError, match=r"needs_grad is True .*, must be False"):
+            jax.grad(lambda k, call=call: call(k).pages.sum())(k)
 
 
 def test_a_prompt_of_mla_over_keys_and_values_of_every_head():

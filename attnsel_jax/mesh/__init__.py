@@ -6,7 +6,7 @@ caller (`MeshAxes`). By it, `kernel_over_mesh` runs the kernel on each device's 
 `jax.shard_map`. Kernels know nothing of it, so any kernel works, however opaque it is to XLA.
 """
 
-from attnsel_jax.mesh.filling import filled as filled
+from attnsel_jax.mesh.filling import fill_over_mesh as fill_over_mesh
 from attnsel_jax.mesh.forms import asked_of_kernel as asked_of_kernel
 from attnsel_jax.mesh.mesh_axes import MeshAxes as MeshAxes
 from attnsel_jax.mesh.mesh_axes import use_mesh_axes as use_mesh_axes

@@ -86,11 +86,13 @@ FILLING: dict[str, dict[str, str]] = {
     },
     "copy_kv": {"kv_pages": "", "source": "-", "target": "-"},
     "copy_latents": {"latent_pages": "pages ...", "source": "-", "target": "-"},
+    "copy_index_keys": {"index_pages": "pages - -", "source": "-", "target": "-"},
 }  # fmt: skip
 CACHES = {
     "paged": "kv_pages", "mla": "latent_pages", "sparse_mla": "latent_pages",
     "indexer_scores": "index_pages", "write_kv": "kv_pages", "write_latents": "latent_pages",
     "write_index_keys": "index_pages", "copy_kv": "kv_pages", "copy_latents": "latent_pages",
+    "copy_index_keys": "index_pages",
 }  # fmt: skip
 RESULTS: dict[str, tuple[str, ...]] = {
     "dense": ("batch q_len heads -", "batch q_len heads"),
@@ -143,11 +145,6 @@ def _cache_dims(shape: tuple[int, ...], layout: str) -> Dims:
             if more == 2 * size:
                 named[axis] = name
     return tuple(named)
-
-
-def page_axis(shape: tuple[int, ...], layout: str) -> int:
-    """Where the pages are in the array of a paged cache."""
-    return _cache_dims(shape, layout).index("pages")
 
 
 def page_counts(op: str, pages: jax.Array, layout: str) -> tuple[int, int]:

@@ -28,7 +28,7 @@ def attend(kernel: Callable[..., Any], op: str, arrays: Arrays) -> tuple[jax.Arr
 
     Args:
         kernel: takes the arrays of one group by name.
-        op: a key of `CACHES`.
+        op: a key of `CACHES` that attends.
         arrays: of all groups, one after another along their first dimension; num_seqs is
             [groups], or [] where there is one.
     """

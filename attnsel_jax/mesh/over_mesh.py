@@ -70,7 +70,7 @@ def _jitted(
         static = {n: value for n, value in given.items() if n not in ARGUMENTS[op]}
         of_arrays = _by_arrays(kernel, op, static, backend)
         if plan is None:
-            return groups.attend(of_arrays, op, _with_cached_heads(op, arrays, layout))
+            return groups.attend(of_arrays, op, with_cached_heads(arrays, layout))
         return _shared_out(of_arrays, op, layout, arrays, static, plan)
 
     call.__name__ = f"{op}_over_mesh"
@@ -107,14 +107,14 @@ def _shared_out(
     num_heads = arrays["q"].shape[dims["q"].index("heads")] if "q" in arrays else None
 
     def share(mine: Arrays) -> tuple[jax.Array, ...]:
-        mine = _with_own_kv_heads(mine, dims, plan, num_heads)
+        mine = with_own_kv_heads(mine, dims, plan, num_heads)
         if op == "dense":
             return attend_dense(of_arrays, mine, static, plan)
         if op == "topk_positions":
             return of_arrays(mine)
         if op == "indexer_scores":
             return score_ragged(of_arrays, op, mine, plan, layout)
-        mine = _with_cached_heads(op, mine, layout)
+        mine = with_cached_heads(mine, layout)
         return attend_ragged(of_arrays, op, mine, static, plan, layout)
 
     # Kernels make arrays of their own, which are not marked as varying over the mesh: no check.
@@ -134,7 +134,7 @@ def placed(array: jax.Array, mesh: Mesh, spec: jax.P) -> jax.Array:
     return jax.sharding.reshard(array, jax.NamedSharding(mesh, spec))
 
 
-def _with_own_kv_heads(
+def with_own_kv_heads(
     arrays: Arrays, dims: dict[str, tuple[str, ...]], plan: Plan, num_heads: int | None
 ) -> Arrays:
     """K and v with the kv heads that this shard's query heads use, where they came with more."""
@@ -153,9 +153,9 @@ def _with_own_kv_heads(
     }
 
 
-def _with_cached_heads(op: str, arrays: Arrays, layout: str) -> Arrays:
+def with_cached_heads(arrays: Arrays, layout: str) -> Arrays:
     """K and v as often as the cache holds each: more shards than kv heads need copies."""
-    if op != "paged" or "k" not in arrays:
+    if "kv_pages" not in arrays or "k" not in arrays:
         return arrays
     cached = layout_named(layout).dims(arrays["kv_pages"].shape)[2]
     copies = cached // arrays["k"].shape[1]

@@ -21,7 +21,7 @@ def plan_call(
     """How a call is shared out; None where no mesh is in sight.
 
     Args:
-        op: a key of `dimensions.ARGUMENTS`.
+        op: a key of `dimensions.ARGUMENTS` or of its `FILLING`.
         arrays: the kernel's array arguments by the contract's names.
         mesh_axes: what the caller says; None = what `use_mesh_axes` says.
         layout: of the paged cache.

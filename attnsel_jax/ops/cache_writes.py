@@ -2,8 +2,9 @@
 
 The attention ops write what their own step made. These are for the rest: keys of cross attention,
 which every later call only reads; a prefix that another machine computed; index keys; a prompt
-whose attention ran over keys and values of every head. Inside `jit`, donate the cache, and it is
-updated in place. Over a mesh each device fills its own share.
+whose attention ran over keys and values of every head. Inside `jit`, donate the cache: in the
+layout of a backend of this chip it is then updated in place (on TPUs at head sizes that fill 128
+lanes: 64, 128, 192, 256). Over a mesh each device fills its own share.
 """
 
 import functools
@@ -12,12 +13,16 @@ from typing import Any
 import jax
 
 from attnsel_jax.kv_cache import KVCache, LatentCache
-from attnsel_jax.mesh import MeshAxes, Plan, filled, plan_call
-from attnsel_jax.mesh.dimensions import page_axis
-from attnsel_jax.ops.calls import as_array
-from attnsel_jax.ops.ragged_arguments import INDEX_DTYPES, check_kv_rows, check_latent_rows
+from attnsel_jax.mesh import MeshAxes, Plan, fill_over_mesh, plan_call
+from attnsel_jax.mesh.dimensions import CACHES
+from attnsel_jax.ops.written_arguments import (
+    check_cache,
+    check_index_rows,
+    check_kv_rows,
+    check_latent_rows,
+)
 from pallas_kernels.jax_settings import under_own_settings
-from pallas_kernels.shape_checks import FLOATS, INT32, check_arguments
+from pallas_kernels.shape_checks import INT32, check_arguments
 from pallas_kernels.stored_values import quantise
 
 
@@ -36,7 +41,8 @@ def write_kv_cache(
         k, v: [num_tokens, num_kv_heads, head_size], true values; heads as many as the cache's, or a
             divisor of it, each then repeated.
         slot_mapping: int32 [num_tokens]: page * page_size + offset, as in `AttentionMetadata`;
-            outside the cache (-1) = written nowhere. Where two tokens name one slot, either wins.
+            outside the cache (-1) = written nowhere. What two tokens that name one slot leave there
+            is not defined.
         mesh_axes: as in `paged_attention`.
 
     Raises:
@@ -48,7 +54,7 @@ def write_kv_cache(
         "k": k, "v": v, "kv_pages": cache.pages, "slot_mapping": slot_mapping,
         "k_scale": cache.k_scale, "v_scale": cache.v_scale,
     }  # fmt: skip
-    return cache.with_pages(_fill("write_kv", arrays, mesh_axes, cache.layout))
+    return cache.with_pages(_planned("write_kv", arrays, mesh_axes, cache.layout))
 
 
 def write_latent_cache(
@@ -74,7 +80,7 @@ def write_latent_cache(
         "kv_c": kv_c, "k_pe": k_pe, "latent_pages": cache.pages, "slot_mapping": slot_mapping,
         "kv_scale": cache.kv_scale,
     }  # fmt: skip
-    return cache.with_pages(_fill("write_latents", arrays, mesh_axes, cache.layout))
+    return cache.with_pages(_planned("write_latents", arrays, mesh_axes, cache.layout))
 
 
 def write_index_keys(
@@ -94,16 +100,9 @@ def write_index_keys(
     Raises:
         TypeError, ValueError: as `write_kv_cache`.
     """
-    check_arguments(
-        {
-            "index_pages": (index_pages, "num_pages page_size index_head_dim", INDEX_DTYPES),
-            "k_index": (k_index, "num_tokens index_head_dim", FLOATS),
-            "slot_mapping": (slot_mapping, "num_tokens", INT32),
-        },
-        required=("index_pages", "k_index", "slot_mapping"),
-    )
+    check_index_rows(index_pages, k_index, slot_mapping)
     arrays = {"k_index": k_index, "index_pages": index_pages, "slot_mapping": slot_mapping}
-    return _fill("write_index_keys", arrays, mesh_axes, "rows")
+    return _planned("write_index_keys", arrays, mesh_axes, "rows")
 
 
 def copy_pages(
@@ -118,39 +117,53 @@ def copy_pages(
     For beam search, and for a shared page that one of its sequences is about to write.
 
     Args:
-        cache: any; or an indexer's pages [num_pages, page_size, index_head_dim].
+        cache: any, but a latent one of a registered layout; or an indexer's pages [num_pages,
+            page_size, index_head_dim].
         source, target: int32 [n]. Where one of both is outside the cache (-1), nothing is copied.
-            Where two copies name one target, either wins.
+            What two copies that name one target leave there is not defined.
         mesh_axes: as in `paged_attention`; heads may be cut, pages not.
 
     Raises:
         TypeError: an argument that is no array.
         ValueError: ids of another shape or dtype, or pages that lie on several devices.
     """
-    is_cache = isinstance(cache, KVCache | LatentCache)
-    pages = cache.pages if is_cache else as_array("cache", cache)
     ids = {"source": (source, "n", INT32), "target": (target, "n", INT32)}
     check_arguments(ids, required=tuple(ids))
-    op, name = ("copy_kv", "kv_pages") if isinstance(cache, KVCache) else LATENTS
-    arrays = {name: pages, "source": source, "target": target}
-    copied = _fill(op, arrays, mesh_axes, cache.layout if is_cache else "rows")
-    return cache.with_pages(copied) if is_cache else copied
+    check_cache(cache)
+    arrays = {"source": source, "target": target}
+    if isinstance(cache, KVCache):
+        pages = _planned("copy_kv", arrays | {"kv_pages": cache.pages}, mesh_axes, cache.layout)
+        return cache.with_pages(pages)
+    if isinstance(cache, LatentCache):
+        arrays |= {"latent_pages": cache.pages}
+        return cache.with_pages(_planned("copy_latents", arrays, mesh_axes, cache.layout))
+    return _planned("copy_index_keys", arrays | {"index_pages": cache}, mesh_axes, "rows")
 
 
-LATENTS = ("copy_latents", "latent_pages")  # an indexer's pages are cut as a latent cache's
-
-
-def _fill(op: str, arrays: dict[str, Any], mesh_axes: MeshAxes | None, layout: str) -> jax.Array:
+def _planned(op: str, arrays: dict[str, Any], mesh_axes: MeshAxes | None, layout: str) -> jax.Array:
     """The cache of a call of `FILLING`, shared out as its arrays are, or as the caller says."""
     given = {name: array for name, array in arrays.items() if array is not None}
     plan = plan_call(op, given, mesh_axes, layout)
-    return _filled(given, op=op, layout=layout, plan=plan)
+    if 0 in (given["slot_mapping"] if "slot_mapping" in given else given["source"]).shape:
+        return given[CACHES[op]]
+    guarded = jax.custom_jvp(functools.partial(_jitted, op=op, layout=layout, plan=plan))
+    guarded.defjvp(_refuse_gradient)
+    return guarded(given)
+
+
+def _refuse_gradient(primals: Any, tangents: Any) -> Any:
+    raise ValueError(
+        "needs_grad is True (grad or jvp reaches a cache), must be False: what reads a cache "
+        "declares no gradient; put jax.lax.stop_gradient around what is written, or attend with "
+        "dot_product_attention"
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("op", "layout", "plan"))
 @under_own_settings
-def _filled(arrays, *, op: str, layout: str, plan: Plan | None) -> jax.Array:
-    return filled(functools.partial(_ON_ONE_DEVICE[op], layout=layout), op, arrays, plan, layout)
+def _jitted(arrays, *, op: str, layout: str, plan: Plan | None) -> jax.Array:
+    fill = functools.partial(_ON_ONE_DEVICE[op], layout=layout)
+    return fill_over_mesh(fill, op, arrays, plan, layout)
 
 
 # What fills the cache of one device. Lowerings are imported when they are traced: importing the
@@ -176,18 +189,24 @@ def _write_index_keys(arrays, layout: str) -> jax.Array:
     return write_rows(pages, quantise(arrays["k_index"], None, pages.dtype), arrays["slot_mapping"])
 
 
-def _copy(arrays, layout: str) -> jax.Array:
+def _copy_kv(arrays, layout: str) -> jax.Array:
+    from attnsel_jax.xla.layout_writes import copy_kv
+
+    return copy_kv(arrays["kv_pages"], arrays["source"], arrays["target"], layout)
+
+
+def _copy_first(arrays, layout: str) -> jax.Array:
     from attnsel_jax.xla.layout_writes import copy_along
 
-    ((name, pages),) = ((n, a) for n, a in arrays.items() if n.endswith("_pages"))
-    axis = page_axis(pages.shape, layout) if name == "kv_pages" else 0
-    return copy_along(pages, arrays["source"], arrays["target"], axis)
+    (pages,) = (a for name, a in arrays.items() if name not in ("source", "target"))
+    return copy_along(pages, arrays["source"], arrays["target"], 0)
 
 
 _ON_ONE_DEVICE = {
     "write_kv": _write_kv,
     "write_latents": _write_latents,
     "write_index_keys": _write_index_keys,
-    "copy_kv": _copy,
-    "copy_latents": _copy,
+    "copy_kv": _copy_kv,
+    "copy_latents": _copy_first,
+    "copy_index_keys": _copy_first,
 }

@@ -43,13 +43,13 @@ def check_paged(
         TypeError: an argument is no array, or the cache or the batch of another class.
         ValueError: a rank, a dtype or a size that cannot be.
     """
-    _check_kind("cache", cache, KVCache, "allocate it with allocate_kv_cache, or wrap its array")
-    _check_given({"q": q, "cache.pages": cache.pages})
+    check_kind("cache", cache, KVCache, "allocate it with allocate_kv_cache, or wrap its array")
+    check_given({"q": q, "cache.pages": cache.pages})
     _check_pair("k", k, "v", v)
     dims = check_arguments(
         {
             "q": (q, "num_tokens num_heads head_size", FLOATS),
-            **_kv_cache_table(cache),
+            **kv_cache_table(cache),
             "k": (k, "num_tokens k_heads head_size", FLOATS),
             "v": (v, "num_tokens v_heads head_size", FLOATS),
             **_batch_table(metadata),
@@ -57,9 +57,9 @@ def check_paged(
         }
     )
     check_groups(dims["num_heads"], dims["num_kv_heads"])
-    _check_new_heads(dims)
+    check_new_heads(dims)
     check_same_dtype(q=q, k=k, v=v)
-    _check_not_empty(dims, "num_heads", "head_size", *_CACHE_AND_BATCH)
+    check_not_empty(dims, "num_heads", "head_size", *_CACHE_AND_BATCH)
     _check_groups_divide(dims)
 
 
@@ -81,8 +81,8 @@ def check_latent(
         ValueError: a rank, a dtype or a size that cannot be.
     """
     ql_nope, q_pe, kv_c, k_pe = tokens
-    _check_kind("cache", cache, LatentCache, "wrap its array: LatentCache(pages, kv_scale)")
-    _check_given({"ql_nope": ql_nope, "q_pe": q_pe, "cache.pages": cache.pages})
+    check_kind("cache", cache, LatentCache, "wrap its array: LatentCache(pages, kv_scale)")
+    check_given({"ql_nope": ql_nope, "q_pe": q_pe, "cache.pages": cache.pages})
     _check_pair("kv_c", kv_c, "k_pe", k_pe)
     queries = {
         "ql_nope": (ql_nope, "num_tokens num_heads kv_lora_rank", FLOATS),
@@ -95,12 +95,12 @@ def check_latent(
             "kv_c": (kv_c, "num_tokens kv_lora_rank", FLOATS),
             "k_pe": (k_pe, "num_tokens rope_dim", FLOATS),
             "topk_indices": (topk_indices, "num_tokens topk", INT32),
-            **_latent_table(cache, width),
+            **latent_table(cache, width),
             **_batch_table(metadata),
         }
     )
     check_same_dtype(ql_nope=ql_nope, q_pe=q_pe, kv_c=kv_c, k_pe=k_pe)
-    _check_not_empty(dims, "num_heads", "kv_lora_rank", "rope_dim", *_CACHE_AND_BATCH)
+    check_not_empty(dims, "num_heads", "kv_lora_rank", "rope_dim", *_CACHE_AND_BATCH)
     _check_groups_divide(dims)
 
 
@@ -113,7 +113,7 @@ def check_indexer(
         TypeError: an argument is no array, or the batch of another class.
         ValueError: a rank, a dtype or a size that cannot be, or a batch that is not causal.
     """
-    _check_given({"q_index": q_index, "weights": weights, "index_pages": index_pages})
+    check_given({"q_index": q_index, "weights": weights, "index_pages": index_pages})
     dims = check_arguments(
         {
             "q_index": (q_index, "num_tokens num_index_heads index_head_dim", FLOATS),
@@ -127,64 +127,11 @@ def check_indexer(
             "metadata.causal is False, must be True: the indexer scores what a query may see, "
             "which is nothing after it; build the batch with causal=True"
         )
-    _check_not_empty(dims, "num_index_heads", "index_head_dim", *_CACHE_AND_BATCH)
+    check_not_empty(dims, "num_index_heads", "index_head_dim", *_CACHE_AND_BATCH)
     _check_groups_divide(dims)
 
 
-def check_kv_rows(k: jax.Array, v: jax.Array, cache: KVCache, slot_mapping: jax.Array) -> None:
-    """Refuses what does not fit together; arguments as of `write_kv_cache`.
-
-    Raises:
-        TypeError: an argument is no array, or the cache of another class.
-        ValueError: a rank, a dtype or a size that cannot be.
-    """
-    _check_kind("cache", cache, KVCache, "allocate it with allocate_kv_cache, or wrap its array")
-    _check_given({"cache.pages": cache.pages, "k": k, "v": v, "slot_mapping": slot_mapping})
-    dims = check_arguments(
-        {
-            **_kv_cache_table(cache),
-            "k": (k, "num_tokens k_heads head_size", FLOATS),
-            "v": (v, "num_tokens v_heads head_size", FLOATS),
-            "slot_mapping": (slot_mapping, "num_tokens", INT32),
-        }
-    )
-    _check_new_heads(dims)
-    check_same_dtype(k=k, v=v)
-    _check_not_empty(dims, "head_size", "num_pages", "page_size")
-
-
-def check_latent_rows(
-    kv_c: jax.Array, k_pe: jax.Array, cache: LatentCache, slot_mapping: jax.Array
-) -> None:
-    """Refuses what does not fit together; arguments as of `write_latent_cache`.
-
-    Raises:
-        TypeError: an argument is no array, or the cache of another class.
-        ValueError: a rank, a dtype or a size that cannot be.
-    """
-    _check_kind("cache", cache, LatentCache, "wrap its array: LatentCache(pages, kv_scale)")
-    given = {"kv_c": kv_c, "k_pe": k_pe, "slot_mapping": slot_mapping}
-    _check_given({"cache.pages": cache.pages, **given})
-    rows = {
-        "kv_c": (kv_c, "num_tokens kv_lora_rank", FLOATS),
-        "k_pe": (k_pe, "num_tokens rope_dim", FLOATS),
-    }
-    width = sum(check_arguments(rows)[name] for name in ("kv_lora_rank", "rope_dim"))
-    dims = check_arguments(
-        {**rows, **_latent_table(cache, width), "slot_mapping": (slot_mapping, "num_tokens", INT32)}
-    )
-    check_same_dtype(kv_c=kv_c, k_pe=k_pe)
-    sizes = (dims["kv_lora_rank"], dims["rope_dim"])
-    wanted = (fp8_ds_mla.KV_LORA_RANK, fp8_ds_mla.ROPE_DIM)
-    if cache.kv_cache_dtype == fp8_ds_mla.NAME and sizes != wanted:
-        raise ValueError(
-            f"kv_lora_rank and rope_dim are {sizes}, must be {wanted} in a cache of fp8_ds_mla: "
-            f"use a float8_e4m3fn cache and kv_scale for other sizes"
-        )
-    _check_not_empty(dims, "kv_lora_rank", "rope_dim", "num_pages", "page_size")
-
-
-def _kv_cache_table(cache: KVCache) -> dict[str, Spec]:
+def kv_cache_table(cache: KVCache) -> dict[str, Spec]:
     """A cache's rows of the table, in the caller's words."""
     layout, shape = layout_named(cache.layout), cache.pages.shape
     _check_ndim(shape, len(layout.stride_order), cache.layout)
@@ -197,7 +144,7 @@ def _kv_cache_table(cache: KVCache) -> dict[str, Spec]:
     return {"cache": (pages, "num_pages page_size num_kv_heads head_size", CACHE_DTYPES), **scales}
 
 
-def _latent_table(cache: LatentCache, width: int) -> dict[str, Spec]:
+def latent_table(cache: LatentCache, width: int) -> dict[str, Spec]:
     """A latent cache's rows of the table; width: numbers of a latent and its rotary key."""
     is_bytes = cache.layout == "rows" and jnp.dtype(cache.pages.dtype) == jnp.uint8
     row = fp8_ds_mla.ROW_BYTES if is_bytes else width
@@ -213,7 +160,15 @@ def _logical(cache: LatentCache) -> jax.Array | jax.ShapeDtypeStruct:
     if cache.layout == "rows":
         return cache.pages
     _check_ndim(shape, layout.ndim, cache.layout)
-    return jax.ShapeDtypeStruct(layout.dims(shape), cache.pages.dtype)
+    dims, dtype = layout.dims(shape), jnp.dtype(cache.pages.dtype)
+    if dtype == jnp.uint8 and cache.layout == "striped":
+        raise ValueError("cache.layout is 'striped', must be 'rows' or 'tiled' with fp8_ds_mla")
+    if cache.layout in ("striped", "tiled") and layout.shape(*dims, dtype.itemsize) != shape:
+        raise ValueError(
+            f"cache.pages has shape {shape}, must be {layout.shape(*dims, dtype.itemsize)} in "
+            f"layout {cache.layout!r} with {dtype.name}: allocate it with allocate_latent_cache"
+        )
+    return jax.ShapeDtypeStruct(dims, dtype)
 
 
 def _check_ndim(shape: tuple[int, ...], ndim: int, layout: str) -> None:
@@ -229,7 +184,7 @@ def _batch_table(metadata: AttentionMetadata) -> dict[str, Spec]:
     """The batch's rows of the table, in its own words."""
     check_is_batch(metadata)
     names = ("page_table", "kv_lens", "cu_q_lens", "num_seqs")
-    _check_given({f"metadata.{name}": getattr(metadata, name) for name in names})
+    check_given({f"metadata.{name}": getattr(metadata, name) for name in names})
     rows = metadata.kv_lens.shape
     groups = metadata.num_seqs.shape[0] if metadata.num_seqs.ndim == 1 else None
     starts = str(sum(rows[:1]) + (groups or 1)).replace(" ", "")  # a symbolic one is "n + 1"
@@ -242,7 +197,7 @@ def _batch_table(metadata: AttentionMetadata) -> dict[str, Spec]:
     }
 
 
-def _check_new_heads(dims: dict[str, int]) -> None:
+def check_new_heads(dims: dict[str, int]) -> None:
     """Refuses keys and values of this step that cannot be repeated to the cache's heads."""
     cached, k_heads = dims["num_kv_heads"], dims.get("k_heads")
     if k_heads is not None and (k_heads < 1 or cached % k_heads):
@@ -264,15 +219,19 @@ def _check_groups_divide(dims: dict[str, int]) -> None:
             )
 
 
-def _check_kind(name: str, value: Any, kind: type, hint: str) -> None:
+def check_kind(name: str, value: Any, kind: type, hint: str) -> None:
+    """Refuses another class; hint: the way out."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} is {type(value).__name__}, must be {kind.__name__}: {hint}")
 
 
-def _check_given(arrays: dict[str, Any]) -> None:
+def check_given(arrays: dict[str, Any]) -> None:
+    """Refuses what is no array, by name."""
     for name, array in arrays.items():
         if not hasattr(array, "shape") or not hasattr(array, "dtype"):
-            raise TypeError(f"{name} is {type(array).__name__}, must be an array")
+            raise TypeError(
+                f"{name} is {type(array).__name__}, must be an array: convert it with jnp.asarray"
+            )
 
 
 def _check_pair(first: str, a: Any, second: str, b: Any) -> None:
@@ -284,7 +243,8 @@ def _check_pair(first: str, a: Any, second: str, b: Any) -> None:
         )
 
 
-def _check_not_empty(dims: dict[str, int], *names: str) -> None:
+def check_not_empty(dims: dict[str, int], *names: str) -> None:
+    """Refuses sizes of 0."""
     for name in names:
         if dims[name] < 1:
             raise ValueError(f"{name} is {dims[name]}, must be at least 1")

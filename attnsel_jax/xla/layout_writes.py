@@ -1,7 +1,8 @@
 """How rows get to their slots in a cache of any layout, and pages to other pages.
 
-A cache is indexed as units in one leading dimension, so that XLA scatters where it lies. Compiled
-for v5e no cache is copied so; scattered as windows of the whole array, float8 and float32 were.
+A cache is indexed as units in one leading dimension, so that XLA scatters where it lies: scattered
+as windows of the whole array, v5e's compiler copied caches of float8 and float32. It still copies
+those whose rows it pads: "side_by_side" at head sizes 80 and 96, "stacked" below 128 lanes.
 """
 
 import jax
@@ -76,6 +77,21 @@ def put_latents(
     return of.from_rows(write_rows(before, rows, slot_mapping), rope_dim)
 
 
+def copy_kv(kv_pages: jax.Array, source: jax.Array, target: jax.Array, layout: str) -> jax.Array:
+    """Pages of keys and values in place of others; arguments as of `copy_along`.
+
+    Args:
+        kv_pages, source, target: as there.
+        layout: its name. One that was registered is converted there and back, all of it.
+    """
+    if layout in ("stacked", "by_head"):
+        return copy_along(kv_pages, source, target, 1)
+    if layout == "side_by_side":
+        return copy_along(kv_pages, source, target, 0)
+    of = layout_named(layout)
+    return of.join(*copy_along(jnp.stack(of.split(kv_pages)), source, target, 1))
+
+
 def copy_along(pages: jax.Array, source: jax.Array, target: jax.Array, axis: int) -> jax.Array:
     """Page source[i] as it was before, in place of page target[i].
 
@@ -92,7 +108,12 @@ def copy_along(pages: jax.Array, source: jax.Array, target: jax.Array, axis: int
         taken = pages.at[(*before, source)].get(mode="clip")
         return pages.at[(*before, target)].set(taken, mode="drop")
 
-    return _as_bits_off_tpu(copied, pages)
+    if pages.dtype.itemsize > 1 or pages.dtype in (jnp.int8, jnp.uint8):
+        return copied(pages)
+    # XLA:CPU widens all of a float8 cache to scatter in it; seen as integers H100's is copied.
+    return jax.lax.platform_dependent(
+        pages, cpu=lambda pages: _as_bits(copied, pages), default=copied
+    )
 
 
 def _put_side_by_side(pages, k, v, slots, *, k_scale, v_scale) -> jax.Array:
@@ -162,14 +183,17 @@ def _where_it_is(at: jax.Array, slots: jax.Array, num_slots: int) -> jax.Array:
 def _as_bits_off_tpu(put, *arrays: jax.Array) -> jax.Array:
     """What `put` makes of the arrays.
 
-    XLA on CPUs and GPUs has no scatter of every narrow float, and converts the cache to and fro; on
-    a TPU it copies the cache to see it as integers.
+    XLA on CPUs and GPUs has no scatter of every narrow float (jax 0.10 to 0.12), and converts the
+    cache to and fro; on a TPU it copies the cache to see it as integers.
     """
+    return jax.lax.platform_dependent(
+        *arrays, tpu=put, default=lambda *arrays: _as_bits(put, *arrays)
+    )
+
+
+def _as_bits(put, *arrays: jax.Array) -> jax.Array:
+    """The same, of unsigned integers of the arrays' width."""
     dtype = arrays[0].dtype
     bits = jnp.dtype(f"uint{8 * dtype.itemsize}")
-
-    def of_bits(*arrays: jax.Array) -> jax.Array:
-        seen = (jax.lax.bitcast_convert_type(array, bits) for array in arrays)
-        return jax.lax.bitcast_convert_type(put(*seen), dtype)
-
-    return jax.lax.platform_dependent(*arrays, tpu=put, default=of_bits)
+    seen = (jax.lax.bitcast_convert_type(array, bits) for array in arrays)
+    return jax.lax.bitcast_convert_type(put(*seen), dtype)

@@ -51,7 +51,7 @@ def test_heads(kv_heads, explicit):
     )  # fmt: skip
     rows = [put(x, on, None, cut) for x in (k, v)]
     same(write_kv_cache(shared, *rows, put(SLOTS, on)).pages, want, spec, on)
-    if kv_heads == 8 and explicit:  # under jit automatic axes do not show
+    if explicit:  # under jit automatic axes do not show
         assert collectives(lambda *x: write_kv_cache(*x).pages, shared, *rows, SLOTS) == []
 
 
@@ -102,10 +102,10 @@ def test_pages_are_copied_where_heads_are_cut_and_nowhere_else(explicit):
         assert collectives(lambda *x: copy_pages(*x).pages, shared, *ids) == []
     for pages in (
         cache.with_pages(put(cache.pages, on, None, "data")),
-        put(cache.pages[0], on, "data"),
+        put(normal(4, PAGES, SIZE, 128), on, "data"),
     ):
         with pytest.raises(
-            ValueError, match="sharded by pages over mesh axis 'data', must be whole"
+            ValueError, match=r"sharded by pages over mesh axis 'data' .*, must be whole"
         ):
             copy_pages(pages, *ids)
 
