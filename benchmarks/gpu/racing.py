@@ -91,7 +91,7 @@ def _result(work, name, options, future) -> Runner | Timing:
     """What became of compiling; a refusal is a finding, not the end of the run."""
     try:
         return future.result()
-    except (*RAISED, ImportError, OSError) as error:
+    except RAISED as error:
         return Timing(work.name, name, options, FAILED, f"{type(error).__name__}: {error}"[:500])
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from attnsel_jax.aot.targets import GPU_FIGURES
+from attnsel_jax.jax_versions import jax_version
 from attnsel_jax.platforms import CHIPS
 from pallas_kernels import gpu_chip
 from pallas_kernels.dense.mosaic_gpu import dense_attention
@@ -106,6 +107,7 @@ LARGE = {
 }  # fmt: skip
 
 
+@pytest.mark.skipif(jax_version() < (0, 11), reason="GPU kernels need jax 0.11")
 @pytest.mark.parametrize(("chip", "call", "arguments"), LARGE.values(), ids=LARGE)
 def test_no_launch_has_more_blocks_than_cuda_takes(monkeypatch, chip, call, arguments):
     """65535 along y and z, which the interpreter and ptxas do not know."""
