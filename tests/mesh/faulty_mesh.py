@@ -42,7 +42,7 @@ def _not_summed(kernel, op, arrays, plan, layout):
 
 _ALL_GATHER = whole_keys.all_gather_attention
 FAULTS = {
-    "keys averaged over shards of heads": (over_mesh, "_with_own_kv_heads", _averaged_keys),
+    "keys averaged over shards of heads": (over_mesh, "with_own_kv_heads", _averaged_keys),
     "keys gathered in a ring": (ring.Ring, "onward", _gathered_onward),
     "each key exchanged twice": (whole_keys, "copies_of_kv_heads", lambda *_: 2),
     "queries gathered too": (forms, "all_gather_attention", _gathered_queries),

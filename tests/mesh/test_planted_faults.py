@@ -112,7 +112,7 @@ def with_edges(arrays, seen, counts):
 
 FAULTS = {
     "the first kv head for all": (
-        "attnsel_jax.mesh.over_mesh", "_with_own_kv_heads",
+        "attnsel_jax.mesh.over_mesh", "with_own_kv_heads",
         lambda arrays, *_: arrays | {n: arrays[n][:, :, :1] for n in "kv"}, few_kv_heads,
     ),
     "parts averaged, not weighed": (
