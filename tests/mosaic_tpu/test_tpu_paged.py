@@ -57,7 +57,7 @@ def batch(q_lens, kv_lens, *, seed=0, **options):
 
 
 # On each push the extremes, one of each kind of cache, and what "everything" has on demand alone.
-ON_DEMAND = ("page-32", "page-64", "page-128", "e4m3", "e4m3-unscaled", "e5m2", "int8",
+ON_DEMAND = ("page-32", "page-64", "page-128", "page-256", "e4m3", "e4m3-unscaled", "e5m2", "int8",
              "bfloat16-cache", "window", "two-sided-window", "chunked", "sinks", "soft-cap",
              "alibi", "encoder-only")  # fmt: skip
 
@@ -94,9 +94,7 @@ LONG = ((1, 28, 0, 5, 11, 1), (70, 59, 9, 29, 24, 33))
     [
         {"dtype": "float32", "sliding_window": 19, "sinks": True},
         sweep({"causal": False, "sliding_window": (30, 3)}),
-        pytest.param(
-            {"attention_chunk_size": 24, "soft_cap": 6.0, "alibi": True}, marks=pytest.mark.once
-        ),
+        sweep({"attention_chunk_size": 24, "soft_cap": 6.0, "alibi": True}),
     ],
     ids=["window", "two-sided", "chunked"],
 )
