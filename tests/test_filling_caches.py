@@ -248,16 +248,22 @@ def test_a_donated_cache_is_filled_where_it_lies(name, dtype, chip):
 @pytest.mark.parametrize(
     "dtype", ["float8_e4m3fn", pytest.param("bfloat16", marks=pytest.mark.sweep)]
 )
-def test_pages_are_copied_where_they_lie(chip, name, dtype):
+@pytest.mark.parametrize(
+    "head_size", [128, *(pytest.param(n, marks=pytest.mark.sweep) for n in (64, 192, 256))]
+)
+def test_pages_are_copied_and_written_where_they_lie(chip, name, dtype, head_size):
     if missing := target_for(chip).missing():
         pytest.skip(f"no compiler for {chip} here: {missing}")
-    cache = shape(*LAYOUTS[name].shape(512, 64, 8, 128), dtype=dtype)
+    cache = shape(*LAYOUTS[name].shape(512, 64, 8, head_size), dtype=dtype)
     ids = dict.fromkeys(("source", "target"), shape(4, dtype="int32"))
-    path = "attnsel_jax.xla.layout_writes:copy_kv"
-    report = compile_for(chip, path, {"kv_pages": cache, **ids, "layout": name})
-    assert report.compiled, report.refusal
-    assert report.memory["aliased"] == cache.size * cache.dtype.itemsize
-    assert report.memory["temporaries"] < cache.size * cache.dtype.itemsize / 50
+    rows = dict.fromkeys("kv", shape(16, 8, head_size, dtype="bfloat16"))
+    rows |= {"k_scale": None, "v_scale": None, "slot_mapping": shape(16, dtype="int32")}
+    for function, given in (("copy_kv", ids), ("put_kv", rows)):
+        path = f"attnsel_jax.xla.layout_writes:{function}"
+        report = compile_for(chip, path, {"kv_pages": cache, **given, "layout": name})
+        assert report.compiled, report.refusal
+        assert report.memory["aliased"] == cache.size * cache.dtype.itemsize
+        assert report.memory["temporaries"] < cache.size * cache.dtype.itemsize / 50
 
 
 def refused(call, *arguments, message):

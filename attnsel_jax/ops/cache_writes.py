@@ -144,7 +144,8 @@ def _planned(op: str, arrays: dict[str, Any], mesh_axes: MeshAxes | None, layout
     """The cache of a call of `FILLING`, shared out as its arrays are, or as the caller says."""
     given = {name: array for name, array in arrays.items() if array is not None}
     plan = plan_call(op, given, mesh_axes, layout)
-    if 0 in (given["slot_mapping"] if "slot_mapping" in given else given["source"]).shape:
+    places = given["source" if "source" in given else "slot_mapping"]
+    if places.shape[0] == 0:
         return given[CACHES[op]]
     guarded = jax.custom_jvp(functools.partial(_jitted, op=op, layout=layout, plan=plan))
     guarded.defjvp(_refuse_gradient)

@@ -116,4 +116,4 @@ def check_cache(cache: Any) -> None:
     else:
         table = {"cache": (cache, "num_pages page_size index_head_dim", INDEX_DTYPES)}
     dims = check_arguments(table, required=("cache",))
-    check_not_empty(dims, *(name for name in dims if name != "n"))
+    check_not_empty(dims, *dims)
