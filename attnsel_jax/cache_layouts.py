@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from pallas_kernels import fp8_ds_mla
 
 TPU_LANES = 128  # numbers of 32 bits in a row of a TPU's register
+LINES_OF_A_TILE = 32  # over the bytes of a number: of such a register, see `LATENT_LAYOUTS`
 HALF_LANES = 64  # the rotary key of a latent cache that is laid out for TPUs
 
 
@@ -86,11 +87,9 @@ class LatentLayout:
     from_rows: Callable[[jax.Array, int], jax.Array]
 
 
-def _striped_shape(
-    num_pages: int, page_size: int, row: int, itemsize: int
-) -> tuple[int, int, int, int]:
+def _striped_shape(num_pages: int, page_size: int, row: int, itemsize: int) -> tuple[int, ...]:
     """The shape of a striped cache."""
-    rank, pair = row - HALF_LANES, 2 * 32 // itemsize
+    rank, pair = row - HALF_LANES, 2 * LINES_OF_A_TILE // itemsize
     if rank % TPU_LANES or page_size % pair:
         raise ValueError(
             f"row is {row} and page_size {page_size}, must be a multiple of {TPU_LANES} and "
@@ -109,7 +108,7 @@ def _stripe(rows: jax.Array, rope_dim: int) -> jax.Array:
     _check_rope_dim(rope_dim, "striped")
     num_pages, page_size, row = rows.shape
     shape = _striped_shape(*rows.shape, rows.dtype.itemsize)
-    tile, rank = 32 // rows.dtype.itemsize, row - rope_dim
+    tile, rank = LINES_OF_A_TILE // rows.dtype.itemsize, row - rope_dim
     latents = rows[..., :rank].reshape(num_pages, 2, page_size // 2, -1, TPU_LANES)
     latents = jnp.swapaxes(latents, 2, 3).reshape(num_pages, -1, *shape[2:])
     ropes = rows[..., rank:].reshape(num_pages, -1, 2, tile, rope_dim)
@@ -119,7 +118,7 @@ def _stripe(rows: jax.Array, rope_dim: int) -> jax.Array:
 
 def _unstripe(pages: jax.Array, rope_dim: int) -> jax.Array:
     num_pages, parts, half, lanes = pages.shape
-    tile = 32 // pages.dtype.itemsize
+    tile = LINES_OF_A_TILE // pages.dtype.itemsize
     latents = pages[:, :-1].reshape(num_pages, 2, parts // 2, half, lanes)
     latents = jnp.swapaxes(latents, 2, 3).reshape(num_pages, 2 * half, -1)
     ropes = pages[:, -1].reshape(num_pages, -1, tile, 2, rope_dim)

@@ -128,11 +128,16 @@ def test_every_file_says_what_it_answers(path):
         assert docstring.split("\n\n")[0].rstrip().endswith((".", ";", ":")), docstring[:80]
 
 
+# Where others' kernels run: Mosaic's, MLIR's and a plug-in's errors have no narrower base.
+CATCHES_ALL = ["attnsel_jax/compare/comparing.py"]
+
+
 @every_source
 def test_words_the_house_avoids(path):
     assert not re.search(r"(^|_)(utils|common|misc|helpers|v2)$", path.stem)
     text = path.read_text()
-    assert not re.search(r"except Exception|except:|except BaseException", text)
+    refused = "" if str(path.relative_to(ROOT)) in CATCHES_ALL else "except Exception|"
+    assert not re.search(rf"{refused}except:|except BaseException", text)
     assert not re.search(r"\b(TODO|FIXME|XXX)\b(?! \(issue \d+\))", text)
     for word in ("block_table\\b", "seq_lens\\b", "query_start_loc", "sm_scale"):
         if path.name != "vllm_metadata.py" and re.search(rf"(?<!_)\b{word}", text):

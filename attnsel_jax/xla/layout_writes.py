@@ -8,13 +8,16 @@ those whose rows it pads: "side_by_side" at head sizes 80 and 96, "stacked" belo
 import jax
 import jax.numpy as jnp
 
-from attnsel_jax.cache_layouts import HALF_LANES, latent_layout_named, layout_named
+from attnsel_jax.cache_layouts import (
+    HALF_LANES,
+    LINES_OF_A_TILE,
+    latent_layout_named,
+    layout_named,
+)
 from attnsel_jax.xla.cache_writes import write_kv, write_rows
 from pallas_kernels import fp8_ds_mla
 from pallas_kernels.paged.mosaic_gpu_write import write_kv as write_kv_by_head
 from pallas_kernels.stored_values import quantise
-
-LINES_OF_A_TILE = 32  # over the bytes of a number: of a TPU's register, see `LATENT_LAYOUTS`
 
 
 def put_kv(

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from attnsel_jax.compare.comparing import RAISED
 from benchmarks.gpu import clock, contenders, inputs, turns
 from benchmarks.gpu.judging import held_to_the_oracle
 from benchmarks.gpu.runners import FAILED, LEFT_OUT, TIMED, Runner, Timing, failed
@@ -91,7 +90,7 @@ def _result(work, name, options, future) -> Runner | Timing:
     """What became of compiling; a refusal is a finding, not the end of the run."""
     try:
         return future.result()
-    except RAISED as error:
+    except Exception as error:
         return Timing(work.name, name, options, FAILED, f"{type(error).__name__}: {error}"[:500])
 
 
@@ -109,7 +108,7 @@ def _time(runners: list[Runner], rounds: int) -> dict[int, Exception]:
                 if at not in sets:
                     sets[at] = _sets(runners[at])
                 _time_once(runners[at], sets[at])
-            except RAISED as error:
+            except Exception as error:
                 stopped[at] = error
     return stopped
 

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from attnsel_jax.compare.comparing import RAISED
 from benchmarks.gpu import calibration, checks, racing, results, turns
 from benchmarks.gpu.contenders import OURS
 from benchmarks.gpu.runners import FAILED
@@ -111,7 +110,7 @@ def main() -> None:
     try:
         for place, value in take(step):
             say(place=place, value=value)
-    except RAISED as error:
+    except Exception as error:
         for place, value in broken(step, f"{type(error).__name__}: {error}"[:500]):
             say(place=place, value=value)
     say(done=True)
