@@ -14,7 +14,7 @@ from typing import Any
 
 from attnsel_jax.backend import AttentionBackend
 from attnsel_jax.backend_names import RESERVED
-from attnsel_jax.qualnames import resolve_obj_by_qualname
+from attnsel_jax.qualnames import resolve_obj_by_qualname, split_qualname
 
 ENTRY_POINT_GROUP = "attnsel_jax.backends"
 
@@ -72,14 +72,33 @@ def check_name(name: Any) -> None:
         raise ValueError(f"name is {name!r}, which is taken: {RESERVED[name]}; choose another")
 
 
+def check_target(name: str, target: Any, overrides: bool) -> None:
+    """Refuses what a name cannot stand for; a path is looked at, not imported.
+
+    Raises:
+        TypeError: neither a backend class nor text.
+        ValueError: no dotted path, a class without a name, or of another where none is overridden.
+    """
+    if isinstance(target, str):
+        split_qualname(target, "target")
+        return
+    if not (isinstance(target, type) and issubclass(target, AttentionBackend)):
+        raise TypeError(
+            f"target is {target!r}, must be a subclass of AttentionBackend or its dotted path"
+        )
+    check_own_name(getattr(target, "name", name) if overrides else name, target)
+
+
 def check_own_name(name: str, cls: type[AttentionBackend]) -> None:
     """Refuses a second name for a class: what prints must be what can be asked for.
 
     Raises:
-        ValueError: the class has another name.
+        ValueError: the class has none, or another.
     """
     own = getattr(cls, "name", None)
-    if issubclass(cls, AttentionBackend) and own != name:
+    if own is None:
+        raise ValueError(f"{cls.__name__}.name is not set, must be text such as {name!r}")
+    if own != name:
         raise ValueError(
             f"name is {name!r}, must be {own!r}, as {cls.__name__}.name says: no two names mean "
             f"one backend"
@@ -93,7 +112,8 @@ def check_place(name: str, before: str | None, place: str | None) -> None:
         ValueError: `before` is given, and is not the place that the name has.
     """
     if before is not None and before != place:
+        wanted = "None" if place is None else f"{place!r} or None"
         raise ValueError(
-            f"before is {before!r}, must be {place!r} or None: {name} is registered, and an "
-            f"override keeps its place"
+            f"before is {before!r}, must be {wanted}: {name} is registered, and an override keeps "
+            f"its place"
         )

@@ -1,5 +1,6 @@
 """From a dotted path to the object it names; imports happen here, and only when asked for."""
 
+import functools
 import importlib
 from typing import Any
 
@@ -13,6 +14,8 @@ FAILURES = (
 def resolve_obj_by_qualname(qualname: str, *, contained: bool = False) -> Any:
     """Imports and returns what "package.module:name" or "package.module.name" names.
 
+    After a colon the name may be dotted: a class within a class.
+
     Args:
         qualname: the dotted path.
         contained: whatever the module raises while it is imported becomes an `ImportError`.
@@ -21,11 +24,7 @@ def resolve_obj_by_qualname(qualname: str, *, contained: bool = False) -> Any:
         ImportError: the module, or something that it imports, is not there.
         ValueError: the text is no dotted path, or the module has no such name.
     """
-    module_name, colon, name = qualname.partition(":")
-    if not colon:
-        module_name, _, name = qualname.rpartition(".")
-    if not module_name or not name:
-        raise ValueError(f"qualname is {qualname!r}, must be like package.module:name")
+    module_name, name = split_qualname(qualname)
     try:
         module = importlib.import_module(module_name)
     except FAILURES as error:
@@ -33,8 +32,22 @@ def resolve_obj_by_qualname(qualname: str, *, contained: bool = False) -> Any:
             raise
         raise ImportError(f"{module_name} raises {type(error).__name__}: {error}") from error
     try:
-        return getattr(module, name)
+        return functools.reduce(getattr, name.split("."), module)
     except AttributeError as error:
         raise ValueError(
             f"qualname is {qualname!r}, but {module_name} has no {name!r}: correct the path"
         ) from error
+
+
+def split_qualname(qualname: str, argument: str = "qualname") -> tuple[str, str]:
+    """(module, name) of a dotted path.
+
+    Raises:
+        ValueError: the text is none.
+    """
+    module_name, colon, name = qualname.partition(":")
+    if not colon:
+        module_name, _, name = qualname.rpartition(".")
+    if not all((*module_name.split("."), *name.split("."))):
+        raise ValueError(f"{argument} is {qualname!r}, must be like package.module:name")
+    return module_name, name

@@ -15,8 +15,8 @@ from attnsel_jax.backend import AttentionBackend
 from attnsel_jax.backend_names import UnknownBackendError, unknown_backend
 from attnsel_jax.plugins import (
     check_name,
-    check_own_name,
     check_place,
+    check_target,
     declared_before,
     left_out_with_a_warning,
     offered,
@@ -217,7 +217,7 @@ def register_backend(
     name: str | AttentionBackendEnum,
     target: BackendOrPath | None = None,
     *,
-    before: str | None = None,
+    before: str | AttentionBackendEnum | None = None,
 ) -> Callable[[type[AttentionBackend]], type[AttentionBackend]] | None:
     """Adds a backend under a new name, or overrides the class of an existing one.
 
@@ -235,14 +235,12 @@ def register_backend(
 
     Raises:
         ValueError: a name that cannot be one, a name reserved for automatic selection or for one of
-            vLLM's, a new name that is not the class's own `name`, an unknown `before`, or another
-            `before` than an existing name has.
+            vLLM's, a class without a `name`, a new name that is not the class's own, what is no
+            dotted path, an unknown `before`, or another `before` than an existing name has.
         TypeError: the target is neither a backend class nor a path.
     """
-    text = name.name if isinstance(name, AttentionBackendEnum) else name
+    text, before = _text(name), _text(before)
     check_name(text)
-    if text not in AttentionBackendEnum and isinstance(target, type):
-        check_own_name(text, target)
     if target is None:
 
         def decorate(cls: type[AttentionBackend]) -> type[AttentionBackend]:
@@ -250,23 +248,20 @@ def register_backend(
             return cls
 
         return decorate
-    is_class = isinstance(target, type) and issubclass(target, AttentionBackend)
-    if not (is_class or isinstance(target, str)):
-        raise TypeError(
-            f"target is {target!r}, must be a subclass of AttentionBackend or its dotted path"
-        )
-    declared = target.before if is_class and text not in AttentionBackendEnum else None
+    overrides = text in AttentionBackendEnum
+    check_target(text, target, overrides)
+    declared = None if overrides or isinstance(target, str) else target.before
     _REGISTRY.put(text, target, before or declared)
     return None
 
 
-def unregister_backend(name: str) -> None:
+def unregister_backend(name: str | AttentionBackendEnum) -> None:
     """Takes a plug-in's name out of the registry; built-in backends stay.
 
     Raises:
         ValueError: unknown, or built in.
     """
-    _REGISTRY.remove(name)
+    _REGISTRY.remove(_text(name))
 
 
 def generation() -> int:
@@ -291,6 +286,11 @@ def _inserted(
     rows = list(entries.items())
     rows.insert(list(entries).index(before), (name, entry))
     return dict(rows)
+
+
+def _text(name: Any) -> Any:
+    """A member's name; anything else as it is."""
+    return name.name if isinstance(name, AttentionBackendEnum) else name
 
 
 def _path(target: BackendOrPath) -> str:

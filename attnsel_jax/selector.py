@@ -195,10 +195,10 @@ def _insistence(backend: BackendLike = None) -> Insistence | None:
         if isinstance(backend, AttentionBackendEnum):
             backend = backend.name
         is_class = isinstance(backend, type) and issubclass(backend, AttentionBackend)
-        if not (is_class or isinstance(backend, str)):
+        if not (isinstance(backend, str) or (is_class and hasattr(backend, "name"))):
             raise ValueError(
                 f"backend is {backend!r}, must be a name, a member of AttentionBackendEnum, or a "
-                f"subclass of AttentionBackend"
+                f"subclass of AttentionBackend that has a name"
             )
         return Insistence("argument backend", backend)
     name = forced_name()

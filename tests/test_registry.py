@@ -84,11 +84,30 @@ def test_path_and_class():
         ("attnsel_jax.backends.xla:Nope", ValueError, "attnsel_jax.backends.xla has no 'Nope'"),
         ("justaword", ValueError, "qualname is 'justaword', must be like package.module:name"),
         ("", ValueError, "qualname is '', must be like"),
+        ("third_party:", ValueError, "qualname is 'third_party:', must be like"),
+        ("third_party:PlainBackend.", ValueError, "must be like package.module:name"),
+        ("third_party:PlainBackend.Nope", ValueError, "third_party has no 'PlainBackend.Nope'"),
     ],
 )
 def test_paths_that_lead_nowhere(path, error, message):
     with pytest.raises(error, match=message):
         resolve_obj_by_qualname(path)
+
+
+class Room:
+    """Where a class within a class is."""
+
+    class Mine(PlainBackend):
+        name = "MINE"
+
+
+def test_the_path_of_a_class_within_a_class_leads_to_it():
+    register_backend("MINE", Room.Mine)
+    path = AttentionBackendEnum["MINE"].get_path()
+    assert path.endswith(":Room.Mine")
+    assert resolve_obj_by_qualname(path) is Room.Mine
+    register_backend("MINE", path)
+    assert get_attn_backend(*QUESTION, backend="MINE") is Room.Mine
 
 
 def test_a_third_partys_name_becomes_a_member_by_decorator():
@@ -191,7 +210,7 @@ def test_an_overriding_class_of_another_name_prints_as_the_member():
 
 def test_an_override_does_not_drop_its_before():
     with pytest.raises(
-        ValueError, match=r"before is 'MOSAIC_GPU', must be None or None: XLA is re"
+        ValueError, match=r"before is 'MOSAIC_GPU', must be None: XLA is registered"
     ):
         register_backend("XLA", backend("XLA"), before="MOSAIC_GPU")
     register_backend("MINE", backend("MINE"), before="XLA")
@@ -226,6 +245,29 @@ def test_registering_what_is_no_backend():
         register_backend("MINE")(int)
     with pytest.raises(TypeError, match=r"name is 3, must be text or a member"):
         register_backend(3, PlainBackend)
+    with pytest.raises(ValueError, match=r"target is 'my backend', must be like package.module"):
+        register_backend("MINE", "my backend")  # it would have failed every selection after it
+    assert "MINE" not in AttentionBackendEnum
+
+
+@pytest.mark.parametrize("name", ["MINE", "XLA"])
+def test_a_class_without_a_name(name):
+    class Nameless(AttentionBackend):
+        capabilities, kernels = PlainBackend.capabilities, PlainBackend.kernels
+
+    with pytest.raises(
+        ValueError, match=rf"^Nameless.name is not set, must be text such as '{name}"
+    ):
+        register_backend(name, Nameless)
+    with pytest.raises(ValueError, match=r"backend is .*Nameless.*, must be .* that has a name"):
+        select(AttentionSelectorConfig(*QUESTION), backend=Nameless)
+
+
+def test_a_member_is_as_good_as_its_name():
+    register_backend("MINE", backend("MINE"), before=AttentionBackendEnum["XLA"])
+    assert names().index("MINE") == names().index("XLA") - 1
+    unregister_backend(AttentionBackendEnum["MINE"])
+    assert "MINE" not in AttentionBackendEnum
 
 
 def test_unregistering():
