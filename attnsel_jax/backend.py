@@ -13,13 +13,14 @@ import jax
 
 from attnsel_jax.cache_layouts import latent_layout_named, layout_named
 from attnsel_jax.capabilities import Capabilities, Rejection
-from attnsel_jax.config import AttentionSelectorConfig, attention_type, dtype_name
+from attnsel_jax.config import CACHE_DTYPES, AttentionSelectorConfig, attention_type, dtype_name
 from attnsel_jax.config import kv_cache_dtype_name as cache_name
-from attnsel_jax.constraints import Constraint, MultipleOf, OneOf, every_value
-from attnsel_jax.kv_cache import latent_shape
+from attnsel_jax.constraints import MultipleOf, OneOf, every_value
+from attnsel_jax.kv_cache import checked_sizes, latent_shape
 from attnsel_jax.metadata import AttentionMetadata
 from attnsel_jax.platforms import Device, DeviceCapability, current_device
 from attnsel_jax.qualnames import resolve_obj_by_qualname
+from attnsel_jax.static_arguments import count, is_integer
 from attnsel_jax.vllm_metadata import AttentionMetadataBuilder
 
 FAMILIES: dict[str, tuple[str, ...]] = {
@@ -141,15 +142,16 @@ class AttentionBackend(abc.ABC):
         "auto" is bfloat16 where the bytes of a number matter (layout "tiled").
 
         Raises:
-            ValueError: more than one kv head for MLA, or what `kv_cache.latent_shape` refuses.
+            ValueError: a size below 1, a dtype that it does not take, or what
+                `kv_cache.latent_shape` refuses.
         """
-        if not cls.is_mla():
-            return layout_named(cls.layout).shape(num_blocks, block_size, num_kv_heads, head_size)
-        if num_kv_heads != 1:
-            raise ValueError(
-                f"num_kv_heads is {num_kv_heads}, must be 1: MLA's latent is shared by all heads"
-            )
-        return latent_shape(cls.latent_layout, num_blocks, block_size, head_size, cache_dtype_str)
+        sizes = checked_sizes(num_blocks, block_size, num_kv_heads, head_size)
+        if cls.is_mla():
+            return latent_shape(cls.latent_layout, *sizes, cache_dtype_str)
+        if not cls.supports_kv_cache_dtype(cache_dtype_str):
+            allowed = OneOf(*filter(cls.supports_kv_cache_dtype, CACHE_DTYPES))
+            raise ValueError(f"cache_dtype_str is {cache_dtype_str}, must be {allowed}")
+        return layout_named(cls.layout).shape(*sizes)
 
     @classmethod
     def get_kv_cache_stride_order(cls) -> tuple[int, ...]:
@@ -168,7 +170,7 @@ class AttentionBackend(abc.ABC):
     @classmethod
     def get_preferred_block_size(cls, default: int | None = None) -> int:
         """The page size to use where the caller left it open: `default`, if it is supported."""
-        if default is not None and cls.supports_block_size(default):
+        if count("default", default) is not None and cls.supports_block_size(default):
             return default
         return cls.preferred_block_size
 
@@ -191,13 +193,14 @@ class AttentionBackend(abc.ABC):
         paged = [c.block_size for op, c in cls.capabilities.items() if op != "dense"]
         sizes: list[int | MultipleOf] = []
         for allowed in paged:
-            sizes += allowed.values if isinstance(allowed, OneOf) else [_as_multiple(allowed)]
+            other = allowed if isinstance(allowed, MultipleOf) else MultipleOf(1)
+            sizes += allowed.values if isinstance(allowed, OneOf) else [other]
         return sizes
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
         """Whether some op takes it."""
-        return cls._allows("head_size", head_size)
+        return is_integer(head_size) and cls._allows("head_size", head_size)
 
     @classmethod
     def supports_dtype(cls, dtype: Any) -> bool:
@@ -213,7 +216,8 @@ class AttentionBackend(abc.ABC):
     @classmethod
     def supports_block_size(cls, block_size: int | None) -> bool:
         """Whether some op takes pages of so many tokens; None always does."""
-        return block_size is None or cls._allows("block_size", block_size, of_cache=True)
+        allows = is_integer(block_size) and cls._allows("block_size", block_size, of_cache=True)
+        return block_size is None or allows
 
     @classmethod
     def supports_sink(cls) -> bool:
@@ -273,10 +277,6 @@ class AttentionBackend(abc.ABC):
             for op, capabilities in cls.capabilities.items()
             if not (of_cache and op == "dense")
         )
-
-
-def _as_multiple(allowed: Constraint) -> MultipleOf:
-    return allowed if isinstance(allowed, MultipleOf) else MultipleOf(1)
 
 
 @functools.cache

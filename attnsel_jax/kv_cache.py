@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from attnsel_jax.cache_layouts import latent_layout_named, layout_named
 from attnsel_jax.config import STORED_AS, dtype_name, kv_cache_dtype_name
 from attnsel_jax.pytrees import exportable_pytree
+from attnsel_jax.static_arguments import count
 from pallas_kernels import fp8_ds_mla
 
 
@@ -162,15 +163,34 @@ def stored_dtype(kv_cache_dtype: Any, dtype: Any) -> jnp.dtype:
     return jnp.dtype(dtype_name(dtype) if name == "auto" else STORED_AS[name])
 
 
+def checked_sizes(*sizes: Any) -> list[int]:
+    """Blocks, tokens in one, kv heads and head size, as vLLM names and orders them.
+
+    Raises:
+        ValueError: one is no integer of at least 1.
+    """
+    names = ("num_blocks", "block_size", "num_kv_heads", "head_size")
+    return [count(*size, optional=False) for size in zip(names, sizes, strict=True)]
+
+
 def latent_shape(
-    layout: str, num_pages: int, page_size: int, head_size: int, kv_cache_dtype: Any
+    layout: str,
+    num_pages: int,
+    page_size: int,
+    num_kv_heads: int,
+    head_size: int,
+    kv_cache_dtype: Any,
 ) -> tuple[int, ...]:
     """The shape of a latent cache's array; "auto" is bfloat16 where the bytes of a number matter.
 
     Raises:
-        ValueError: fp8_ds_mla rows of another size than 576, or there is no such layout, or it has
-            no room for fp8_ds_mla, or for such a page or head.
+        ValueError: more than one kv head, fp8_ds_mla rows of another size than 576, or a layout
+            that there is not, or that has no room for fp8_ds_mla or for such a page or head.
     """
+    if num_kv_heads != 1:
+        raise ValueError(
+            f"num_kv_heads is {num_kv_heads}, must be 1: MLA's latent is shared by all heads"
+        )
     name = kv_cache_dtype_name(kv_cache_dtype)
     if name != fp8_ds_mla.NAME:
         itemsize = jnp.dtype(STORED_AS.get(name, "bfloat16")).itemsize

@@ -138,6 +138,28 @@ def test_cache_shapes():
         STRIPED.get_kv_cache_shape(7, 64, 1, 576, "fp8_ds_mla")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((-1, 16, 1, 576), r"^num_blocks is -1, must be an integer of at least 1$"),
+        ((4, 16.0, 1, 576), r"^block_size is 16.0, must be an integer of at least 1$"),
+        ((4, 16, 0, 576), r"^num_kv_heads is 0, must be an integer of at least 1$"),
+        ((4, 16, 1, "576"), r"^head_size is '576', must be an integer of at least 1$"),
+        ((4, 16, 1, 576, "fp9"), r"cache_dtype is 'fp9', must be one of auto, float32"),
+    ],
+)
+def test_a_cache_that_cannot_be_has_no_shape(arguments, message):
+    for backend in (XLA, MLA, TILED, STRIPED):
+        with pytest.raises(ValueError, match=message):
+            backend.get_kv_cache_shape(*arguments)
+
+
+def test_a_cache_of_a_dtype_that_the_backend_does_not_take_has_no_shape():
+    for backend, name in ((XLA, "fp8_ds_mla"), (PickyBackend, "int8"), (CUDNN, "fp8")):
+        with pytest.raises(ValueError, match=rf"^cache_dtype_str is {name}, must be .*auto"):
+            backend.get_kv_cache_shape(7, 16, 2, 64, name)
+
+
 def test_supported_head_sizes_are_all_of_them_or_empty_where_they_have_no_end():
     assert PickyBackend.get_supported_head_sizes() == [64, 128]
     assert XLA.get_supported_head_sizes() == []
@@ -156,6 +178,9 @@ def test_the_preferred_block_size_keeps_a_default_that_is_supported():
     assert PickyBackend.get_preferred_block_size(128) == 32
     assert PickyBackend.get_preferred_block_size() == 32
     assert XLA.get_preferred_block_size(48) == 48
+    for wrong in (16.0, "16", True, 0):
+        with pytest.raises(ValueError, match=r"^default is .*, must be an integer of at least 1"):
+            XLA.get_preferred_block_size(wrong)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +202,13 @@ def test_supports_each_field_by_itself(method, yes, no):
     supports = getattr(PickyBackend, method)
     assert all(supports(value) for value in yes)
     assert not any(supports(value) for value in no)
+
+
+@pytest.mark.parametrize("wrong", [16.0, "16", True])
+def test_what_is_no_size_is_not_supported(wrong):
+    for backend in (PickyBackend, XLA, MLA):
+        assert not backend.supports_block_size(wrong)
+        assert not backend.supports_head_size(wrong)
 
 
 def test_supports_sink_only_where_it_is_declared():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from attnsel_jax import AttentionBackendEnum, oracle
+from attnsel_jax.cache_layouts import LATENT_LAYOUTS, LAYOUTS
 from pallas_kernels.empty_calls import MAY_BE_EMPTY
 
 SIZES = {
@@ -64,11 +65,12 @@ def call_of(name, op, **changed):
     arrays = {argument: array(argument, dims) for argument, dims in ARRAYS[op].items()}
     pages = [sizes[n] for n in ("num_pages", "page_size")]
     if op == "paged":
-        shape = backend.get_kv_cache_shape(*pages, sizes["num_kv_heads"], sizes["head_dim"])
+        shape = LAYOUTS[backend.layout].shape(*pages, sizes["num_kv_heads"], sizes["head_dim"])
         arrays["kv_pages"] = jnp.ones(shape, jnp.bfloat16)
     if op.endswith("mla"):
         row = sizes["kv_lora_rank"] + sizes["rope_dim"]
-        arrays["latent_pages"] = jnp.ones(backend.get_kv_cache_shape(*pages, 1, row), jnp.bfloat16)
+        shape = LATENT_LAYOUTS[backend.latent_layout].shape(*pages, row, 2)
+        arrays["latent_pages"] = jnp.ones(shape, jnp.bfloat16)
     scale = {"scale": 0.1} if op.endswith("mla") else {}
     return functools.partial(backend.get_kernel(op), **scale), arrays
 
