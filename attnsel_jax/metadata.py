@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnsel_jax.pytrees import exportable_pytree
-from attnsel_jax.static_arguments import count, flag
+from attnsel_jax.static_arguments import check_int32, count, flag
 
 INT32_MAX = 2**31 - 1
 
@@ -135,16 +135,26 @@ class AttentionMetadata:
 
 
 def check_is_batch(metadata: Any) -> None:
-    """Refuses another class of batch, vLLM's words among them.
+    """Refuses another class of batch, vLLM's words among them, and parts that are no arrays.
 
     Raises:
-        TypeError: it is of another.
+        TypeError: it is of another, or has such.
+        ValueError: an integer on the host is no int32.
     """
     if not isinstance(metadata, AttentionMetadata):
         raise TypeError(
             f"metadata is {type(metadata).__name__}, must be AttentionMetadata: build it with "
             f"AttentionMetadata.from_lengths, or by the backend's builder"
         )
+    for name, array in metadata.arrays().items():
+        if array is None and name == "slot_mapping":
+            continue
+        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            raise TypeError(
+                f"metadata.{name} is {type(array).__name__}, must be an array: convert it with "
+                f"jnp.asarray"
+            )
+        check_int32(f"metadata.{name}", array)
 
 
 def _integers(name: str, values) -> np.ndarray:

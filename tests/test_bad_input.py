@@ -11,6 +11,7 @@ import pytest
 from calls import batch, dense, mla, normal, paged, replaced, sparse
 
 from attnsel_jax import (
+    AttentionBackendEnum,
     AttentionMetadata,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
@@ -650,6 +651,8 @@ IMPL = {"num_heads": 4, "head_size": 8, "scale": 0.3, "num_kv_heads": 2}
         ({"kv_cache_dtype": "int4"}, r"^kv_cache_dtype is 'int4', must be one of auto"),
         ({"sinks": jnp.ones(2)}, r"^sinks has shape \(2,\), must be \(4,\): one a head"),
         ({"alibi_slopes": [1.0]}, r"^alibi_slopes has shape \(1,\), must be \(4,\): one a head"),
+        ({"alibi_slopes": [1j] * 4}, r"^alibi_slopes has dtype complex64, must be float32"),
+        ({"kv_cache_dtype": "fp8_ds_mla"}, r"^kv_cache_dtype is fp8_ds_mla, must be one of .*XLA"),
     ],
 )
 def test_the_impl_is_built_of_what_can_be(arguments, message):
@@ -674,6 +677,8 @@ def test_an_impl_refuses_what_its_backend_does_not_declare():
     ):
         with pytest.raises(ValueError, match=message):
             impl(**(IMPL | arguments))
+    with pytest.raises(ValueError, match=r"^backend is CUDNN, must be one that serves op paged"):
+        AttentionBackendEnum["CUDNN"].get_class().get_impl_cls()(**IMPL)
 
 
 def test_an_impl_refuses_a_cache_of_another_dtype_than_was_said():
@@ -699,8 +704,14 @@ def test_an_impl_refuses_a_cache_of_another_dtype_than_was_said():
             "cache", jnp.zeros((2, 6, 4, 1, 8)),
             "^kv_cache has num_kv_heads 1, must be 2, as this layer was built", ValueError,
         ),
+        ("cache", jnp.zeros(0), r"^pages has 1 dimensions \(0,\), must have 5 in lay", ValueError),
         ("metadata", None, "^metadata is NoneType, must be AttentionMetadata: build", TypeError),
         ("metadata.causal", None, "^metadata.causal is None, must be True or False", ValueError),
+        ("metadata.num_seqs", 2, "^metadata.num_seqs is int, must be an array: conv", TypeError),
+        (
+            "metadata.kv_lens", np.array([5, 2**40]),
+            "^metadata.kv_lens has a value of 1099511627776, must be", ValueError,
+        ),
     ],
 )  # fmt: skip
 def test_an_impl_refuses_a_step_that_it_was_not_built_for(name, value, message, error):
@@ -741,5 +752,11 @@ def test_an_mla_impl_refuses_sizes_that_it_was_not_built_for():
         impl.forward(*call.values())
     with pytest.raises(TypeError, match=r"^metadata is NoneType, must be AttentionMetadata"):
         impl.forward(*(call | {"metadata": None}).values())
+    for name, value in (("kv_c", [1.0]), ("ql_nope", None)):
+        with pytest.raises(TypeError, match=rf"^{name} is {type(value).__name__}, must be an arr"):
+            impl.forward(*(call | {name: value}).values())
+    sizes = {"num_heads": 4, "kv_lora_rank": 8, "qk_rope_head_dim": 4}
     with pytest.raises(ValueError, match=r"^scale is None, must be a number"):
-        found(num_heads=4, scale=None, kv_lora_rank=8, qk_rope_head_dim=4)
+        found(**sizes, scale=None)
+    with pytest.raises(ValueError, match=r"^kv_cache_dtype is int8, must be one of .*XLA_MLA: ask"):
+        found(**sizes, scale=0.3, kv_cache_dtype="int8")

@@ -11,6 +11,8 @@ from attnsel_jax.mesh import kernel_over_mesh, plan_call
 from attnsel_jax.metadata import AttentionMetadata, check_is_batch
 from attnsel_jax.static_arguments import count, flag, number
 
+NAMES = ("ql_nope", "q_pe", "kv_c", "k_pe")
+
 
 class MLAImpl(MLAAttentionImpl):
     """Holds what an MLA layer knows when it is built; see the contract of `mla` for the rest.
@@ -43,11 +45,17 @@ class MLAImpl(MLAAttentionImpl):
         self.qk_rope_head_dim = count("qk_rope_head_dim", qk_rope_head_dim, optional=False)
         self.kv_cache_dtype = kv_cache_dtype_name(kv_cache_dtype)
         self.logits_soft_cap = number("logits_soft_cap", logits_soft_cap or None, positive=True)
-        allowed = self.backend.capabilities[self.op].has_soft_cap
-        if (self.logits_soft_cap is not None) not in allowed:
+        declared = self.backend.capabilities[self.op]
+        if (self.logits_soft_cap is not None) not in declared.has_soft_cap:
             raise ValueError(
                 f"logits_soft_cap is {logits_soft_cap}, must be None with backend "
                 f"{self.backend.name}: ask get_attn_backend for has_soft_cap"
+            )
+        stored = self.kv_cache_dtype
+        if stored != "auto" and stored not in declared.kv_cache_dtype:
+            raise ValueError(
+                f"kv_cache_dtype is {stored}, must be {declared.kv_cache_dtype} with backend "
+                f"{self.backend.name}: ask get_attn_backend for it"
             )
 
     def forward(
@@ -84,9 +92,11 @@ class MLAImpl(MLAAttentionImpl):
                 f"kv_cache.converted({self.backend.latent_layout!r}, {self.qk_rope_head_dim})"
             )
         own = (self.kv_lora_rank, self.qk_rope_head_dim)
-        for name, x, size in zip(("ql_nope", "q_pe"), tokens, own, strict=False):
-            if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        for name, x in zip(NAMES, tokens, strict=True):
+            nothing_to_write = x is None and name in ("kv_c", "k_pe")
+            if not (nothing_to_write or (hasattr(x, "shape") and hasattr(x, "dtype"))):
                 raise TypeError(f"{name} is {type(x).__name__}, must be an array")
+        for name, x, size in zip(NAMES, tokens, own, strict=False):
             if x.shape[1:] != (self.num_heads, size):
                 raise ValueError(
                     f"{name} is {tuple(x.shape)}, must be [num_tokens, {self.num_heads}, {size}], "
@@ -104,9 +114,8 @@ class MLAImpl(MLAAttentionImpl):
         if not is_wrapped:
             cache = LatentCache(kv_cache, layout=self.backend.latent_layout)
         self._check(tokens, cache)
-        names = ("ql_nope", "q_pe", "kv_c", "k_pe")
         arrays = {
-            **dict(zip(names, tokens, strict=True)),
+            **dict(zip(NAMES, tokens, strict=True)),
             "latent_pages": cache.pages,
             **chosen,
             **metadata.arrays(),

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from attnsel_jax.backend import AttentionImpl
-from attnsel_jax.cache_layouts import layout_named
 from attnsel_jax.config import AttentionType, attention_type, kv_cache_dtype_name
 from attnsel_jax.kv_cache import KVCache, check_stored
 from attnsel_jax.mesh import kernel_over_mesh, plan_call
@@ -64,8 +63,15 @@ class StandardImpl(AttentionImpl):
 
     def _check_features(self) -> None:
         """Refuses what the backend does not declare: the selector may not have been asked."""
+        if "paged" not in self.backend.capabilities:
+            raise ValueError(
+                f"backend is {self.backend.name}, must be one that serves op paged, as a layer "
+                f"does: call dot_product_attention with it"
+            )
+        stored = self.kv_cache_dtype
         asked = {
             "head_size": self.head_size,
+            "kv_cache_dtype": None if stored == "auto" else stored,
             "attn_type": self.attn_type,
             "has_sliding_window": self.sliding_window is not None,
             "has_attention_chunk": self.attention_chunk_size is not None,
@@ -76,7 +82,7 @@ class StandardImpl(AttentionImpl):
         declared = self.backend.capabilities["paged"]
         for name, value in asked.items():
             allowed = getattr(declared, name)
-            if value not in allowed:
+            if value is not None and value not in allowed:
                 raise ValueError(
                     f"{name} is {value}, must be {allowed} with backend {self.backend.name}: ask "
                     f"get_attn_backend for it"
@@ -171,8 +177,7 @@ class StandardImpl(AttentionImpl):
                 f"{self.backend.name}: use kv_cache.converted({self.backend.layout!r})"
             )
         check_stored(cache.pages, self.kv_cache_dtype, q.dtype)
-        layout = layout_named(cache.layout)
-        if cache.pages.ndim == len(layout.stride_order) and cache.num_kv_heads % self.num_kv_heads:
+        if cache.num_kv_heads % self.num_kv_heads:
             raise ValueError(
                 f"kv_cache has num_kv_heads {cache.num_kv_heads}, must be {self.num_kv_heads}, as "
                 f"this layer was built, or a multiple of it"
@@ -185,7 +190,10 @@ class StandardImpl(AttentionImpl):
 def _per_head(name: str, values: Any, num_heads: int) -> jax.Array | None:
     if values is None:
         return None
-    values = jnp.asarray(values, jnp.float32)
+    values = jnp.asarray(values)
+    if not any(jnp.issubdtype(values.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        raise ValueError(f"{name} has dtype {values.dtype}, must be float32")
+    values = values.astype(jnp.float32)
     if values.shape != (num_heads,):
         raise ValueError(f"{name} has shape {values.shape}, must be ({num_heads},): one a head")
     return values
