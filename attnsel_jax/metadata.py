@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnsel_jax.pytrees import exportable_pytree
-from attnsel_jax.static_arguments import check_int32, count, flag
+from attnsel_jax.static_arguments import check_int32, count, flag, is_integer, refuse_traced
 
 INT32_MAX = 2**31 - 1
 
@@ -158,6 +158,11 @@ def check_is_batch(metadata: Any) -> None:
 
 
 def _integers(name: str, values) -> np.ndarray:
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(values)):
+        raise ValueError(
+            f"{name} is traced by jit, vmap or grad, must be numbers: build the batch outside, and "
+            f"pass it as an argument"
+        )
     array = np.asarray(values)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise ValueError(
@@ -167,11 +172,14 @@ def _integers(name: str, values) -> np.ndarray:
 
 
 def _padded_size(name: str, asked: int | None, needed: int) -> int:
-    if asked is not None and not hasattr(asked, "__index__"):
+    if asked is None:
+        return needed
+    refuse_traced(name, asked)
+    if not is_integer(asked):
         raise ValueError(f"{name} is {asked!r}, must be an integer, or None")
-    if asked is not None and asked < needed:
+    if asked < needed:
         raise ValueError(f"{name} is {asked}, must be at least {needed}, what the batch has")
-    return needed if asked is None else asked
+    return asked.__index__()
 
 
 def _check_lengths(q_lens, kv_lens, page_table, page_size, writes) -> None:

@@ -6,8 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnsel_jax.metadata import AttentionMetadata
-from attnsel_jax.static_arguments import check_int32, count, flag, is_integer
+from attnsel_jax.metadata import INT32_MAX, AttentionMetadata
+from attnsel_jax.static_arguments import (
+    check_int32,
+    count,
+    flag,
+    is_integer,
+    on_host,
+    refuse_traced,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +61,8 @@ class AttentionMetadataBuilder:
 
         Raises:
             TypeError: another class of batch.
-            ValueError: a common prefix is asked for, or the numbers do not fit the arrays.
+            ValueError: a common prefix is asked for, the numbers do not fit the arrays, or lengths
+                on the host make no sense (those on a device are not waited for).
         """
         if common_prefix_len:
             raise ValueError(
@@ -87,21 +95,61 @@ class AttentionMetadataBuilder:
                 f"seq_lens has {lens} and query_start_loc {starts} entries, must have {rows} and "
                 f"{rows + 1}: block_table_tensor has {rows} rows"
             )
+        tokens, of_tokens = INT32_MAX, "an int32"
+        if common.slot_mapping is not None:
+            (tokens,) = _shape("slot_mapping", common.slot_mapping, 1)
+            of_tokens = "the entries of slot_mapping"
         limits = {
             "num_reqs": (rows, "the rows of block_table_tensor"),
             "max_seq_len": (width * self.block_size, f"{width} blocks of {self.block_size}"),
+            "num_actual_tokens": (tokens, of_tokens),
+            "max_query_len": (tokens, of_tokens),
         }
-        if common.slot_mapping is not None:
-            (tokens,) = _shape("slot_mapping", common.slot_mapping, 1)
-            limits["num_actual_tokens"] = (tokens, "the entries of slot_mapping")
         for name, (limit, source) in limits.items():
             value = getattr(common, name)
+            refuse_traced(name, value)
             if not is_integer(value) or not 0 <= value <= limit:
                 raise ValueError(f"{name} is {value!r}, must be 0 to {limit}, {source}")
+        _check_lengths(common)
+
+
+def _check_lengths(common: CommonAttentionMetadata) -> None:
+    """Refuses lengths on the host that make no sense, or exceed what is said to be their most."""
+    starts, lens = on_host(common.query_start_loc), on_host(common.seq_lens)
+    seqs = int(common.num_reqs)
+    if lens is not None:
+        lens = lens[:seqs]
+        wrong = (lens < 0) | (lens > common.max_seq_len)
+        _refuse_first("seq_lens", lens, wrong, f"0 to max_seq_len, {common.max_seq_len}")
+    if starts is None:
+        return
+    starts = starts[: seqs + 1].astype(np.int64)
+    q_lens, tokens, longest = np.diff(starts), common.num_actual_tokens, common.max_query_len
+    _refuse_first("query_start_loc", starts, (starts != 0) & (np.arange(seqs + 1) == 0), "0")
+    falls = np.append(False, q_lens < 0)
+    _refuse_first("query_start_loc", starts, falls, "at least the entry before it: a sum so far")
+    wrong = starts > tokens
+    _refuse_first("query_start_loc", starts, wrong, f"at most num_actual_tokens, {tokens}")
+    wrong = np.append(False, q_lens > longest)
+    most = f"at most max_query_len, {longest}, above the entry before it"
+    _refuse_first("query_start_loc", starts, wrong, most)
+    if lens is not None and common.slot_mapping is not None and common.causal:
+        wrong = lens < q_lens
+        _refuse_first("seq_lens", lens, wrong, "at least the query's length, which it counts too")
+
+
+def _refuse_first(name: str, values: np.ndarray, wrong: np.ndarray, allowed: str) -> None:
+    """Refuses the first of the values that is wrong, if one is."""
+    if wrong.any():
+        i = int(np.argmax(wrong))
+        raise ValueError(f"{name}[{i}] is {values[i]}, must be {allowed}")
 
 
 def _shape(name: str, array, rank: int) -> tuple[int, ...]:
-    shape = np.shape(array)
+    try:
+        shape = np.shape(array)
+    except ValueError as error:  # a list of lists of several lengths
+        raise ValueError(f"{name} has rows of several lengths, must be an array: pad it") from error
     if len(shape) != rank:
         raise ValueError(f"{name} has {len(shape)} dimensions {shape}, must have {rank}")
     return shape

@@ -506,6 +506,7 @@ def test_values_cannot_be_looked_at_under_jit(op, make):
         ({"max_num_seqs": 1}, r"^max_num_seqs is 1, must be at least 2, what the batch has"),
         ({"pages_per_seq": 1}, r"^pages_per_seq is 1, must be at least 2"),
         ({"num_tokens": 8.5}, r"^num_tokens is 8.5, must be an integer, or None"),
+        ({"num_tokens": True}, r"^num_tokens is True, must be an integer, or None"),
     ],
 )
 def test_from_lengths(arguments, message):
@@ -513,6 +514,13 @@ def test_from_lengths(arguments, message):
     AttentionMetadata.from_lengths(**right)
     with pytest.raises(ValueError, match=message):
         AttentionMetadata.from_lengths(**(right | arguments))
+
+
+COMMON = {
+    "query_start_loc": np.array([0, 3, 4]), "seq_lens": np.array([5, 6]), "num_reqs": 2,
+    "num_actual_tokens": 4, "max_query_len": 3, "max_seq_len": 6,
+    "block_table_tensor": np.array([[4, 1], [0, 5]]), "slot_mapping": np.arange(4),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -544,18 +552,74 @@ def test_from_lengths(arguments, message):
             {"slot_mapping": np.ones(4)},
             r"^slot_mapping has dtype float32, must be an integer dtype",
         ),
+        (
+            {"block_table_tensor": [[4, 1], [0]]},
+            "^block_table_tensor has rows of several lengths, must be an array: pad it",
+        ),
+        ({"max_query_len": "3"}, r"^max_query_len is '3', must be 0 to 4, the entries of slot_"),
+        ({"seq_lens": np.array([5, -1])}, r"^seq_lens\[1\] is -1, must be 0 to max_seq_len, 6"),
+        ({"seq_lens": [5, 99]}, r"^seq_lens\[1\] is 99, must be 0 to max_seq_len, 6"),
+        (
+            {"seq_lens": np.array([2, 6])},
+            r"^seq_lens\[0\] is 2, must be at least the query's length, which it counts too",
+        ),
+        ({"query_start_loc": [1, 3, 4]}, r"^query_start_loc\[0\] is 1, must be 0$"),
+        (
+            {"query_start_loc": [0, 3, 2]},
+            r"^query_start_loc\[2\] is 2, must be at least the entry before it",
+        ),
+        (
+            {"query_start_loc": [0, 3, 5]},
+            r"^query_start_loc\[2\] is 5, must be at most num_actual_tokens, 4",
+        ),
+        (
+            {"query_start_loc": [0, 4, 4]},
+            r"^query_start_loc\[1\] is 4, must be at most max_query_len, 3, above the entry before",
+        ),
     ],
 )
 def test_the_builder(arguments, message):
-    right = {
-        "query_start_loc": np.array([0, 3, 4]), "seq_lens": np.array([5, 6]), "num_reqs": 2,
-        "num_actual_tokens": 4, "max_query_len": 3, "max_seq_len": 6,
-        "block_table_tensor": np.array([[4, 1], [0, 5]]), "slot_mapping": np.arange(4),
-    }  # fmt: skip
     builder = AttentionMetadataBuilder(4)
-    builder.build(0, CommonAttentionMetadata(**right))
+    builder.build(0, CommonAttentionMetadata(**COMMON))
     with pytest.raises(ValueError, match=message):
-        builder.build(0, CommonAttentionMetadata(**(right | arguments)))
+        builder.build(0, CommonAttentionMetadata(**(COMMON | arguments)))
+
+
+def test_what_the_builder_does_not_look_at():
+    """Rows past num_reqs, lengths on a device; a query's length where nothing is written."""
+    builder = AttentionMetadataBuilder(4)
+    junk = {"query_start_loc": np.array([0, 3, 99]), "seq_lens": np.array([5, -9]), "num_reqs": 1}
+    far = {"seq_lens": jnp.array([5, 99]), "query_start_loc": jnp.array([1, 9, 4])}
+    cross = {"seq_lens": np.array([2, 6]), "slot_mapping": None, "causal": False}
+    for arguments in (junk, far, cross):
+        builder.build(0, CommonAttentionMetadata(**(COMMON | arguments)))
+
+
+def test_a_batch_is_not_built_of_what_is_traced():
+    names = ("num_reqs", "num_actual_tokens", "max_query_len", "max_seq_len")
+    for name in names:
+        with pytest.raises(ValueError, match=rf"^{name} is traced by jit, vmap or grad, must be"):
+            jax.eval_shape(
+                lambda value, name=name: AttentionMetadataBuilder(4).build(
+                    0, CommonAttentionMetadata(**(COMMON | {name: value}))
+                ),
+                COMMON[name],
+            )
+    lengths = {"q_lens": [3, 1], "kv_lens": [5, 6], "page_table": [[4, 1], [0, 5]]}
+    for name, value in lengths.items():
+        with pytest.raises(
+            ValueError, match=rf"^{name}.* is traced by jit, .*: build the batch out"
+        ):
+            jax.eval_shape(
+                lambda value, name=name: AttentionMetadata.from_lengths(
+                    **(lengths | {name: value}), page_size=4
+                ),
+                np.array(value),
+            )
+    with pytest.raises(ValueError, match=r"^num_tokens is traced by jit"):
+        jax.eval_shape(
+            lambda n: AttentionMetadata.from_lengths(**lengths, page_size=4, num_tokens=n), 9
+        )
 
 
 def test_the_builders_other_arguments():
