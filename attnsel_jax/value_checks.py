@@ -82,6 +82,22 @@ def check_topk(topk_indices: jax.Array, kv_limit: int) -> None:
         )
 
 
+def check_scales(**scales: jax.Array | None) -> None:
+    """Refuses scales by which nothing can be divided; None = 1.
+
+    Raises:
+        ValueError: one is not finite or not above 0, or has no value here (under `jax.jit`).
+    """
+    for name, scale in scales.items():
+        values = np.ones(()) if scale is None else _values(f"cache.{name}", scale)
+        wrong = values[~((values > 0) & (values < np.inf))]
+        if wrong.size:
+            raise ValueError(
+                f"cache.{name} is {wrong[0]}, must be a finite number above 0: what is stored is "
+                f"divided by it"
+            )
+
+
 def _values(name: str, array: jax.Array) -> np.ndarray:
     if isinstance(array, jax.core.Tracer):
         raise ValueError(

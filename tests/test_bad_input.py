@@ -442,6 +442,15 @@ def test_values_on_request(op, make, name, value, message):
         op(**call, checked=True)
 
 
+@pytest.mark.parametrize("wrong", [0.0, -1.0, NAN, INF])
+@pytest.mark.parametrize(("op", "make"), DOORS)
+def test_scales_on_request(op, make, wrong):
+    """Scales change between steps by `dataclasses.replace`, past what allocates a cache."""
+    name = "v_scale" if op is paged_attention else "kv_scale"
+    with pytest.raises(ValueError, match=rf"^cache.{name} is {wrong}, must be a finite number abo"):
+        op(**replaced(make(), f"cache.{name}", jnp.float32(wrong)), checked=True)
+
+
 @pytest.mark.parametrize(("op", "make"), DOORS)
 def test_what_is_padding_is_not_looked_at(op, make):
     junk = {"page_table": [[4, 1], [0, 5], [99, -7]], "kv_lens": [5, 6, 999], "num_seqs": 2,

@@ -14,7 +14,7 @@ from attnsel_jax.ops.calls import as_scale, asked_device, batch_arrays, head_cou
 from attnsel_jax.ops.ragged_arguments import check_latent
 from attnsel_jax.selector import BackendLike, DeviceLike, get_attn_backend
 from attnsel_jax.static_arguments import count, flag, number
-from attnsel_jax.value_checks import check_groups, check_topk
+from attnsel_jax.value_checks import check_groups, check_scales, check_topk
 
 
 def mla_attention(
@@ -153,9 +153,7 @@ def _latent(
     check_latent(tokens, next(iter(chosen_positions), None), cache, metadata)
     ql_nope, q_pe = tokens[:2]
     if checked:
-        check_groups(metadata, ql_nope.shape[0], cache.num_pages, cache.page_size)
-        for positions in chosen_positions:
-            check_topk(positions, metadata.page_table.shape[1] * cache.page_size)
+        _check_values(ql_nope.shape[0], chosen_positions, cache, metadata)
     static = {
         "scale": number("scale", scale),
         "soft_cap": number("soft_cap", soft_cap, positive=True),
@@ -188,6 +186,14 @@ def _latent(
     )
     written = cache.with_pages(pages)
     return (out, lse, written) if return_lse else (out, written)
+
+
+def _check_values(num_tokens, chosen_positions, cache, metadata) -> None:
+    """What `checked=True` looks at."""
+    check_groups(metadata, num_tokens, cache.num_pages, cache.page_size)
+    check_scales(kv_scale=cache.kv_scale)
+    for positions in chosen_positions:
+        check_topk(positions, metadata.page_table.shape[1] * cache.page_size)
 
 
 def _by_name(tokens, chosen_positions, cache, metadata) -> dict[str, jax.Array | None]:

@@ -20,7 +20,7 @@ from attnsel_jax.ops.calls import (
 from attnsel_jax.ops.ragged_arguments import check_paged
 from attnsel_jax.selector import BackendLike, DeviceLike, get_attn_backend
 from attnsel_jax.static_arguments import count, distance, flag, number, window
-from attnsel_jax.value_checks import check_groups
+from attnsel_jax.value_checks import check_groups, check_scales
 from pallas_kernels.masks import Window
 
 
@@ -72,6 +72,7 @@ def paged_attention(
     check_paged(q, k, v, cache, metadata, per_head)
     if checked:
         check_groups(metadata, q.shape[0], cache.num_pages, cache.page_size)
+        check_scales(k_scale=cache.k_scale, v_scale=cache.v_scale)
     static = {
         "scale": number("scale", scale), "causal": flag("metadata.causal", metadata.causal),
         "sliding_window": window("sliding_window", sliding_window),
