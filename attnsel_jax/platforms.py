@@ -53,7 +53,9 @@ class Device:
         key = _normalized(str(name))
         key = _ALIASES.get(key, key)
         if key not in CHIPS:
-            close = difflib.get_close_matches(key, CHIPS, n=2, cutoff=0.5)
+            families = _FAMILIES.get(str(name).strip().lower(), ())
+            of_family = [known for known, chip in CHIPS.items() if chip.platform in families]
+            close = of_family or difflib.get_close_matches(key, CHIPS, n=2, cutoff=0.5)
             hint = f"; did you mean {' or '.join(close)}?" if close else ""
             raise ValueError(f"device is {name!r}, must be one of {', '.join(CHIPS)}{hint}")
         return CHIPS[key]
@@ -98,6 +100,11 @@ _ALIASES = {
     "sm80": "a100", "sm89": "l40s", "sm90": "h100", "sm100": "b200", "sm120": "rtx5090",
     "gfx942": "mi300x", "gfx950": "mi355x",
     "v5lite": "v5e", "v5": "v5p", "v6lite": "v6e", "v6": "v6e", "v7x": "7x", "v7": "7x",
+}  # fmt: skip
+# Names of many chips, JAX's platforms among them, for which no one chip can stand.
+_FAMILIES = {
+    "gpu": ("cuda", "rocm"), "cuda": ("cuda",), "nvidia": ("cuda",), "rocm": ("rocm",),
+    "amd": ("rocm",), "tpu": ("tpu",),
 }  # fmt: skip
 _GENERATIONS = {chip.kind: chip.generation for chip in CHIPS.values() if chip.platform == "tpu"}
 

@@ -157,8 +157,14 @@ def select(
         The selection; its `backend` is None where nothing serves (`required()` raises then).
 
     Raises:
+        TypeError: the question is no `AttentionSelectorConfig`.
         ValueError: an unknown backend or device name.
     """
+    if not isinstance(config, AttentionSelectorConfig):
+        raise TypeError(
+            f"config is {config!r}, must be an AttentionSelectorConfig: build one, or ask "
+            f"get_attn_backend, which takes vLLM's arguments"
+        )
     return _select(config, as_device(device), _insistence(backend))
 
 

@@ -59,6 +59,9 @@ def test_selection_answers_for_every_chip_on_this_machine(chip):
         ("tpu v99", "device is 'tpu v99', must be one of cpu"),
         (None, "device is None, must be one of cpu"),
         (3, "device is 3, must be one of cpu"),
+        ("cuda", "device is 'cuda', .*; did you mean a100 or l40s or h100 or h200 or b200 or rtx5"),
+        ("GPU", "device is 'GPU', .*; did you mean a100 or .* or mi355x"),
+        ("tpu", "device is 'tpu', .*; did you mean v4 or v5e or v5p or v6e or 7x"),
     ],
 )
 def test_an_unknown_chip_is_an_error_with_the_known_ones(name, message):

@@ -516,6 +516,12 @@ def test_one_info_line_for_each_distinct_selection(caplog):
     assert "XLA_REFERENCE, by argument backend" in caplog.records[1].getMessage()
 
 
+@pytest.mark.parametrize("config", [None, {"head_size": 64, "dtype": "float32"}, 64])
+def test_a_question_of_another_class(config):
+    with pytest.raises(TypeError, match=r"^config is .*, must be an AttentionSelectorConfig"):
+        select(config, "cpu")
+
+
 def test_select_with_a_fake_kernel_runs_nothing(monkeypatch):
     """Selection never looks at an array: a kernel that cannot run can still be selected."""
     module = types.ModuleType("fake_kernel")
