@@ -292,6 +292,19 @@ def test_a_callers_own_arrays():
     assert set(worst.worst.at) == {"batch", "query", "head"}
 
 
+@pytest.mark.parametrize(
+    ("dtype", "of_bias"),
+    [("float32", "bfloat16"), ("bfloat16", "float16")],
+)
+def test_the_gradient_of_a_bias_may_be_rounded_to_a_dtype_of_its_own(dtype, of_bias):
+    rng = np.random.default_rng(0)
+    q, k, v = 2 * rng.standard_normal((3, 1, 9, 2, 16))
+    bias = rng.standard_normal((1, 2, 9, 9)).astype(of_bias)
+    arguments = {"q": q.astype(dtype), "k": k.astype(dtype), "v": v.astype(dtype), "bias": bias}
+    found = compare_arrays("dense", arguments, ["XLA_REFERENCE"], gradients=True)
+    assert found.passed, found
+
+
 OWN = {"q": np.ones((1, 4, 2, 8), np.float32), "k": np.ones((1, 4, 2, 8), np.float32)}
 OWN["v"] = OWN["k"]
 OWN_BATCH = {

@@ -13,7 +13,8 @@ arguments' dtype, and u32 that of float32, in which the contracts have logits, s
   weights to the dtype before the second dot, and rounds the output: 2 roundings of u;
 - gradients round the weights, dS, the result, and the result once more where heads of a group are
   added: 4 roundings of u of sums over |dS|. The output inside rowsum(dO * O) was rounded too, each
-  feature by itself: 4 u (7 standard deviations) of the root of the sum of their squares.
+  feature by itself: 4 u (7 standard deviations) of the root of the sum of their squares. That of a
+  bias of another dtype is rounded to it, too.
 
 Where the cache holds more bits than the queries' dtype does, a kernel may round keys and values to
 that dtype once, for the matrix unit: one more u each in logits and outputs.
@@ -104,6 +105,14 @@ def gradient_budget(
     sums = U32 * (np.sqrt(num_keys) + np.sqrt(num_rows) + np.sqrt(head_dim) + CONSTANT)
     roundings = GRADIENT_ROUNDINGS * UNIT[name]
     return roundings * rounded + (weights + sums) * magnitude + floor(magnitude, name)
+
+
+def rounded_once_more(
+    budget: NDArray[np.float64], values: NDArray[np.float64], dtype: DTypeLike
+) -> NDArray[np.float64]:
+    """Error of a result that comes in a dtype of its own: a bias need not have that of q."""
+    name = np.dtype(dtype).name
+    return budget + UNIT[name] * (np.abs(values) + budget) + SMALLEST[name] * (values != 0)
 
 
 def score_budget(sizes: NDArray[np.float64], head_dim: int, num_heads: int) -> NDArray[np.float64]:

@@ -96,7 +96,10 @@ def _dense(
             gradients.magnitudes[name], gradients.rounded[name], attended.logit_size.max(),
             q.shape[-1], rows, k.shape[1], q.dtype,
         )  # fmt: skip
-        quantities[f"grad {name}"] = Expected(gradients.values[name], budget, GRADIENT_AXES[name])
+        values, dtype = gradients.values[name], arguments[name].dtype
+        if dtype != q.dtype:
+            budget = budgets.rounded_once_more(budget, values, dtype)
+        quantities[f"grad {name}"] = Expected(values, budget, GRADIENT_AXES[name])
     return quantities
 
 
