@@ -56,14 +56,28 @@ def global_force_attn_backend_context_manager(
 
     Raises:
         ValueError: an unknown name.
+        RuntimeError: it is left in another thread or task than it was entered in.
     """
     token = _task.set(_checked_name(attn_backend))
     _tell_jax()
     try:
         yield
     finally:
+        _restore(token)
+
+
+def _restore(token: contextvars.Token) -> None:
+    """What this task said before; a generator may be closed by another task, or thread."""
+    try:
         _task.reset(token)
-        _tell_jax()
+    except ValueError as error:
+        raise RuntimeError(
+            "global_force_attn_backend_context_manager is left in another thread or asyncio task "
+            "than it was entered in, must be left in the same, whose backend stays forced: a "
+            "generator that yields inside it (a fixture, say) is closed elsewhere; enter it around "
+            "the calls instead"
+        ) from error
+    _tell_jax()
 
 
 def forced_name() -> str | None:

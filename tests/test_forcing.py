@@ -242,6 +242,25 @@ def test_threads_that_trace_at_once_keep_their_own_traces():
     assert sorted(f.traces) == ["XLA", "XLA_REFERENCE"]
 
 
+def test_left_in_another_thread_or_task_it_says_so():
+    """As by a fixture that yields inside it, and is closed by another task."""
+
+    def fixture():
+        with forced("XLA_REFERENCE"):
+            yield
+
+    opened = fixture()
+    context = contextvars.copy_context()
+    context.run(next, opened)
+    with pytest.raises(
+        RuntimeError, match=r"is left in another thread or asyncio task than it was"
+    ):
+        opened.close()
+    assert context.run(get_global_forced_attn_backend) is REFERENCE
+    assert get_global_forced_attn_backend() is None
+    assert chosen() == "XLA"
+
+
 def test_the_global_setter_reaches_every_thread():
     global_force_attn_backend("XLA_REFERENCE")
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
