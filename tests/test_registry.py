@@ -6,6 +6,7 @@ import sys
 import threading
 import types
 
+import jax
 import pytest
 from third_party import EagerBackend, PlainBackend, backend
 
@@ -206,6 +207,21 @@ def test_an_overriding_class_of_another_name_prints_as_the_member():
     assert answer.backend.name == "FASTER"
     assert answer.status("XLA") == "chosen"
     assert answer.to_json()["backend"] == "XLA"
+
+
+def test_a_traced_function_keeps_the_class_that_an_override_replaces():
+    def traced():
+        found.append(get_attn_backend(*QUESTION).name)
+        return 0
+
+    found = []
+    jitted = jax.jit(traced)
+    jitted()
+    register_backend("XLA", backend("FASTER"))
+    jitted()
+    assert found == ["XLA"]
+    jax.jit(lambda: traced())()
+    assert found == ["XLA", "FASTER"]
 
 
 def test_an_override_does_not_drop_its_before():
