@@ -78,6 +78,11 @@ def check_dense(arrays: Arrays, dtypes: Collection[str]) -> dict[str, int]:
 
 def check_offset(q_offset: int | jax.Array, batch: int) -> jax.Array:
     """q_offset of dense attention as an array; refuses what is no integer, or not one a row."""
+    if isinstance(q_offset, int) and abs(q_offset) > masks.FARTHEST:
+        raise ValueError(
+            f"q_offset is {q_offset}, must be {-masks.FARTHEST} to {masks.FARTHEST}: positions are "
+            f"int32, and are added to it"
+        )
     offset = jnp.asarray(q_offset)
     if not jnp.issubdtype(offset.dtype, jnp.integer) or offset.shape not in ((), (1,), (batch,)):
         raise ValueError(

@@ -90,6 +90,12 @@ DENSE = [
         normal(0, 2),
         r"^query_seq_lengths has dtype float32, must be an integer",
     ),
+    (
+        "q_offset",
+        2**30 + 1,
+        "^q_offset is 1073741825, must be -1073741824 to 1073741824: positions",
+    ),
+    ("q_offset", ints([0, -(2**31)]), "^q_offset is -2147483648, must be -1073741824 to 107374182"),
     ("q_offset", 2**31, "^q_offset has a value of 2147483648, must be -2147483648 to 2147483647"),
     ("q_segment_ids", ints([[2**40] * 5] * 2), "^q_segment_ids has a value of 1099511627776, must"),
     ("kv_segment_ids", ints([[-(2**40)] * 7] * 2), "^kv_segment_ids has a value of -1099511627776"),

@@ -8,10 +8,10 @@ from jax.typing import ArrayLike
 from attnsel_jax.mesh import MeshAxes, Plan, asked_of_kernel, kernel_over_mesh, plan_call
 from attnsel_jax.ops.calls import as_array, as_float32, asked_device, features, head_counts
 from attnsel_jax.ops.dense_arguments import (
-    as_int32,
     check_dense,
     four_dimensions,
     lengths,
+    offset,
     own_key_included,
     tokens,
     with_batch,
@@ -71,7 +71,8 @@ def dot_product_attention(
             own key not included.
         implementation: "xla" and "cudnn" insist on the backends XLA and CUDNN.
         return_residual: also return the lse.
-        q_offset: position of query 0, int32 [] or [batch]; kv_len - q_len aligns bottom-right.
+        q_offset: position of query 0, int32 [] or [batch], at most 2**30 from 0; kv_len - q_len
+            aligns bottom-right.
         soft_cap: `soft_cap * tanh(logits / soft_cap)`.
         sinks: float32 [num_heads], one more logit per head in the denominator.
         q_segment_ids, kv_segment_ids: int32 [batch, q_len], [batch, kv_len].
@@ -98,7 +99,7 @@ def dot_product_attention(
     q, k, v = tokens(query=query, key=key, value=value)
     bias, mask = four_dimensions(bias=bias, mask=mask)
     arrays = {
-        "q_offset": as_int32("q_offset", q_offset), "bias": bias, "mask": mask,
+        "q_offset": offset("q_offset", q_offset), "bias": bias, "mask": mask,
         "alibi_slopes": as_float32("alibi_slopes", alibi_slopes),
         "sinks": as_float32("sinks", sinks),
         "q_segment_ids": with_batch("q_segment_ids", q_segment_ids, 2),

@@ -86,6 +86,22 @@ def lengths(name: str, values: ArrayLike | None) -> jax.Array | None:
     return array
 
 
+def offset(name: str, values: ArrayLike | None) -> jax.Array | None:
+    """The position of query 0 as int32; None stays. One on the host is looked at, at no cost.
+
+    Raises:
+        ValueError: no integers, or one on the host to which int32 cannot add every position.
+    """
+    array, host = as_int32(name, values), on_host(values)
+    if host is not None and (abs(host.astype(np.int64)) > FARTHEST).any():
+        far = host[abs(host.astype(np.int64)) > FARTHEST].flat[0]
+        raise ValueError(
+            f"{name} is {far}, must be {-FARTHEST} to {FARTHEST}: positions are int32, and are "
+            f"added to it; leave is_causal out where queries are to see every key"
+        )
+    return array
+
+
 def own_key_included(local_window_size: int | tuple[int, int] | None) -> Window:
     """The window in this library's words: the own key counts on either side.
 

@@ -30,8 +30,8 @@ Args:
     v: [batch, kv_len, num_kv_heads, head_dim_v], q's dtype; head_dim_v may differ from head_dim.
     scale: float; None = head_dim ** -0.5.
     causal: bool, static.
-    q_offset: int, or int32 [] or [batch]: position of query 0; None = 0 (aligned top-left).
-        `kv_len - q_len` aligns bottom-right.
+    q_offset: int, or int32 [] or [batch]: position of query 0, at most 2**30 from 0; None = 0
+        (aligned top-left). `kv_len - q_len` aligns bottom-right.
     sliding_window: static int w = (w, w), or (left, right), each int or None (no bound on that
         side); the query's own key counts on either side: `q_pos - left < kv_pos < q_pos + right`.
         Under `causal` only `left` matters. None = all.

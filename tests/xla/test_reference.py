@@ -178,6 +178,7 @@ def test_refusals():
     )
     refused(r"sliding_window is 0, must be above 0", sliding_window=0)
     refused(r"soft_cap is -1, must be above 0", soft_cap=-1)
+    refused(r"q_offset is 2147483647, must be -1073741824 to 1073741824", q_offset=2**31 - 1)
     refused(r"dtypes are .*, must all be the same", v=given["v"].astype(jnp.bfloat16))
     paged_given = as_jax(batch([1, 2], [3, 4]))
     with pytest.raises(ValueError, match=r"slot_mapping is None, must be given"):
