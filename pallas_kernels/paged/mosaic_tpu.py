@@ -107,9 +107,9 @@ def paged_attention(
 
 def _geometry(q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, of_class: str) -> Geometry:
     """The sizes of this call."""
-    tiles = tiles_for(kv_pages.dtype, of_class)
     num_tokens, num_q_heads, head_dim = q.shape
     _, num_kv_heads, lane_tiles, rows, lanes = kv_pages.shape
+    tiles = tiles_for(kv_pages.dtype, of_class, num_kv_heads)
     # Of a sequence's last page only what holds keys is brought.
     page_size = math.gcd(rows, MOST_ROWS)
     parts = rows // page_size

@@ -108,6 +108,19 @@ class Geometry(NamedTuple):
         return self.num_q_heads // self.num_kv_heads
 
     @property
+    def shares(self) -> int:
+        """Parts of a kv head's query heads: of one, prompts make products beside another's sums.
+
+        Two where an odd number of kv heads would leave one without.
+        """
+        return 2 if self.num_kv_heads % 2 and self.group % 2 == 0 else 1
+
+    @property
+    def share(self) -> int:
+        """Query heads of one share."""
+        return self.group // self.shares
+
+    @property
     def decode_rows(self) -> int:
         """Rows that one kv head's group takes among the 8 sublanes of a register."""
         if self.group >= 8:

@@ -2,12 +2,12 @@
 
 A token's heads lie beside each other along sublanes, 16 bits wide two in a word. One head of many
 tokens is every n-th row of that: a load with a stride brings it, of 16-bit heads two at a time,
-from a copy in words. The words are taken apart, and put together, in registers. Where heads do not
-fill whole registers the compiler gathers rows itself, which takes it longer.
+from a copy in words. The words are taken apart, and put together, in registers. An odd number of
+16-bit heads does not fill its words: the compiler gathers those rows itself, which takes it longer.
 
 VMEM has 32 banks of rows: eight rows that are a multiple of 8, 16 or 32 apart meet in one, and come
-in two, four or eight loads. In the copy a token's words are followed by 4 rows of nothing, so that
-no two of them meet.
+in two, four or eight loads. In the copy a token's words begin an odd number of fours after the last
+one's, so that no two of them meet.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,14 +22,17 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import tpu_chip
 
 HIGH = -(1 << 16)  # the upper half of a word
-APART = 4  # rows between one token's words and the next one's
 
 
 def _heads_in_word(heads: int, head_dim: int, dtype: jnp.dtype) -> int:
     """How many heads one strided load brings; 0 = none can be made."""
     packed = 4 // jnp.dtype(dtype).itemsize
-    whole = heads % (packed * tpu_chip.SUBLANES) == 0
-    return packed if whole and head_dim <= tpu_chip.LANES else 0
+    return packed if heads % packed == 0 and head_dim <= tpu_chip.LANES else 0
+
+
+def _stride(each: int) -> int:
+    """Rows from one token's words to the next one's: an odd number of fours, see above."""
+    return (each + 3) // 8 * 8 + 4
 
 
 def scratch_shapes(tokens: int, heads: int, head_dim: int, dtype: jnp.dtype) -> list:
@@ -37,7 +40,7 @@ def scratch_shapes(tokens: int, heads: int, head_dim: int, dtype: jnp.dtype) -> 
     packed = _heads_in_word(heads, head_dim, dtype)
     if not packed:
         return []
-    return [pltpu.VMEM((tokens * (heads // packed + APART), head_dim), jnp.int32)]
+    return [pltpu.VMEM((tokens * _stride(heads // packed), head_dim), jnp.int32)]
 
 
 def read(
@@ -62,7 +65,7 @@ def read(
     each, (rows,) = heads // packed, words
     _to_words(ref, rows, first, tokens)
     for word in range(each):
-        found = rows[pl.ds(word, tokens, stride=each + APART), :]
+        found = rows[pl.ds(word, tokens, stride=_stride(each)), :]
         found = found.T if turned else found
         if packed == 1:
             yield word, pltpu.bitcast(found, jnp.float32)
@@ -77,7 +80,7 @@ def _to_words(ref: Any, rows: Any, first: Any, tokens: int) -> None:
     each = there.shape[1]
 
     def copy(token, _):
-        rows[pl.ds(token * (each + APART), each)] = there[first + token]
+        rows[pl.ds(token * _stride(each), each)] = there[first + token]
 
     lax.fori_loop(0, tokens, copy, None, unroll=True)
 
@@ -111,7 +114,7 @@ def write(
             ref[pl.ds(first, tokens), head] = values.astype(ref.dtype)
         return
     each, (rows,) = heads // packed, words
-    stride = each + APART
+    stride = _stride(each)
     if mine is not None:
         _to_words(ref, rows, first, tokens)
     for word in range(each):

@@ -1,17 +1,17 @@
 """How the TPU kernel of `paged` computes a span of many tokens: keys first.
 
-Logits are [keys, columns]: a column is one query head with one token, a kv head's group beside the
-next. So the softmax runs down registers, its maximum and sum lie along lanes, and nothing is
-repeated. Queries, outputs and lse are turned once for each tile.
+Logits are [keys, columns]: a column is one query head with one token, those of a kv head's group
+beside each other. So the softmax runs down registers, its maximum and sum lie along lanes, and
+nothing is repeated. Queries, outputs and lse are turned once for each tile.
 
-The kv heads of a chunk follow one another, and chunks follow chunks over the borders of blocks,
-without a pause: while the weights of one head are made, the matrix unit makes the next one's logits
-into the other of two slots::
+A group is computed at once, or in two shares where kv heads are odd. The shares of a chunk follow
+one another, and chunks follow chunks over the borders of blocks, without a pause: while the weights
+of one are made, the matrix unit makes the next one's logits into the other of two slots::
 
-    head 0 of a chunk   products │ softmax, values
-    head 1                         products        │ softmax, values
+    share 0 of a chunk   products │ softmax, values
+    share 1                         products        │ softmax, values
      ...                                                    ...
-    head 0 of the next                                          products │ ...
+    share 0 of the next                                          products │ ...
 
 The compiler schedules a block close to the order in which it is written, so the two alternate in
 steps of keys. A chunk that some query sees only in part is computed as far as it is seen, in
@@ -42,17 +42,18 @@ def serves(tile_tokens: int, head_dim: int) -> bool:
 
 
 def scratch_shapes(geometry: Geometry, dtype) -> list:
-    """By kv head: q, m, l, acc; the logits of two of them, their maxima; lse by query head."""
+    """By share: q, m, l, acc; the logits of two of them, their maxima; lse by query head."""
     if not serves(geometry.tile_tokens, geometry.head_dim):
         return []
-    kv_heads, columns = geometry.num_kv_heads, geometry.group * geometry.tile_tokens
+    shares = geometry.num_kv_heads * geometry.shares
+    columns = geometry.share * geometry.tile_tokens
     logits = pltpu.VMEM((geometry.chunk_tokens, columns), jnp.float32)
     largest = pltpu.VMEM((8, columns), jnp.float32)
     return [
-        pltpu.VMEM((kv_heads, geometry.k_lanes, columns), dtype),
-        pltpu.VMEM((kv_heads, 8, columns), jnp.float32),
-        pltpu.VMEM((kv_heads, 8, columns), jnp.float32),
-        pltpu.VMEM((kv_heads, geometry.head_dim, columns), jnp.float32),
+        pltpu.VMEM((shares, geometry.k_lanes, columns), dtype),
+        pltpu.VMEM((shares, 8, columns), jnp.float32),
+        pltpu.VMEM((shares, 8, columns), jnp.float32),
+        pltpu.VMEM((shares, geometry.head_dim, columns), jnp.float32),
         logits,
         logits,
         largest,
@@ -77,9 +78,10 @@ class _Keys(NamedTuple):
     position: Any = None
     masked: bool = False
 
-    def at(self, step, pages: tuple[int, int], head) -> Any:
-        """Reference to one kv head of pages [first, last) of these."""
+    def at(self, step, pages: tuple[int, int], share) -> Any:
+        """Reference to the kv head of a share in pages [first, last) of these."""
         there = pl.ds(self.first_page + pages[0], pages[1] - pages[0])
+        head = divided(share, step.walk.geometry.shares)
         return step.walk.buffers.at[self.buffer, there, head]
 
 
@@ -138,9 +140,9 @@ def attend_span(step, span: Span) -> None:
 
 
 def _columns(geometry: Geometry, head: int) -> tuple[int, slice]:
-    """The kv head of a query head, and its columns."""
-    kv_head, g = divmod(head, geometry.group)
-    return kv_head, slice(g * geometry.tile_tokens, (g + 1) * geometry.tile_tokens)
+    """The share that a query head is of, and its columns."""
+    share, i = divmod(head, geometry.share)
+    return share, slice(i * geometry.tile_tokens, (i + 1) * geometry.tile_tokens)
 
 
 def _load_q(step, first_products=None) -> None:
@@ -152,14 +154,14 @@ def _load_q(step, first_products=None) -> None:
     else:
         columns_of = heads.read(step.q, step.words, 0, geometry.tile_tokens, turned=True)
     for head, turned in columns_of:
-        kv_head, columns = _columns(geometry, head)
+        share, columns = _columns(geometry, head)
         if step.is_signed:
             factor = step.scalars[0, head]
             turned = turned.astype(jnp.float32) * jnp.where(
                 factor < 0, -1.0, jnp.where(factor == 0, 0.0, 1.0)
             )
-        q[kv_head, : geometry.head_dim, columns] = turned.astype(q.dtype)
-        if head == geometry.group - 1 and first_products is not None:
+        q[share, : geometry.head_dim, columns] = turned.astype(q.dtype)
+        if head == geometry.share - 1 and first_products is not None:
             first_products()
     m[...] = jnp.full_like(m, softmax.START)
     l[...] = jnp.zeros_like(l)
@@ -183,7 +185,7 @@ def _unit(step, head):
 
 
 def _attend_chunk(step, span: Span, keys: _Keys, after: _Keys, goes_on) -> None:
-    """One chunk, whose first head's products are made, for all kv heads; then the next one's.
+    """One chunk, whose first share's products are made, for all shares; then the next one's.
 
     Args:
         step, span: what is computed.
@@ -194,7 +196,7 @@ def _attend_chunk(step, span: Span, keys: _Keys, after: _Keys, goes_on) -> None:
     walk, geometry = step.walk, step.walk.geometry
     start, stop = walk.masks.bounds_of_all(span.first_q, span.last_q, span.start, span.stop)
     inside = (keys.position >= start) & (keys.position + geometry.chunk_tokens <= stop)
-    pl.when(inside)(lambda: _attend_heads(step, span, keys, after))
+    pl.when(inside)(lambda: _attend_shares(step, span, keys, after))
     seen = span.stop - keys.position
     below = jnp.int32(-(1 << 30))
     for pages in _parts(geometry):
@@ -202,7 +204,7 @@ def _attend_chunk(step, span: Span, keys: _Keys, after: _Keys, goes_on) -> None:
             pages == geometry.chunk_pages))  # fmt: skip
         part = keys._replace(pages=pages, masked=True)
         pl.when(fits & jnp.logical_not(inside))(
-            lambda part=part: _attend_heads(step, span, part, None)
+            lambda part=part: _attend_shares(step, span, part, None)
         )
         below = jnp.int32(pages * geometry.page_size)
 
@@ -217,33 +219,33 @@ def _parts(geometry: Geometry) -> list[int]:
     return [*range(quarter, geometry.chunk_pages, quarter), geometry.chunk_pages]
 
 
-def _attend_heads(step, span: Span, keys: _Keys, after: _Keys | None) -> None:
-    """Every kv head of a chunk, each one's products made beside the softmax of the one before."""
-    kv_heads = step.walk.geometry.num_kv_heads
+def _attend_shares(step, span: Span, keys: _Keys, after: _Keys | None) -> None:
+    """Every share of a chunk, each one's products made beside the softmax of the one before."""
+    shares = step.walk.geometry.num_kv_heads * step.walk.geometry.shares
 
     def two(i, _):
-        _step_head(step, span, keys, 2 * i, 0, keys, 2 * i + 1)
-        then, then_head = keys, 2 * i + 2
-        if after is not None and kv_heads % 2 == 0:
-            wraps = then_head == kv_heads
+        _step_share(step, span, keys, 2 * i, 0, keys, 2 * i + 1)
+        then, next_share = keys, 2 * i + 2
+        if after is not None and shares % 2 == 0:
+            wraps = next_share == shares
             then = _Keys(
                 jnp.where(wraps, after.buffer, keys.buffer),
                 jnp.where(wraps, after.first_page, keys.first_page),
                 keys.pages,
             )
-            then_head = jnp.where(wraps, 0, then_head)
-        _step_head(step, span, keys, 2 * i + 1, 1, then, then_head)
+            next_share = jnp.where(wraps, 0, next_share)
+        _step_share(step, span, keys, 2 * i + 1, 1, then, next_share)
 
-    if after is not None and kv_heads % 2 == 0:
-        lax.fori_loop(0, kv_heads // 2, two, None)
+    if after is not None and shares % 2 == 0:
+        lax.fori_loop(0, shares // 2, two, None)
         return
-    lax.fori_loop(0, (kv_heads - 1) // 2, two, None)
-    if kv_heads % 2 == 0:
-        _step_head(step, span, keys, kv_heads - 2, 0, keys, kv_heads - 1)
-        _step_head(step, span, keys, kv_heads - 1, 1, None, 0)
+    lax.fori_loop(0, (shares - 1) // 2, two, None)
+    if shares % 2 == 0:
+        _step_share(step, span, keys, shares - 2, 0, keys, shares - 1)
+        _step_share(step, span, keys, shares - 1, 1, None, 0)
         return
-    # The slot of the last head is the one that the next chunk's first head takes.
-    _step_head(step, span, keys, kv_heads - 1, 0, None, 0)
+    # The slot of the last share is the one that the next chunk's first takes.
+    _step_share(step, span, keys, shares - 1, 0, None, 0)
     if after is not None:
         _products(step, after, 0, 0)
 
@@ -268,68 +270,68 @@ def _over_registers(x: jax.Array, combine) -> jax.Array:
     return combine(x.reshape(-1, 8, x.shape[-1]), axis=0)
 
 
-def _products(step, keys: _Keys, head, slot: int) -> None:
-    """Keys times queries of one kv head, all steps."""
+def _products(step, keys: _Keys, share, slot: int) -> None:
+    """Keys times queries of one share, all steps."""
     for i, pages in enumerate(_steps(step.walk.geometry, keys.pages)):
-        _product(step, keys, pages, head, slot, is_first=i == 0)
+        _product(step, keys, pages, share, slot, is_first=i == 0)
 
 
-def _product(step, keys: _Keys, pages, head, slot: int, *, is_first: bool) -> None:
+def _product(step, keys: _Keys, pages, share, slot: int, *, is_first: bool) -> None:
     """Keys of a step times queries, and the largest logits so far, spread over sublanes."""
     geometry, q = step.walk.geometry, step.scratch[0]
     logits, largest = step.scratch[4 + slot], step.scratch[6 + slot]
-    k = geometry.read(keys.at(step, pages, head), 0, geometry.k_lanes)
-    found = _dot(as_operand(k, q.dtype), q[head], (1, 0))
+    k = geometry.read(keys.at(step, pages, share), 0, geometry.k_lanes)
+    found = _dot(as_operand(k, q.dtype), q[share], (1, 0))
     logits[pages[0] * geometry.page_size : pages[1] * geometry.page_size] = found
     high = _over_registers(found, jnp.max)
     largest[...] = high if is_first else jnp.maximum(largest[...], high)
 
 
-def _step_head(
-    step, span: Span, keys: _Keys, head, slot: int, then: _Keys | None, then_head
+def _step_share(
+    step, span: Span, keys: _Keys, share, slot: int, then: _Keys | None, next_share
 ) -> None:
-    """The softmax and the values of one head, from its slot, beside another's products.
+    """The softmax and the values of one share, from its slot, beside another's products.
 
     Args:
         step, span: what is computed.
-        keys, head, slot: whose softmax.
-        then, then_head: whose products, into the other slot; None = nobody's.
+        keys, share, slot: whose softmax.
+        then, next_share: whose products, into the other slot; None = nobody's.
     """
     geometry = step.walk.geometry
     q, m, l, acc = step.scratch[:4]
     logits, largest = step.scratch[4 + slot], step.scratch[6 + slot]
     if keys.masked or _is_joined(step):
-        _join(step, span, keys, head, slot)
-    m_next = jnp.maximum(m[head], jnp.max(largest[...], axis=0, keepdims=True))
-    unit = _unit(step, head * geometry.group)
-    shrink = jnp.exp2((m[head] - m_next) * unit)
-    total, values = l[head] * shrink, None
+        _join(step, span, keys, share, slot)
+    m_next = jnp.maximum(m[share], jnp.max(largest[...], axis=0, keepdims=True))
+    unit = _unit(step, share * geometry.share)
+    shrink = jnp.exp2((m[share] - m_next) * unit)
+    total, values = l[share] * shrink, None
     kept = (span.start - keys.position, span.stop - keys.position) if keys.masked else None
     mine = _steps(geometry, keys.pages)
     others = [] if then is None else _steps(geometry, then.pages)
     for i in range(max(len(mine), len(others))):
         if i < len(others):
-            _product(step, then, others[i], then_head, 1 - slot, is_first=i == 0)
+            _product(step, then, others[i], next_share, 1 - slot, is_first=i == 0)
         if i >= len(mine):
             continue
         begin, end = (page * geometry.page_size for page in mine[i])
         x = logits[begin:end].reshape(-1, 8, logits.shape[1]) - m_next[None]
         weights = jnp.exp2(x if _is_joined(step) else x * unit)
         total = total + jnp.sum(weights, axis=0)
-        v = geometry.read(keys.at(step, mine[i], head), geometry.v_start, 2 * geometry.head_dim)
+        v = geometry.read(keys.at(step, mine[i], share), geometry.v_start, 2 * geometry.head_dim)
         if kept is not None:
             v = rows_kept(v, (kept[0] - begin, kept[1] - begin))
         v = as_operand(v, q.dtype).T[geometry.v_offset :]
         part = _dot(v, weights.reshape(end - begin, -1).astype(q.dtype), (1, 0))
         values = part if values is None else values + part
     # What lies in acc before the first keys is no number.
-    old = jnp.where(m[head][None] > softmax.START, acc[head].reshape(-1, 8, acc.shape[2]), 0.0)
+    old = jnp.where(m[share][None] > softmax.START, acc[share].reshape(-1, 8, acc.shape[2]), 0.0)
     old = old * shrink[None]
-    acc[head] = old.reshape(acc.shape[1:]) + values
-    m[head], l[head] = m_next, total
+    acc[share] = old.reshape(acc.shape[1:]) + values
+    m[share], l[share] = m_next, total
 
 
-def _join(step, span: Span, keys: _Keys, head, slot: int) -> None:
+def _join(step, span: Span, keys: _Keys, share, slot: int) -> None:
     """Soft cap, ALiBi and masks, in the slot; and the largest of what comes out."""
     geometry, tokens = step.walk.geometry, step.walk.geometry.tile_tokens
     logits, largest = step.scratch[4 + slot], step.scratch[6 + slot]
@@ -343,11 +345,11 @@ def _join(step, span: Span, keys: _Keys, head, slot: int) -> None:
         if keys.masked:
             mask = index <= last - keys.position
             mask = mask if first is None else mask & (index >= first - keys.position)
-        for g in range(geometry.group):
-            columns = slice(g * tokens, (g + 1) * tokens)
+        for nth in range(geometry.share):
+            columns = slice(nth * tokens, (nth + 1) * tokens)
             part = logits[begin:end, columns]
             if _is_joined(step):
-                at = head * geometry.group + g
+                at = share * geometry.share + nth
                 slope = step.scalars[2, at] if step.has_slope else None
                 factor = step.scalars[0, at]
                 part = part * jnp.maximum(factor, -factor)
@@ -369,13 +371,13 @@ def _finish(step, span: Span, *, whole: bool) -> None:
     mine = None if whole else (token >= span.begin) & (token < span.end)
 
     def output(head: int) -> jax.Array:
-        kv_head, columns = _columns(geometry, head)
-        total = jnp.sum(l[kv_head, :, columns], axis=0, keepdims=True)
-        high = m[kv_head, :1, columns] * _unit(step, head)
+        share, columns = _columns(geometry, head)
+        total = jnp.sum(l[share, :, columns], axis=0, keepdims=True)
+        high = m[share, :1, columns] * _unit(step, head)
         factor, lse_rows[head : head + 1, :] = softmax.finish(
             high, total, step.scalars[3, head], step.scalars[1, head]
         )
-        values = acc[kv_head, :, columns] * factor
+        values = acc[share, :, columns] * factor
         return values if whole else jnp.where(factor != 0, values, 0.0)
 
     if geometry.in_columns:

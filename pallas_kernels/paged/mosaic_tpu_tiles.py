@@ -16,7 +16,7 @@ class Tiles(NamedTuple):
 
     Attributes:
         tile_tokens: queries of a grid step.
-        block_tokens: keys that one buffer holds; a step of decodes.
+        block_tokens: keys that one buffer holds; a step of decodes. In the table with 8 kv heads.
         chunk_tokens: keys that are computed at once; each chunk of a step is of one decode.
         num_buffers: blocks in flight and in use; three at least.
     """
@@ -26,6 +26,9 @@ class Tiles(NamedTuple):
     chunk_tokens: int
     num_buffers: int
 
+
+TABLE_KV_HEADS = 8  # of the works that the table was made for
+MOST_TIMES = 4  # as many keys in a block, with fewer
 
 # Microseconds by the replayed schedule (jax 0.12.0.1, libtpu 0.0.52, November 2026; nothing of it
 # ran on a TPU) on v5e, v6e, 7x; pages of 64, bfloat16, the works of benchmarks/tpu_static:
@@ -116,8 +119,14 @@ def shape_class(num_tokens: int, max_num_seqs: int, head_dim: int) -> str:
     return kind if head_dim > tpu_chip.LANES // 2 else f"{kind}_64"
 
 
-def tiles_for(cache_dtype: jnp.dtype, of_class: str) -> Tiles:
-    """The sizes for the chip that is traced for: those of the cache's dtype, or its width."""
+def tiles_for(cache_dtype: jnp.dtype, of_class: str, num_kv_heads: int) -> Tiles:
+    """The sizes for the chip that is traced for: those of the cache's dtype, or its width.
+
+    What a block costs beside its bytes is the same with few kv heads, so it has more keys then.
+    """
     names = {1: "float8_e4m3fn", 2: "bfloat16", 4: "float32"}
     name = names[jnp.dtype(cache_dtype).itemsize]
-    return TILES[tpu_chip.current().generation, name, of_class]
+    tiles = TILES[tpu_chip.current().generation, name, of_class]
+    times = min(MOST_TIMES, max(1, TABLE_KV_HEADS // num_kv_heads))
+    times = 1 << (times.bit_length() - 1)
+    return tiles._replace(block_tokens=times * tiles.block_tokens)

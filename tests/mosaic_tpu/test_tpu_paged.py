@@ -106,12 +106,13 @@ def test_spans_tiles_and_blocks(options):
 @pytest.mark.parametrize(
     ("heads", "options"),
     [
-        ((2, 2), {"sliding_window": 70, "sinks": True}),
+        ((2, 1), {"sliding_window": 70, "sinks": True}),
+        sweep((2, 2), {"sliding_window": 70, "sinks": True}),
         sweep((3, 3), {"soft_cap": 6.0, "alibi": True, "dtype": "float32"}),
         sweep((2, 1), {"head_size": 192, "cache_dtype": "int8", "scales": "head"}),
         sweep((2, 1), {"head_size": 192, "dtype": "float32"}),
     ],
-    ids=["window", "odd", "192", "192 float32"],
+    ids=["shares", "window", "odd", "192", "192 float32"],
 )
 def test_prompts(monkeypatch, heads, options):
     """Tiles of 128 tokens: keys first. New keys come in four tiles: a buffer is used again."""
@@ -125,6 +126,9 @@ MANY = {
     "128": ((16, 2), {"head_size": 128}),
     "float32": ((8, 4), {"head_size": 128, "dtype": "float32"}),
     "int8": ((16, 8), {"cache_dtype": "int8", "scales": "head"}),
+    "six": ((6, 1), {"head_size": 128, "soft_cap": 6.0, "alibi": True}),
+    "fourteen": ((14, 2), {"head_size": 128, "sinks": True}),
+    "odd": ((7, 1), {"head_size": 128}),
 }
 
 
