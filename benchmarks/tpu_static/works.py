@@ -44,6 +44,19 @@ def _decode(page_size: int, heads: tuple[int, int, int]) -> Work:
     )  # fmt: skip
 
 
+def _share(work: Work) -> Work:
+    """The same with the heads that one of eight devices has of 64 / 8."""
+    return dataclasses.replace(work, name=f"{work.name}_share", num_heads=8, num_kv_heads=1)
+
+
+def _speculative(page_size: int, heads: tuple[int, int, int]) -> Work:
+    work = _decode(page_size, heads)
+    return dataclasses.replace(
+        work, name=work.name.replace("decode", "speculative"), q_lens=(4,) * 64,
+        description="64 sequences of 1024 to 3072, four new tokens each",
+    )  # fmt: skip
+
+
 def _latent(
     name: str, description: str, q_lens: Sequence[int], kv_lens: Sequence[int], topk: int | None
 ) -> Work:
@@ -95,6 +108,8 @@ _ALL = (
     *_dense("dense_causal_gqa", (32, 8, 128)),
     *(_prefill(page, _D128) for page in _PAGES),
     *(_decode(page, _D128) for page in _PAGES),
+    *(_share(of(64, _D128)) for of in (_prefill, _decode)),
+    _speculative(64, _D128),
     *(_prefill(page, _D64) for page in (16, 64)),
     *(_decode(page, _D64) for page in (16, 64)),
     *(

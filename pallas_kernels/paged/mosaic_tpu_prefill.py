@@ -1,8 +1,11 @@
 """How the TPU kernel of `paged` computes a span of several tokens: one kv head after another.
 
 The rows of one kv head are its group's query heads, each with the tokens of the tile (16 for short
-spans). Rows of the tile that are not the span's are computed with the others, and dropped.
+spans). Rows of the tile that are not the span's are computed with the others, and dropped. For
+short spans the products of one kv head are made beside the softmax of the one before.
 """
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,18 +23,17 @@ from pallas_kernels.tpu_operands import as_operand
 
 
 def scratch_shapes(geometry: Geometry, dtype) -> list:
-    """q, m, l, acc: [num_q_heads, row tiles, 16, lanes]."""
-    row_tiles = (
-        1
-        if mosaic_tpu_prompt.serves(geometry.tile_tokens, geometry.head_dim)
-        else geometry.tile_tokens // ROWS
-    )
+    """q, m, l, acc: [num_q_heads, row tiles, 16, lanes]; the logits of two kv heads."""
+    alone = mosaic_tpu_prompt.serves(geometry.tile_tokens, geometry.head_dim)
+    row_tiles = 1 if alone else geometry.tile_tokens // ROWS
     shape = (geometry.num_q_heads, row_tiles, ROWS)
+    logits = pltpu.VMEM((geometry.group * ROWS, geometry.chunk_tokens), jnp.float32)
     return [
         pltpu.VMEM((*shape, geometry.k_lanes), dtype),
         pltpu.VMEM((*shape, LANES), jnp.float32),
         pltpu.VMEM((*shape, LANES), jnp.float32),
         pltpu.VMEM((*shape, geometry.v_lanes), jnp.float32),
+        [logits] * (2 * alone),
     ]
 
 
@@ -66,7 +68,7 @@ def attend_span(step, span: Span, row_tile, row_tiles: int) -> None:
 def _load_q(step, row_tile, row_tiles: int) -> None:
     """Turns heads, side by side along lanes, into rows of their own; starts the softmax."""
     geometry = step.walk.geometry
-    q, m, l, acc = step.scratch
+    q, m, l, acc, _ = step.scratch
 
     def load(i, _):
         first = (row_tile + i) * ROWS
@@ -87,70 +89,112 @@ def _attend_chunk(step, span: Span, row_tile, row_tiles: int, buffer, chunk, pos
     inside = (position >= start) & (position + geometry.chunk_tokens <= stop)
     # q_pos of the first row, which may be another sequence's.
     first_q = span.first_q - (span.begin - step.first_token) + row_tile * ROWS
-    arguments = (step, span, row_tiles, buffer, chunk, position, first_q)
-
-    @pl.when(inside)
-    def _():
-        lax.fori_loop(
-            0, geometry.num_kv_heads, lambda h, _: _attend_head(h, *arguments, masked=False), None
-        )
-
-    @pl.when(jnp.logical_not(inside))
-    def _():
-        lax.fori_loop(
-            0, geometry.num_kv_heads, lambda h, _: _attend_head(h, *arguments, masked=True), None
-        )
+    keys = _Keys(buffer, chunk, position, first_q, row_tiles)
+    pl.when(inside)(lambda: _attend_heads(step, span, keys))
+    pl.when(jnp.logical_not(inside))(lambda: _attend_heads(step, span, keys._replace(masked=True)))
 
 
-def _attend_head(
-    head, step, span: Span, row_tiles: int, buffer, chunk, position, first_q, *, masked: bool
-) -> None:
-    """One chunk of keys for the query heads of one kv head."""
-    geometry, group = step.walk.geometry, step.walk.geometry.group
-    keys, tokens = geometry.chunk_tokens, row_tiles * ROWS
-    rows = group * tokens
-    of_head = pl.ds(head * group, group)
-    q, m, l, acc = (ref.at[of_head, pl.ds(0, row_tiles)] for ref in step.scratch)
-    pages = pl.ds(chunk * geometry.chunk_pages, geometry.chunk_pages)
+class _Keys(NamedTuple):
+    """One chunk of keys, and the rows that attend to it.
 
-    def load_kv():
-        kv = step.walk.buffers.at[buffer, pages, head]
-        kept = (span.start - position, span.stop - position) if masked else None
-        k = geometry.read(kv, 0, geometry.k_lanes)
-        v = rows_kept(geometry.read(kv, geometry.v_start, 2 * geometry.head_dim), kept)
-        return as_operand(k, q.dtype), as_operand(v, q.dtype)
+    Attributes:
+        buffer, chunk: where the keys lie.
+        position: of the first key.
+        first_q: position of the first row's query.
+        row_tiles: of the rows; static.
+        masked: whether some query does not see some key; static.
+    """
 
-    def joined(logits):
-        if step.soft_cap is None and not step.has_slope and not masked:
-            return logits
-        logits = logits.reshape(group, tokens, keys)
-        q_pos = first_q + lax.broadcasted_iota(jnp.int32, (tokens, 1), 0)
-        kv_pos = position + lax.broadcasted_iota(jnp.int32, (1, keys), 1)
-        limits = step.walk.masks.limits(q_pos, span.start, span.stop)
-        parts = []
-        for g in range(group):
-            slope = step.scalars[2, head * group + g] if step.has_slope else None
-            part = softmax.join(logits[g], q_pos, kv_pos, soft_cap=step.soft_cap, slope=slope)
-            if masked:
-                part = softmax.mask(part, kv_pos, limits)
-            parts.append(part)
-        return jnp.concatenate(parts, axis=0)
+    buffer: Any
+    chunk: Any
+    position: Any
+    first_q: Any
+    row_tiles: int
+    masked: bool = False
 
-    k, v = load_kv()
-    logits = joined(product(q[...].reshape(rows, -1), k, 1) * step.scalars[0, head * group])
+    def at(self, step, head) -> Any:
+        """Reference to the pages of one kv head."""
+        pages = step.walk.geometry.chunk_pages
+        return step.walk.buffers.at[self.buffer, pl.ds(self.chunk * pages, pages), head]
+
+
+def _attend_heads(step, span: Span, keys: _Keys) -> None:
+    """Every kv head; where there are slots for logits, products beside another head's softmax."""
+    heads, slots = step.walk.geometry.num_kv_heads, step.scratch[4]
+    if not slots:
+
+        def one(head, _):
+            _weigh(step, span, keys, head, _logits(step, keys, head))
+
+        lax.fori_loop(0, heads, one, None)
+        return
+    even, odd = slots
+
+    def two(i, _):
+        odd[...] = _logits(step, keys, 2 * i + 1)
+        _weigh(step, span, keys, 2 * i, even[...])
+        even[...] = _logits(step, keys, jnp.minimum(2 * i + 2, heads - 1))
+        _weigh(step, span, keys, 2 * i + 1, odd[...])
+
+    even[...] = _logits(step, keys, 0)
+    lax.fori_loop(0, heads // 2, two, None)
+    if heads % 2:
+        _weigh(step, span, keys, heads - 1, even[...])
+
+
+def _of_head(step, keys: _Keys, head) -> list:
+    """References to q, m, l and acc of one kv head's query heads."""
+    group = step.walk.geometry.group
+    here = pl.ds(head * group, group), pl.ds(0, keys.row_tiles)
+    return [ref.at[here] for ref in step.scratch[:4]]
+
+
+def _logits(step, keys: _Keys, head) -> jax.Array:
+    """[rows, keys]: keys times queries of one kv head."""
+    geometry, (q, *_) = step.walk.geometry, _of_head(step, keys, head)
+    k = geometry.read(keys.at(step, head), 0, geometry.k_lanes)
+    rows = q[...].reshape(-1, geometry.k_lanes)
+    return product(rows, as_operand(k, q.dtype), 1) * step.scalars[0, head * geometry.group]
+
+
+def _weigh(step, span: Span, keys: _Keys, head, logits) -> None:
+    """Makes the logits of one kv head weights, and adds the values that they weigh."""
+    geometry, rows = step.walk.geometry, logits.shape[0]
+    q, m, l, acc = _of_head(step, keys, head)
+    kept = (span.start - keys.position, span.stop - keys.position) if keys.masked else None
+    v = geometry.read(keys.at(step, head), geometry.v_start, 2 * geometry.head_dim)
+    v = as_operand(rows_kept(v, kept), q.dtype)
     weights, shrink, m_next, l_next = softmax.update(
-        logits, m[...].reshape(rows, LANES), l[...].reshape(rows, LANES)
-    )
+        _joined(step, span, keys, head, logits), m[...].reshape(rows, LANES),
+        l[...].reshape(rows, LANES),
+    )  # fmt: skip
     m[...], l[...] = m_next.reshape(m.shape), l_next.reshape(l.shape)
     values = product(weights.astype(q.dtype), v, 0)
     new = acc[...].reshape(rows, -1) * softmax.widened(shrink, geometry.v_lanes) + values
-    acc[...] = new.reshape(*m.shape[:3], -1)
+    acc[...] = new.reshape(acc.shape)
+
+
+def _joined(step, span: Span, keys: _Keys, head, logits) -> jax.Array:
+    """Soft cap, ALiBi and masks, as far as they are asked for."""
+    if step.soft_cap is None and not step.has_slope and not keys.masked:
+        return logits
+    group, tokens = step.walk.geometry.group, keys.row_tiles * ROWS
+    q_pos = keys.first_q + lax.broadcasted_iota(jnp.int32, (tokens, 1), 0)
+    kv_pos = keys.position + lax.broadcasted_iota(jnp.int32, (1, logits.shape[1]), 1)
+    limits = step.walk.masks.limits(q_pos, span.start, span.stop)
+    parts = []
+    for g in range(group):
+        slope = step.scalars[2, head * group + g] if step.has_slope else None
+        part = logits[g * tokens : (g + 1) * tokens]
+        part = softmax.join(part, q_pos, kv_pos, soft_cap=step.soft_cap, slope=slope)
+        parts.append(softmax.mask(part, kv_pos, limits) if keys.masked else part)
+    return jnp.concatenate(parts, axis=0)
 
 
 def _finish(step, span: Span, row_tile, row_tiles: int) -> None:
     """Puts output and lse of the span's tokens into the tile."""
     geometry = step.walk.geometry
-    _, m, l, acc = step.scratch
+    _, m, l, acc, _ = step.scratch
 
     lane = lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 1)
 
