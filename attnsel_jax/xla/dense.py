@@ -38,6 +38,7 @@ from pallas_kernels import contract_checks, empty_calls, masks, shape_checks
 from pallas_kernels.dense.derivative_rules import (
     corrected,
     differentiated_once,
+    giving_correction,
     with_named_residuals,
 )
 from pallas_kernels.jax_settings import under_default_rules, under_own_settings
@@ -61,6 +62,7 @@ class Largest(NamedTuple):
 FORWARD, BACKWARD = Largest(512, 512, 2**19), Largest(256, 256, 2**18)
 
 
+@giving_correction
 @under_default_rules
 def dense_attention(
     q: jax.Array,
@@ -81,7 +83,8 @@ def dense_attention(
     q_lens: jax.Array | None = None,
     kv_lens: jax.Array | None = None,
     sinks: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
+    correction: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Attention over contiguous q, k, v, as `pallas_kernels.dense` defines it.
 
     Differentiable in reverse mode (not by `jax.jvp`) in q, k, v, bias, alibi_slopes and sinks,
@@ -112,7 +115,7 @@ def dense_attention(
     dims = _check(floats, mask, q_segment_ids, kv_segment_ids, q_lens, kv_lens)
     contract_checks.check_logit_numbers(soft_cap, attention_chunk_size, sliding_window)
     if empty_calls.is_empty(dims):
-        return empty_calls.dense(q, v, sinks, q_lens)
+        return (*empty_calls.dense(q, v, sinks, q_lens), None)
     q_lens = contract_checks.existing(q_lens, dims["q_len"])
     kv_lens = contract_checks.existing(kv_lens, dims["kv_len"])
     offsets = _offsets(q_offset, dims["batch"])
@@ -165,9 +168,10 @@ def _offsets(q_offset: int | jax.Array | None, batch: int) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 @under_own_settings
-def _attend(static: Static, x: Floats, who: Masks) -> tuple[jax.Array, jax.Array]:
-    """The two results."""
-    return _rows(static, x, who)[:2]
+def _attend(static: Static, x: Floats, who: Masks) -> tuple[jax.Array | None, ...]:
+    """Out, lse, and with a bias what the rows' probabilities are multiplied by, else None."""
+    *results, correction = _rows(static, x, who)
+    return *results, None if x.bias is None else correction
 
 
 def _rows(static: Static, x: Floats, who: Masks) -> tuple[jax.Array, ...]:
@@ -247,8 +251,8 @@ def _start(static: Static, x: Floats, rows: tuple[int, ...]):
 @differentiated_once
 @under_own_settings
 def _forward(static: Static, x: Floats, who: Masks):
-    out, lse, correction = _rows(static, x, who)
-    return (out, lse), (x, who, None if x.bias is None else correction, out, lse)
+    out, lse, correction = _attend(static, x, who)
+    return (out, lse, correction), (x, who, correction, out, lse)
 
 
 @differentiated_once
@@ -257,7 +261,7 @@ def _backward(static: Static, residuals, cotangents):
     x, who, correction, out, lse = residuals
     static = dataclasses.replace(static, **block_sizes(BACKWARD, x.q, x.k))
     gradients = dense_backward.gradients(
-        static, x, who, out, lse, *corrected(cotangents, correction)
+        static, x, who, out, lse, *corrected(cotangents[:2], correction)
     )
     return gradients, None
 

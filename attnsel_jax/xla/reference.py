@@ -16,12 +16,14 @@ from pallas_kernels.contract_checks import (
     check_offset,
     check_paged,
 )
+from pallas_kernels.dense.derivative_rules import giving_correction
 from pallas_kernels.jax_settings import under_default_rules, under_own_settings
 from pallas_kernels.shape_checks import CACHE_DTYPES, FLOATS
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
+@giving_correction
 @under_default_rules
 def dense_attention(
     q: jax.Array,
@@ -42,7 +44,8 @@ def dense_attention(
     q_lens: jax.Array | None = None,
     kv_lens: jax.Array | None = None,
     sinks: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
+    correction: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Attention over contiguous q, k, v: `pallas_kernels.dense` is the contract.
 
     Numerics: float32 throughout, dots at the highest precision. Differentiable by plain autodiff in
@@ -51,7 +54,7 @@ def dense_attention(
     dims = check_dense(locals(), FLOATS)
     check_logit_numbers(soft_cap, attention_chunk_size, sliding_window)
     if empty_calls.is_empty(dims):
-        return empty_calls.dense(q, v, sinks, q_lens)
+        return (*empty_calls.dense(q, v, sinks, q_lens), None)
     batch, q_len, kv_len = dims["batch"], dims["q_len"], dims["kv_len"]
     rows, kv_pos = jnp.arange(q_len, dtype=jnp.int32), jnp.arange(kv_len, dtype=jnp.int32)
     offset = check_offset(0 if q_offset is None else q_offset, batch).astype(jnp.int32)
@@ -77,7 +80,10 @@ def dense_attention(
     if alibi_slopes is not None:
         alibi = _alibi(alibi_slopes, q_pos, kv_pos)
         added = alibi if added is None else added + alibi
-    return _attend(q, k, v, seen, exists, scale=scale, soft_cap=soft_cap, added=added, sinks=sinks)
+    *results, rounded = _attend(
+        q, k, v, seen, exists, scale=scale, soft_cap=soft_cap, added=added, sinks=sinks
+    )
+    return *results, None if bias is None else rounded
 
 
 @under_own_settings
@@ -139,7 +145,7 @@ def paged_attention(
         )
         seen = seen if restriction is None else seen & restriction
         added = None if alibi_slopes is None else _alibi(alibi_slopes, q_pos[None, None], kv_pos)
-        out, lse = _attend(
+        out, lse, _ = _attend(
             *(a[None] for a in (q, keys, values, seen[None], mine)),
             scale=scale,
             soft_cap=soft_cap,
@@ -155,7 +161,7 @@ def paged_attention(
 
 
 def _attend(q, k, v, seen, exists, *, scale, soft_cap, added, sinks):
-    """Masked softmax attention: q, k, v [batch, length, heads, head_dim] to out and lse.
+    """Masked softmax attention: q, k, v [batch, length, heads, head_dim] to out, lse, correction.
 
     `seen` is bool [batch, 1 or num_q_heads, q_len, kv_len]; `exists`, bool [batch, q_len], says
     which rows have a sink; `added` (float32, broadcastable like seen) joins the logits after the
@@ -182,14 +188,15 @@ def _attend(q, k, v, seen, exists, *, scale, soft_cap, added, sinks):
     if added is not None:
         logits = logits + added
     sink = None if sinks is None else jnp.where(exists[:, None, :], sinks[:, None], -jnp.inf)
-    weights, lse = _masked_softmax(logits, seen, sink)
+    weights, *rows = _masked_softmax(logits, seen, sink)
     out = jnp.einsum("bnts,bsnd->btnd", weights, v32, precision=HIGHEST)
-    return out.astype(q.dtype), lse.transpose(0, 2, 1)
+    return out.astype(q.dtype), *(x.transpose(0, 2, 1) for x in rows)
 
 
 def _masked_softmax(logits, seen, sink):
     """Weights of the seen logits, 0 elsewhere, and lse: -inf, with weights 0, for an empty row.
 
+    And what exp(logit - lse) is multiplied by to be a weight, 1 but for the rounding of lse.
     Both branches of every `where` are finite where it is differentiated, so gradients are too.
     """
     seen = seen & (logits != -jnp.inf)  # a bias of -inf hides a key as a mask does
@@ -201,7 +208,8 @@ def _masked_softmax(logits, seen, sink):
     empty = total == 0
     total = jnp.where(empty, 1, total)
     lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
-    return jnp.where(seen, weights / total[..., None], 0), lse
+    rounded = jnp.where(jnp.abs(lse) < jnp.inf, jnp.exp(lse - top) / total, 1.0)
+    return jnp.where(seen, weights / total[..., None], 0), lse, jax.lax.stop_gradient(rounded)
 
 
 @jax.custom_jvp

@@ -1,6 +1,7 @@
 """What the rules of each lowering's `jax.custom_vjp` share."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,7 @@ def differentiated_once(rule: Callable[..., Any]) -> Callable[..., Any]:
 def with_named_residuals(forward: Callable[..., Any]) -> Callable[..., Any]:
     """The forward rule, whose out and lse have a name for the policies of `jax.checkpoint`.
 
-    The rule gives (out, lse), (what came in, out, lse), or (what came in, correction, out, lse)
+    The rule gives (out, lse, ..), (what came in, out, lse), or (what came in, correction, out, lse)
     (see `corrected`): where a policy saves them, the forward kernel does not run again for the
     backward one.
     """
@@ -44,10 +45,31 @@ def with_named_residuals(forward: Callable[..., Any]) -> Callable[..., Any]:
     def call(static: Any, *arrays: Any) -> Any:
         results, (*given, _, _) = forward(static, *arrays)
         more = [x if x is None else _named(x) for x in given[len(arrays) :]]
-        out, lse = map(_named, results)
-        return (out, lse), (*given[: len(arrays)], *more, out, lse)
+        out, lse = map(_named, results[:2])
+        return (out, lse, *results[2:]), (*given[: len(arrays)], *more, out, lse)
 
     return call
+
+
+def giving_correction(attend: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel of the contract, out and lse, of a function that gives a correction beside them.
+
+    `with_correction` of the kernel gives all three, for who merges parts of the keys by lse; the
+    third (see `corrected`) is None where there is no bias, which may be all that lse has room for.
+
+    Args:
+        attend: the contract's arguments, and `correction`: whether it is asked for.
+    """
+    signature = inspect.signature(attend)
+    named = [p for p in signature.parameters.values() if p.name != "correction"]
+
+    @functools.wraps(attend)
+    def kernel(*args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array]:
+        return attend(*args, **kwargs)[:2]
+
+    kernel.__signature__ = signature.replace(parameters=named)
+    kernel.with_correction = functools.partial(attend, correction=True)
+    return kernel
 
 
 def corrected(
@@ -67,7 +89,7 @@ def corrected(
     return (dout * correction[..., None]).astype(dout.dtype), dlse * correction
 
 
-def _named(x: jax.Array) -> jax.Array:
+def _named(x: Any) -> Any:
     return checkpoint_name(x, DENSE_RESIDUALS)
 
 

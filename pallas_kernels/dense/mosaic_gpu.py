@@ -4,6 +4,7 @@ It checks the arguments, brings them into the form that the kernels take, and ch
 the chip that is traced for. See `mosaic_gpu_forward` for the pipeline.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -19,9 +20,19 @@ from pallas_kernels.dense import (
     mosaic_gpu_forward,
     mosaic_gpu_shift,
 )
-from pallas_kernels.dense.derivative_rules import differentiated_once, with_named_residuals
+from pallas_kernels.dense.derivative_rules import (
+    corrected,
+    differentiated_once,
+    giving_correction,
+    with_named_residuals,
+)
 from pallas_kernels.dense.mosaic_gpu_forward import Operands
-from pallas_kernels.dense.mosaic_gpu_geometry import Static, in_whole_tiles_of_rows, seen_keys
+from pallas_kernels.dense.mosaic_gpu_geometry import (
+    LOG2E,
+    Static,
+    in_whole_tiles_of_rows,
+    seen_keys,
+)
 from pallas_kernels.dense.mosaic_gpu_tiles import TILES, forward_tiles
 from pallas_kernels.dense.mosaic_gpu_weights import BLOCK, Arrays
 from pallas_kernels.jax_settings import under_default_rules, under_own_settings
@@ -59,6 +70,22 @@ class Masks(NamedTuple):
     kv_segment_ids: jax.Array | None
 
 
+class Exact(NamedTuple):
+    """What lse is in the backward pass of a call with a bias, float32 [batch, q_len, num_q_heads].
+
+    Of a bias of -1e9 on all keys of a row lse has no room for the logarithm of their number, and in
+    units of log2 it is another number than what the kernel's weights are relative to.
+
+    Attributes:
+        log2_sum: it in units of log2, made of the maximum that weights are relative to.
+        correction: what exp2(logit - log2_sum) is multiplied by to be a probability.
+    """
+
+    log2_sum: jax.Array
+    correction: jax.Array
+
+
+@giving_correction
 @under_default_rules
 def dense_attention(
     q: jax.Array,
@@ -79,7 +106,8 @@ def dense_attention(
     q_lens: jax.Array | None = None,
     kv_lens: jax.Array | None = None,
     sinks: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
+    correction: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Attention over contiguous q, k, v, as `pallas_kernels.dense` defines it, for NVIDIA GPUs.
 
     Args:
@@ -121,7 +149,7 @@ def dense_attention(
     dims = _check(given, q_segment_ids, kv_segment_ids, q_lens, kv_lens)
     contract_checks.check_logit_numbers(soft_cap, attention_chunk_size, sliding_window)
     if empty_calls.is_empty(dims):
-        return empty_calls.dense(q, v, sinks, q_lens)
+        return (*empty_calls.dense(q, v, sinks, q_lens), None)
     scale = float(dims["head_dim"] ** -0.5 if scale is None else scale)
     offset, rows = _rows(dims, q_offset, q_lens, kv_lens)
     window = masks.window_bounds(sliding_window)
@@ -162,9 +190,12 @@ def dense_attention(
             bounded=bounds and rows is not None,
         ),
         capability=chip.capability,
+        corrected=correction and x.bias is not None,
     )
-    out, lse = _attend(static, x, Masks(rows, q_segment_ids, kv_segment_ids))
-    return mosaic_gpu_shift.shifted(out, lse, bias, sinks, q_lens) if is_shift else (out, lse)
+    out, lse, exact = _attend(static, x, Masks(rows, q_segment_ids, kv_segment_ids))
+    if is_shift:
+        return mosaic_gpu_shift.shifted(out, lse, bias, sinks, q_lens)
+    return out, lse, None if exact is None else exact.correction
 
 
 def _chip() -> gpu_chip.GpuChip:
@@ -223,10 +254,19 @@ def _rows(dims, q_offset, q_lens, kv_lens) -> tuple[int | None, jax.Array | None
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 @under_own_settings
-def _attend(static: Static, x: Floats, who: Masks) -> tuple[jax.Array, jax.Array]:
-    """The two results, in the contract's layout."""
+def _attend(static: Static, x: Floats, who: Masks) -> tuple[jax.Array, jax.Array, Exact | None]:
+    """Out, lse, and of a call that is corrected what its backward pass needs for lse."""
     out, lse = FORWARD[static.capability](static, _operands(static, x, who))
-    return out[:, : static.q_len], jnp.swapaxes(lse[:, :, : static.q_len], 1, 2)
+    out, lse = out[:, : static.q_len], jnp.swapaxes(lse[:, :, : static.q_len], 1, 2)
+    if not static.corrected:
+        return out, lse, None
+    top, total = jnp.split(lse, 2, axis=2)
+    some = total != 0
+    top, total = jnp.where(some, top, 0.0), jnp.where(some, total, 1.0)
+    log2_sum = top + jnp.log2(total)
+    correction = jnp.where(jnp.abs(log2_sum) < jnp.inf, jnp.exp2(log2_sum - top) / total, 1.0)
+    lse = jnp.where(some, top * (1 / LOG2E) + jnp.log(total), -jnp.inf)
+    return out, lse, Exact(log2_sum, correction)
 
 
 def _operands(static: Static, x: Floats, who: Masks) -> Operands:
@@ -251,15 +291,19 @@ def _operands(static: Static, x: Floats, who: Masks) -> Operands:
 @differentiated_once
 @under_own_settings
 def _forward(static: Static, x: Floats, who: Masks):
-    out, lse = _attend(static, x, who)
-    return (out, lse), (x, who, out, lse)
+    for_gradients = dataclasses.replace(static, corrected=x.bias is not None)
+    out, lse, exact = _attend(for_gradients, x, who)
+    return (out, lse, exact if static.corrected else None), (x, who, exact, out, lse)
 
 
 @differentiated_once
 @under_own_settings
 def _backward(static: Static, residuals, cotangents):
-    x, who, out, lse = residuals
-    dout, dlse = cotangents
+    x, who, exact, out, lse = residuals
+    dout, dlse, _ = cotangents
+    log2_sum = lse * LOG2E
+    if exact is not None:
+        log2_sum, (dout, dlse) = exact.log2_sum, corrected((dout, dlse), exact.correction)
     mosaic_gpu_backward.check_backward(static)
     segments = (who.q_segment_ids, who.kv_segment_ids)
     if static.segments:
@@ -267,7 +311,7 @@ def _backward(static: Static, residuals, cotangents):
     arrays = Arrays(
         x.q, x.k, x.v, dout, None, None, who.rows, *segments, x.bias, x.alibi_slopes
     )  # fmt: skip
-    gradients = mosaic_gpu_backward.backward(static, arrays, out, lse, dlse, x.sinks)
+    gradients = mosaic_gpu_backward.backward(static, arrays, out, lse, log2_sum, dlse, x.sinks)
     return Floats(*gradients), None
 
 

@@ -58,7 +58,7 @@ def forward(static: Static, x: Operands) -> tuple[jax.Array, jax.Array]:
 
     Returns:
         out [batch, q_len in whole blocks, num_q_heads, head_dim_v]; lse float32
-        [batch, num_q_heads, q_len in whole blocks].
+        `static.lse_shape`.
     """
     tiles, dtype = static.tiles, x.q.dtype
     blocks = pl.cdiv(static.q_len, static.block_q)
@@ -77,7 +77,7 @@ def forward(static: Static, x: Operands) -> tuple[jax.Array, jax.Array]:
         body,
         out_type=(
             jax.ShapeDtypeStruct((static.batch * rows, static.num_q_heads * width), dtype),
-            jax.ShapeDtypeStruct((static.batch, static.num_q_heads, rows), jnp.float32),
+            jax.ShapeDtypeStruct(static.lse_shape, jnp.float32),
         ),
         scratch_types=[
             tile(tiles.rows, max(width, static.head_dim)),
@@ -158,8 +158,9 @@ def block(static: Static, x: Operands, out: Any, lse: Any, shared: Shared) -> No
     carry = lax.fori_loop(tiles.first, tiles.inner, masked, carry)
     carry = lax.fori_loop(tiles.inner, tiles.inner_stop, bare, carry)
     acc, state = lax.fori_loop(tiles.inner_stop, tiles.stop, masked, carry)
-    o, log_sum = normalised(static, x, acc, state, row, head, first_row)
-    lse[b, head, pl.ds(first_row, static.block_q)] = log_sum
+    o, numbers = normalised(static, x, acc, state, row, head, first_row)
+    for i, number in enumerate(numbers):
+        lse[b, head + i * static.num_q_heads, pl.ds(first_row, static.block_q)] = number
     shared.q.at[:, pl.ds(0, static.head_dim_v)][...] = o  # the queries are done with
     _store_queries(static, shared, out, b, head, first_row)
 

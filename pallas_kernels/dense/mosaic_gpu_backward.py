@@ -27,7 +27,6 @@ from pallas_kernels.dense.mosaic_gpu_dbias import bias_gradient
 from pallas_kernels.dense.mosaic_gpu_dkv import key_gradients
 from pallas_kernels.dense.mosaic_gpu_dq import query_gradients
 from pallas_kernels.dense.mosaic_gpu_geometry import (
-    LOG2E,
     Static,
     in_whole_tiles_of_rows,
     row_of,
@@ -65,14 +64,16 @@ class Gradients(NamedTuple):
 
 
 def backward(
-    static: Static, x: Arrays, out: jax.Array, lse: jax.Array, dlse: jax.Array, sinks: Any
-) -> Gradients:
+    static: Static, x: Arrays, out: jax.Array, lse: jax.Array, log2_sum: jax.Array,
+    dlse: jax.Array, sinks: Any,
+) -> Gradients:  # fmt: skip
     """The gradients of a call.
 
     Args:
         static: the call.
         x: its arrays; q, k, dout and bias as they are given, `lse` and `delta` None.
         out, lse: the forward's results, in the contract's layout.
+        log2_sum: lse in units of log2, as weights are computed from it.
         dlse: the cotangent of lse.
         sinks: float32 [num_q_heads], or None.
     """
@@ -84,7 +85,7 @@ def backward(
     else:
         delta += jnp.einsum("bthd,bthd->bth", out, x.dout, preferred_element_type=jnp.float32)
     # A row that sees nothing has weights of 0, whatever its logits.
-    log2_sum = jnp.where(some, lse * LOG2E, jnp.inf)
+    log2_sum = jnp.where(some, log2_sum, jnp.inf)
     x = x._replace(lse=_by_head(static, log2_sum), delta=_by_head(static, delta))
     padded = {name: in_whole_tiles_of_rows(getattr(x, name)) for name in ("q", "k", "v", "dout")}
     x = x._replace(**padded)

@@ -74,7 +74,6 @@ def forward(static: Static, x: Operands) -> tuple[jax.Array, jax.Array]:
     blocks = pl.cdiv(static.q_len, static.block_q)
     given = Operands(*(field is not None for field in x))
     out_shape = (*x.q.shape[:3], static.head_dim_v)
-    lse_shape = (static.batch, static.num_q_heads, blocks * static.block_q)
 
     def body(*refs):
         refs = list(refs)
@@ -86,7 +85,7 @@ def forward(static: Static, x: Operands) -> tuple[jax.Array, jax.Array]:
         body,
         out_type=(
             jax.ShapeDtypeStruct(out_shape, x.q.dtype),
-            jax.ShapeDtypeStruct(lse_shape, jnp.float32),
+            jax.ShapeDtypeStruct(static.lse_shape, jnp.float32),
         ),
         scratch_types=_scratch(static, x.q.dtype),
         grid=(static.batch, blocks, static.num_q_heads),
@@ -110,7 +109,8 @@ def _scratch(static: Static, dtype) -> list[Any]:
         hopper.tile(tiles.consumers, tiles.rows, static.head_dim, dtype=dtype),
         hopper.tile(stages, tiles.block_kv, static.head_dim, dtype=dtype),
         hopper.tile(stages, tiles.block_kv, static.head_dim_v, dtype=dtype),
-        *[plgpu.SMEM((tiles.consumers, tiles.rows), jnp.float32)] * 2,
+        plgpu.SMEM((tiles.consumers * static.rows_of_lse, tiles.rows), jnp.float32),
+        plgpu.SMEM((tiles.consumers, tiles.rows), jnp.float32),
         *([segments] if static.segments else []),
         plgpu.Barrier(num_barriers=tiles.consumers),
         ring(num_arrivals=1 + static.segments),

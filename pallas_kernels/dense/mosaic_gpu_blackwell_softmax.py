@@ -164,13 +164,16 @@ def _logits(static, x: Operands, shared, at: Rows, tile, slot, strip, s, masked)
         # tanh by exp2: MUFU.TANH is good to 11 bits only.
         e = jnp.exp2(s * (2 * LOG2E * factor / static.soft_cap))
         s, factor = 1.0 - 2.0 / (e + 1.0), static.soft_cap
-    if static.bias is not None or static.alibi:
+    unit = LOG2E
+    if static.bias is not None:  # in units of log2 before they are rounded, as on Hopper
+        bias = _bias_strip(static, x.bias, at, first_key, shape)
+        s, factor, unit = s * (factor * LOG2E) + bias * LOG2E, 1.0, 1.0
+    elif static.alibi:
         s, factor = s * factor, 1.0
-    if static.bias is not None:
-        s = s + _bias_strip(static, x.bias, at, first_key, shape)
     if static.alibi:
         distance = (iota(0) - iota(1)) + (at.first + at.row.offset - first_key)
-        s = s - jnp.abs(distance).astype(jnp.float32) * x.slopes[at.head]
+        apart = jnp.abs(distance).astype(jnp.float32)
+        s = s - apart * (x.slopes[at.head] * (LOG2E / unit))
     if static.segments:
         rows = pl.ds(at.first, static.tiles.rows)
         mine = plgpu.load(x.q_segments.at[at.b, rows], layout=ROW, optimized=False)
@@ -185,7 +188,7 @@ def _logits(static, x: Operands, shared, at: Rows, tile, slot, strip, s, masked)
         if jnp.ndim(low):
             seen = seen & (column >= _along(low, shape))
         s = jnp.where(seen, s, -jnp.inf)
-    return s, factor * LOG2E
+    return s, factor * unit
 
 
 def _queries(static: Static, at: Rows) -> jax.Array:
@@ -206,7 +209,10 @@ def _bias_strip(static, bias, at: Rows, first_key, shape):
 
 
 def epilogue(static, x: Operands, shared, at: Rows, i: int, state: Softmax, out, lse) -> None:
-    """Normalises, with the sink in the sum; queries that do not exist give 0 and -inf."""
+    """Normalises, with the sink in the sum; queries that do not exist give 0 and -inf.
+
+    Where the call is corrected, for lse the maximum, in units of log2, and the sum, 0 of nothing.
+    """
     m, l = state
     rest = _full(static, 1.0)
     if static.sinks:
@@ -216,8 +222,13 @@ def epilogue(static, x: Operands, shared, at: Rows, i: int, state: Softmax, out,
         rest = jnp.exp2(m - shift)
         m, l = top, l * rest + jnp.exp2(sink - shift)
     exists = (_queries(static, at) < at.row.q_len) & (l != 0.0)
-    log_sum = m * (1 / LOG2E) + jnp.log(jnp.where(exists, l, 1.0))
-    shared.lse[i, :] = jnp.where(exists, log_sum, -jnp.inf)
+    if static.corrected:
+        numbers = [m, jnp.where(exists, l, 0.0)]
+    else:
+        log_sum = m * (1 / LOG2E) + jnp.log(jnp.where(exists, l, 1.0))
+        numbers = [jnp.where(exists, log_sum, -jnp.inf)]
+    for mine, number in enumerate(numbers):
+        shared.lse[i + mine * static.tiles.consumers, :] = number
     shared.inverse[i, :] = jnp.where(exists, rest / jnp.where(exists, l, 1.0), 0.0)
     inverse = plgpu.load(shared.inverse.at[i], layout=STORED.reduce(1), optimized=False)
     staged = shared.q.at[i]  # the queries are done with
@@ -233,5 +244,7 @@ def epilogue(static, x: Operands, shared, at: Rows, i: int, state: Softmax, out,
         part = staged.at[here, pl.ds(0, static.head_dim_v)]
         plgpu.copy_smem_to_gmem(part, out.at[at.b, there, at.head])
     rows = pl.ds(at.first, static.tiles.rows)
-    plgpu.copy_smem_to_gmem(shared.lse.at[i], lse.at[at.b, at.head, rows])
+    for mine in range(static.rows_of_lse):
+        there = lse.at[at.b, at.head + mine * static.num_q_heads, rows]
+        plgpu.copy_smem_to_gmem(shared.lse.at[i + mine * static.tiles.consumers], there)
     plgpu.wait_smem_to_gmem(0)

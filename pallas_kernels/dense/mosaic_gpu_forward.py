@@ -87,8 +87,7 @@ def forward(static: Static, x: Operands) -> tuple[jax.Array, jax.Array]:
     """The two results, out as the contract has it.
 
     Returns:
-        out [batch, q_len as q has it, num_q_heads, head_dim_v]; lse float32 [batch, num_q_heads,
-        q_len in whole blocks].
+        out [batch, q_len as q has it, num_q_heads, head_dim_v]; lse float32 `static.lse_shape`.
     """
     blocks = pl.cdiv(static.q_len, static.block_q)
     of_a_head = static.kv_len * (static.head_dim + static.head_dim_v) * x.q.dtype.itemsize
@@ -103,7 +102,6 @@ def forward(static: Static, x: Operands) -> tuple[jax.Array, jax.Array]:
         static = dataclasses.replace(static, tiles=dataclasses.replace(static.tiles, stages=stages))
     given = Operands(*(field is not None for field in x))
     out_shape = (*x.q.shape[:3], static.head_dim_v)
-    lse_shape = (static.batch, static.num_q_heads, blocks * static.block_q)
 
     shared = _scratch(static, x.q.dtype, slots, apart=walks is not None and slots == 1)
 
@@ -118,7 +116,7 @@ def forward(static: Static, x: Operands) -> tuple[jax.Array, jax.Array]:
         body,
         out_type=(
             jax.ShapeDtypeStruct(out_shape, x.q.dtype),
-            jax.ShapeDtypeStruct(lse_shape, jnp.float32),
+            jax.ShapeDtypeStruct(static.lse_shape, jnp.float32),
         ),
         scratch_types=[of for of in shared if of is not None],
         grid=tuple(grid.values()),
@@ -166,7 +164,7 @@ def _scratch(static: Static, dtype, slots: int, *, apart: bool) -> Shared:
         q=tile(of_queries, CONSUMER_ROWS, static.head_dim, dtype=dtype),
         k=tile(stages, tiles.block_kv, static.head_dim, dtype=dtype),
         v=tile(stages, tiles.block_kv, static.head_dim_v, dtype=dtype),
-        lse=plgpu.SMEM((of_queries, CONSUMER_ROWS), jnp.float32),
+        lse=plgpu.SMEM((of_queries * static.rows_of_lse, CONSUMER_ROWS), jnp.float32),
         staged=tile(of_queries, CONSUMER_ROWS, width, dtype=dtype) if apart else None,
         segments=plgpu.SMEM((stages, tiles.block_kv), jnp.int32) if static.segments else None,
         q_full=plgpu.Barrier(num_barriers=of_queries),
@@ -462,14 +460,16 @@ def store(static, x, acc, state, out, lse, shared, place: Place, wg, slot) -> No
     row, b, head, index = place
     first_row = index * static.block_q + wg * CONSUMER_ROWS
     staged = shared.q.at[slot, :, pl.ds(0, static.head_dim_v)]  # the queries are done with
-    staged[...], shared.lse[slot, :] = normalised(static, x, acc, state, row, head, first_row)
+    staged[...], numbers = normalised(static, x, acc, state, row, head, first_row)
+    for i, number in enumerate(numbers):
+        shared.lse[slot + i * shared.q.shape[0], :] = number
     plgpu.commit_smem()
     # Rows of queries longer than the output's lie apart: then only 8 of them are one copy.
     height = CONSUMER_ROWS if static.head_dim == static.head_dim_v else 8
     for i in range(0, CONSUMER_ROWS, height):
         rows_of = pl.ds(first_row + i, height)
         plgpu.copy_smem_to_gmem(staged.at[pl.ds(i, height)], out.at[b, rows_of, head])
-    plgpu.copy_smem_to_gmem(shared.lse.at[slot], lse.at[b, head, pl.ds(first_row, CONSUMER_ROWS)])
+    _store_lse(static, shared, slot, lse, place, pl.ds(first_row, CONSUMER_ROWS))
     plgpu.wait_smem_to_gmem(0, wait_read_only=x.plan is not None)
     if x.plan is not None:
         plgpu.barrier_arrive(shared.q_empty.at[slot])
@@ -479,15 +479,22 @@ def store_apart(static, x, acc, state, out, lse, shared, place: Place, wg, slot)
     """The same by parts of columns, through memory that the next queries are not waiting for."""
     row, b, head, index = place
     first_row = index * static.block_q + wg * CONSUMER_ROWS
-    o, log_sum = normalised(static, x, acc, state, row, head, first_row)
+    o, numbers = normalised(static, x, acc, state, row, head, first_row)
     rows, staged = pl.ds(first_row, CONSUMER_ROWS), shared.staged.at[slot]
     width = staged.shape[1]
     for begin in range(0, static.head_dim_v, width):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         staged[...] = o[:, begin : begin + width]
         if begin == 0:
-            shared.lse[slot, :] = log_sum
+            for i, number in enumerate(numbers):
+                shared.lse[slot + i * shared.q.shape[0], :] = number
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(staged, out.at[b, rows, head, pl.ds(begin, width)])
         if begin == 0:
-            plgpu.copy_smem_to_gmem(shared.lse.at[slot], lse.at[b, head, rows])
+            _store_lse(static, shared, slot, lse, place, rows)
+
+
+def _store_lse(static: Static, shared: Shared, slot: Any, lse: Any, place: Place, rows: Any):
+    for i in range(static.rows_of_lse):
+        there = lse.at[place.b, place.head + i * static.num_q_heads, rows]
+        plgpu.copy_smem_to_gmem(shared.lse.at[slot + i * shared.q.shape[0]], there)

@@ -35,6 +35,8 @@ class Static:
         segments, alibi, sinks: whether they are given.
         tiles: sizes of the pipeline.
         capability: of the chip.
+        corrected: whether the forward gives, for lse, the maximum in units of log2 and the sum that
+            it is of: for a gradient beside a bias.
     """
 
     scale: float
@@ -57,6 +59,7 @@ class Static:
     sinks: bool
     tiles: Tiles
     capability: tuple[int, int]
+    corrected: bool = False
 
     @property
     def positional(self) -> bool:
@@ -68,6 +71,17 @@ class Static:
     def block_q(self) -> int:
         """Queries of a block of the grid: those of all its consumer warpgroups."""
         return self.tiles.rows * self.tiles.consumers
+
+    @property
+    def rows_of_lse(self) -> int:
+        """Numbers of a query's that go out beside its results."""
+        return 2 if self.corrected else 1
+
+    @property
+    def lse_shape(self) -> tuple[int, int, int]:
+        """[batch, heads, queries in whole blocks]: a further number has heads of its own."""
+        queries = tiles_of(self.q_len, self.block_q) * self.block_q
+        return (self.batch, self.rows_of_lse * self.num_q_heads, queries)
 
 
 class Row(NamedTuple):

@@ -18,8 +18,8 @@ def shifted(
     bias: jax.Array,
     sinks: jax.Array | None,
     q_lens: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """The results with the bias and the sinks.
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """The results with the bias and the sinks; without sinks also what `corrected` says.
 
     Args:
         out, lse: the contract's, without both.
@@ -30,7 +30,8 @@ def shifted(
     some = (lse != -jnp.inf) & (bias != -jnp.inf)
     keys = jnp.where(some, lse + bias, -jnp.inf)
     if sinks is None:
-        return jnp.where(some[..., None], out, jnp.zeros_like(out)), keys
+        rounded = jnp.exp(lax.stop_gradient(jnp.where(some, (keys - bias) - lse, 0.0)))
+        return jnp.where(some[..., None], out, jnp.zeros_like(out)), keys, rounded
     sink = jnp.broadcast_to(sinks, lse.shape)
     if q_lens is not None:
         exists = jnp.arange(lse.shape[1]) < q_lens[:, None]
@@ -42,4 +43,4 @@ def shifted(
     total = jnp.where(empty, 1.0, weight + jnp.exp(sink - top))
     share = (weight / total)[..., None]
     out = jnp.where(share != 0.0, out.astype(jnp.float32) * share, 0.0).astype(out.dtype)
-    return out, jnp.where(empty, -jnp.inf, top + jnp.log(total))
+    return out, jnp.where(empty, -jnp.inf, top + jnp.log(total)), None

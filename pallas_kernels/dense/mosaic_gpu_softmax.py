@@ -69,12 +69,17 @@ def logits(static, x, row, b, head, first_row, s, tile, segments, masked):
         # tanh by exp2: MUFU.TANH is good to 11 bits only.
         e = jnp.exp2(s * (2 * LOG2E * factor / static.soft_cap))
         s, factor = 1.0 - 2.0 / (e + 1.0), static.soft_cap
-    if static.bias is not None or static.alibi:
-        s, factor = s * factor, 1.0
+    unit = LOG2E
     if static.bias is not None:
-        s = s + _bias_tile(static, x.bias, b, head, first_row, first_key, s)
+        # In units of log2 before they are rounded: a product less the maximum is one instruction,
+        # which does not round the product, and of -1e9 that is a factor of 2^18.
+        bias = _bias_tile(static, x.bias, b, head, first_row, first_key, s)
+        s, factor, unit = s * (factor * LOG2E) + bias * LOG2E, 1.0, 1.0
+    elif static.alibi:
+        s, factor = s * factor, 1.0
     if static.alibi:
-        s = s - distance(first_row + row.offset - first_key, shape, tile) * x.slopes[head]
+        apart = distance(first_row + row.offset - first_key, shape, tile)
+        s = s - apart * (x.slopes[head] * (LOG2E / unit))
     if static.segments:
         queries = x.q_segments.at[b, pl.ds(first_row, shape[0])]
         mine = plgpu.load(queries, layout=ROW, optimized=False)
@@ -89,7 +94,7 @@ def logits(static, x, row, b, head, first_row, s, tile, segments, masked):
         if jnp.ndim(low):
             seen = seen & (column >= along(low, s))
         s = jnp.where(seen, s, -jnp.inf)
-    return s, factor * LOG2E
+    return s, factor * unit
 
 
 def _bias_tile(static, bias, b, head, first_row, first_key, like):
@@ -141,8 +146,11 @@ def _any_row(flags: jax.Array) -> jax.Array:
     return above_0_in_any_row(plgpu.layout_cast(flags, ROW))
 
 
-def normalised(static, x, acc, state, row, head, first_row) -> tuple[jax.Array, jax.Array]:
-    """(out, lse), with the sink in the sum; queries that do not exist give 0 and -inf."""
+def normalised(static, x, acc, state, row, head, first_row) -> tuple[jax.Array, list[jax.Array]]:
+    """(out, [lse]), with the sink in the sum; queries that do not exist give 0 and -inf.
+
+    Where the call is corrected, (out, [maximum, in units of log2, and sum, 0 of nothing]).
+    """
     m, l = state
     if static.sinks:
         sink = x.sinks[head] * LOG2E
@@ -154,5 +162,7 @@ def normalised(static, x, acc, state, row, head, first_row) -> tuple[jax.Array, 
     exists = (rows < row.q_len) & (l != 0.0)
     inverse = jnp.where(exists, 1.0 / jnp.where(exists, l, 1.0), 0.0)
     o = jnp.where(along(exists, acc), acc * along(inverse, acc), 0.0)
+    if static.corrected:
+        return o.astype(x.q.dtype), [m, jnp.where(exists, l, 0.0)]
     log_sum = m * (1 / LOG2E) + jnp.log(jnp.where(exists, l, 1.0))
-    return o.astype(x.q.dtype), jnp.where(exists, log_sum, -jnp.inf)
+    return o.astype(x.q.dtype), [jnp.where(exists, log_sum, -jnp.inf)]

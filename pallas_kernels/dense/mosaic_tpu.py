@@ -16,6 +16,7 @@ from pallas_kernels.dense import mosaic_tpu_backward, mosaic_tpu_forward
 from pallas_kernels.dense.derivative_rules import (
     corrected,
     differentiated_once,
+    giving_correction,
     with_named_residuals,
 )
 from pallas_kernels.dense.mosaic_tpu_forward import Operands
@@ -39,6 +40,7 @@ class Floats(NamedTuple):
     sinks: jax.Array | None
 
 
+@giving_correction
 @under_default_rules
 def dense_attention(
     q: jax.Array,
@@ -59,7 +61,8 @@ def dense_attention(
     q_lens: jax.Array | None = None,
     kv_lens: jax.Array | None = None,
     sinks: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
+    correction: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Attention over contiguous q, k, v, as `pallas_kernels.dense` defines it, for TPU.
 
     Differentiable in reverse mode in q, k, v, bias, alibi_slopes and sinks, through out and lse. A
@@ -95,7 +98,7 @@ def dense_attention(
     dims = _check(x, q_segment_ids, kv_segment_ids, q_lens, kv_lens)
     contract_checks.check_logit_numbers(soft_cap, attention_chunk_size, sliding_window)
     if empty_calls.is_empty(dims):
-        return empty_calls.dense(q, v, sinks, q_lens)
+        return (*empty_calls.dense(q, v, sinks, q_lens), None)
     first, offsets = _offsets(q_offset, dims["batch"])
     q_lens = contract_checks.existing(q_lens, dims["q_len"])
     kv_lens = contract_checks.existing(kv_lens, dims["kv_len"])
@@ -154,12 +157,7 @@ def _size_class(x: Floats) -> tuple[tpu_chip.TpuChip, str, int, bool]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 @under_own_settings
-def _attend(static: Static, x: Floats, who: Masks) -> tuple[jax.Array, jax.Array]:
-    """The two results, in the contract's layout."""
-    return _rows(static, x, who)[:2]
-
-
-def _rows(static: Static, x: Floats, who: Masks) -> tuple[jax.Array | None, ...]:
+def _attend(static: Static, x: Floats, who: Masks) -> tuple[jax.Array | None, ...]:
     """Out, lse, and with a bias what the rows' probabilities are multiplied by, else None."""
     bias, bias_of = _bias_operand(x.bias, static)
     operands = Operands(
@@ -196,15 +194,15 @@ def _bias_operand(bias: jax.Array | None, static: Static) -> tuple[jax.Array | N
 @differentiated_once
 @under_own_settings
 def _forward(static: Static, x: Floats, who: Masks):
-    out, lse, correction = _rows(static, x, who)
-    return (out, lse), (x, who, correction, out, lse)
+    out, lse, correction = _attend(static, x, who)
+    return (out, lse, correction), (x, who, correction, out, lse)
 
 
 @differentiated_once
 @under_own_settings
 def _backward(static: Static, residuals, cotangents):
     x, who, correction, out, lse = residuals
-    gradients = _gradients(static, x, who, out, lse, *corrected(cotangents, correction))
+    gradients = _gradients(static, x, who, out, lse, *corrected(cotangents[:2], correction))
     return gradients, None
 
 

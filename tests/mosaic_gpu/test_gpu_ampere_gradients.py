@@ -13,6 +13,7 @@ from test_gpu_dense_gradients import (
     CASES,
     FAR,
     FEATURES,
+    HIDDEN,
     KERNEL,
     MORE,
     OF_KEYS,
@@ -20,6 +21,7 @@ from test_gpu_dense_gradients import (
     SEGMENTED,
     SLOPES,
     WINDOWED,
+    agrees_though_a_bias_hides_rows,
     agrees_though_rows_are_far,
     biased,
     forgetting,
@@ -80,6 +82,13 @@ def test_gradients_agree_with_the_oracle(case):
 @pytest.mark.parametrize("name", FAR)
 def test_a_bias_of_queries_may_be_as_large_as_it_likes(name):
     agrees_though_rows_are_far(name, "a100")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.sweep] * (i > 0)) for i, n in enumerate(HIDDEN)]
+)
+def test_rows_that_a_bias_hides_whole(name):
+    agrees_though_a_bias_hides_rows(name, "a100")
 
 
 def one_key_tile_less(*args):

@@ -15,9 +15,11 @@ from test_gpu_dense_gradients import (
     CASES,
     FAR,
     FEATURES,
+    HIDDEN,
     KERNEL,
     MORE,
     SEGMENTS,
+    agrees_though_a_bias_hides_rows,
     agrees_though_rows_are_far,
     forgetting,
     gives_every_gradient,
@@ -71,6 +73,13 @@ def test_gradients_agree_with_the_oracle(case):
 @pytest.mark.parametrize("name", FAR)
 def test_a_bias_of_queries_may_be_as_large_as_it_likes(name):
     agrees_though_rows_are_far(name, "b200")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.sweep] * (i > 0)) for i, n in enumerate(HIDDEN)]
+)
+def test_rows_that_a_bias_hides_whole(name):
+    agrees_though_a_bias_hides_rows(name, "b200")
 
 
 def without_slope(*args):

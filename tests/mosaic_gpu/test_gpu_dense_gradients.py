@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from gpu_compiler import compiled_cleanly, program_of
 from gpu_interpreter import gpu_interpreter, needs_gpu_interpreter
+from hidden_rows import check_hidden_rows
 
 from attnsel_jax.aot import child
 from attnsel_jax.backends.mosaic_gpu import MosaicGpuBackend
@@ -184,6 +185,29 @@ def agrees_though_rows_are_far(name, chip):
 )
 def test_a_bias_of_queries_may_be_as_large_as_it_likes(name):
     agrees_though_rows_are_far(name, "h200")
+
+
+HIDDEN = {
+    "keys hidden, no gradient but of queries": {"wrt": "q"},
+    "keys hidden, a sink, float16": {"sinks": True, "dtype": "float16", "heads": (2, 1), "batch": 2,
+                                     "kv_lens": (70, 50), "wrt": ("q", "k", "v", "sinks")},
+    "hidden in a bias of each logit": {"bias": (True, True, True, True), "far": -3e9,
+                                       "wrt": ("q", "k", "v", "bias")},
+}  # fmt: skip
+
+
+def agrees_though_a_bias_hides_rows(name, chip):
+    options = {"dtype": "bfloat16", "heads": (1, 1), "q_len": 20, "kv_len": 20, "hidden": 11}
+    options |= {"q_len": 140, "kv_len": 70, "hidden": 30} if len(HIDDEN[name]["wrt"]) > 1 else {}
+    with gpu_interpreter(chip, detect_races=False):
+        check_hidden_rows(mosaic_gpu.dense_attention, atol=0.03, **options | HIDDEN[name])
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.sweep] * (i > 0)) for i, n in enumerate(HIDDEN)]
+)
+def test_rows_that_a_bias_hides_whole(name):
+    agrees_though_a_bias_hides_rows(name, "h200")
 
 
 def forgetting(**fields):
