@@ -80,16 +80,24 @@ def _jitted(
 def _by_arrays(
     kernel: Kernel, op: str, static: dict[str, Any], backend: type[AttentionBackend]
 ) -> Kernel:
-    """The kernel as a function of its arrays by name; its results are held to the contract."""
+    """The kernel as a function of its arrays by name; its results are held to the contract.
+
+    Asked for a `correction`, it gives that beside them: None of a kernel that knows of none.
+    """
     names = list(ARGUMENTS[op])[: POSITIONAL[op]]
 
-    def of_arrays(arrays: Arrays, **changed: Any) -> tuple[jax.Array, ...]:
+    def of_arrays(
+        arrays: Arrays, *, correction: bool = False, **changed: Any
+    ) -> tuple[jax.Array, ...]:
         others = {name: array for name, array in arrays.items() if name not in names}
         leading = (arrays.get(name) for name in names)
         with refused_where_compared(backend, op, arrays):
-            results = kernel(*leading, **others, **{**static, **changed})
+            known = getattr(kernel, "with_correction", None) if correction else None
+            results = (known or kernel)(*leading, **others, **{**static, **changed})
+            results, more = (results[:2], results[2:]) if known else (results, (None,))
             check_results(backend, op, results, {**static, **arrays})
-        return results if isinstance(results, tuple) else (results,)
+        results = results if isinstance(results, tuple) else (results,)
+        return (*results, *more) if correction else results
 
     return of_arrays
 

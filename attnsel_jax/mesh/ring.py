@@ -5,7 +5,7 @@ attend to them, and merges what comes out by lse. Nothing of the size of the who
 anywhere. Backward, keys go round once more, and their gradients with them, back to where they came
 from; each meeting's forward pass is computed again, so nothing is stored but inputs and results.
 
-With w = exp(lse_j - lse), the share of one meeting j in the result::
+With w = exp(lse_j - lse), the share of one meeting j in the result (`merging.share_of`)::
 
     dout_j = w * dout          dlse_j = w * (dout . out_j - dout . out + dlse)
 
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from attnsel_jax.mesh.merging import Partial, merged, nothing, weight, with_sinks
+from attnsel_jax.mesh.merging import Partial, merged, nothing, share_of, with_sinks
 from attnsel_jax.mesh.positions import Piece, meet_at_all, met, pieces
 from attnsel_jax.mesh.zigzag import from_zigzag, to_zigzag
 from pallas_kernels.dense.derivative_rules import DENSE_RESIDUALS
@@ -35,7 +35,7 @@ class Ring(NamedTuple):
     """A call's ring.
 
     Attributes:
-        kernel: takes arrays by name; returns out and lse.
+        kernel: takes arrays by name; returns out and lse, and a correction if it is asked for one.
         static: the call's static arguments.
         axis: the mesh axis.
         n: devices along it.
@@ -47,6 +47,13 @@ class Ring(NamedTuple):
     axis: str
     n: int
     zigzag: bool
+
+    def results(self, arrays: Arrays) -> tuple[tuple[jax.Array, jax.Array], jax.Array | None]:
+        """The kernel's out and lse; beside a bias the correction of these, None = 1."""
+        if "bias" not in arrays:
+            return self.kernel(arrays), None
+        *results, correction = self.kernel(arrays, correction=True)
+        return tuple(results), correction
 
     def onward(self, tree: Any) -> Any:
         """What the device before this one holds; what this one holds goes to the next."""
@@ -104,18 +111,17 @@ def ring_attention(
 
     @jax.custom_vjp
     def attend(floats: Arrays, others: Arrays) -> tuple[jax.Array, jax.Array]:
-        return _forward(ring, floats | others)
+        return _forward(ring, floats | others)[:2]
 
     @under_default_rules
     def forward(floats: Arrays, others: Arrays):
-        results = _forward(ring, floats | others)
-        out, lse = (checkpoint_name(x, DENSE_RESIDUALS) for x in results)
-        return (out, lse), (floats, others, out, lse)
+        whole = checkpoint_name(_forward(ring, floats | others), DENSE_RESIDUALS)
+        return whole[:2], (floats, others, whole)
 
     @under_default_rules
     def backward(kept, cotangents):
-        floats, others, out, lse = kept
-        return _backward(ring, floats | others, out, lse, *cotangents), None
+        floats, others, whole = kept
+        return _backward(ring, floats | others, whole, *cotangents), None
 
     attend.defvjp(forward, backward)
     floats = {name: arrays[name] for name in FLOATS if name in arrays}
@@ -136,8 +142,8 @@ def in_zigzag(static: dict[str, Any], q_len: int, kv_len: int, n: int) -> bool:
     return bool(static.get("causal")) and n > 1 and halves
 
 
-def _forward(ring: Ring, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
-    """Once round: the keys are sent on before they are met, so that both go on at once."""
+def _forward(ring: Ring, arrays: Arrays) -> Partial:
+    """Once round, keys sent on before they are met, so that both go on at once; out in q's dtype."""
     q, width = arrays["q"], arrays["v"].shape[-1]
 
     def meet(step, kv: Arrays, so_far: list[Partial]) -> list[Partial]:
@@ -153,12 +159,12 @@ def _forward(ring: Ring, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
 
     kv = {name: arrays[name] for name in BY_KEY if name in arrays}
     rows = [q[:, cut].shape[:3] for cut in ring.cut(q.shape[1])]
-    empty = [nothing(shape, width) for shape in rows]
+    empty = [nothing(shape, width, corrected="bias" in arrays) for shape in rows]
     carry = jax.lax.fori_loop(0, ring.n - 1, one_step, (kv, empty))
     parts = meet(ring.n - 1, *carry)
-    whole = Partial(*(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True)))
+    whole = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
     whole = with_sinks(whole, arrays.get("sinks"), _exists(ring, arrays))
-    return whole.out.astype(q.dtype), whole.lse
+    return whole._replace(out=whole.out.astype(q.dtype))
 
 
 def _met_too(ring: Ring, arrays: Arrays, step, pair: tuple[int, int], so_far: Partial) -> Partial:
@@ -166,8 +172,8 @@ def _met_too(ring: Ring, arrays: Arrays, step, pair: tuple[int, int], so_far: Pa
     mine, told, some = _pair(ring, arrays, step, *pair)
 
     def with_these(so_far: Partial) -> Partial:
-        out, lse = ring.kernel(mine | told)
-        return merged(so_far, Partial(out.astype(jnp.float32), lse))
+        (out, lse), correction = ring.results(mine | told)
+        return merged(so_far, Partial(out.astype(jnp.float32), lse, correction))
 
     if some is None:
         return with_these(so_far)
@@ -213,12 +219,12 @@ def _exists(ring: Ring, arrays: Arrays) -> jax.Array | None:
 
 
 def _backward(
-    ring: Ring, arrays: Arrays, out: jax.Array, lse: jax.Array, dout: jax.Array, dlse: jax.Array
+    ring: Ring, arrays: Arrays, whole: Partial, dout: jax.Array, dlse: jax.Array
 ) -> Arrays:
     """Gradients of the floats: once round, the keys' gradients one step behind the keys."""
     dout = dout.astype(jnp.float32)
-    delta = jnp.sum(out.astype(jnp.float32) * dout, axis=-1) - dlse
-    rows = {"lse": lse, "dout": dout, "delta": delta}
+    delta = jnp.sum(whole.out.astype(jnp.float32) * dout, axis=-1) - dlse
+    rows = {"whole": whole, "dout": dout, "delta": delta}
     kv = {name: arrays[name] for name in BY_KEY if name in arrays}
     stay = [name for name in ("q", "bias", "alibi_slopes") if name in arrays]
 
@@ -227,7 +233,7 @@ def _backward(
         grads = {name: jnp.zeros(kv[name].shape, jnp.float32) for name in "kv"} | here
         for i, j in ring.pairs(arrays):
             q_rows, kv_rows = ring.cut(arrays["q"].shape[1])[i], ring.cut(kv["k"].shape[1])[j]
-            part = {name: x[:, q_rows] for name, x in rows.items()}
+            part = jax.tree.map(lambda x, q_rows=q_rows: x[:, q_rows], rows)
             own_rows = {"q": q_rows, "k": kv_rows, "v": kv_rows}
             at = {name: [0, rows.start, 0, 0] for name, rows in own_rows.items()}
             if "bias" in arrays:
@@ -250,7 +256,8 @@ def _backward(
     back = jax.tree.map(jnp.add, own, ring.onward(travelling))
     grads = here | back
     if "sinks" in arrays:
-        share = weight(jnp.broadcast_to(arrays["sinks"], lse.shape), lse)
+        logits = jnp.broadcast_to(arrays["sinks"], whole.lse.shape)
+        share = share_of(Partial(whole.out, logits), whole)
         exists = _exists(ring, arrays)
         share = share if exists is None else jnp.where(exists[..., None], share, 0)
         grads["sinks"] = -jnp.sum(share * delta, axis=(0, 1))
@@ -258,7 +265,7 @@ def _backward(
 
 
 def _add_meeting(
-    ring: Ring, arrays: Arrays, rows: Arrays, step, pair: tuple[int, int], at, grads: Arrays
+    ring: Ring, arrays: Arrays, rows: dict[str, Any], step, pair: tuple[int, int], at, grads: Arrays
 ) -> Arrays:
     """Adds the gradients of one meeting; `at` says where its part of each gradient starts.
 
@@ -270,8 +277,10 @@ def _add_meeting(
 
     def pulled() -> Arrays:
         rest = {name: x for name, x in mine.items() if name not in wanted} | told
-        (out, lse), pull_back = jax.vjp(lambda x: ring.kernel(x | rest), wanted)
-        share = weight(lse, jnp.where(rows["lse"] == -jnp.inf, jnp.inf, rows["lse"]))
+        (out, lse), pull_back, correction = jax.vjp(
+            lambda x: ring.results(x | rest), wanted, has_aux=True
+        )
+        share = share_of(Partial(out, lse, correction), rows["whole"])
         along = jnp.sum(rows["dout"] * out.astype(jnp.float32), axis=-1)
         seeds = (share[..., None] * rows["dout"]).astype(out.dtype), share * (along - rows["delta"])
         (pulled,) = pull_back(seeds)

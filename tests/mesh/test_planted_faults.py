@@ -123,7 +123,7 @@ FAULTS = {
         "attnsel_jax.mesh.zigzag", "_owner", lambda part, n: part % n, around,
     ),
     "gradients of unweighed parts": (
-        "attnsel_jax.mesh.ring", "weight", lambda lse, of: jnp.ones_like(lse),
+        "attnsel_jax.mesh.ring", "share_of", lambda part, whole: jnp.ones_like(part.lse),
         lambda: around(gradients=True),
     ),
     "a bias of the first keys, whichever are here": (
