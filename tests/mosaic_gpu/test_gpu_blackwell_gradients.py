@@ -76,8 +76,10 @@ def test_a_bias_of_queries_may_be_as_large_as_it_likes(name):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.sweep] * (i > 0)) for i, n in enumerate(HIDDEN)]
-)
+    "name",
+    [pytest.param(n, marks=pytest.mark.sweep if i else pytest.mark.once)
+     for i, n in enumerate(HIDDEN)],
+)  # fmt: skip
 def test_rows_that_a_bias_hides_whole(name):
     agrees_though_a_bias_hides_rows(name, "b200")
 
