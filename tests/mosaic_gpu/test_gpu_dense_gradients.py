@@ -17,6 +17,7 @@ from attnsel_jax.compare import compare
 from attnsel_jax.compare.comparison import FAIL, PASS
 from attnsel_jax.compare.expected import gradient_names
 from attnsel_jax.config import AttentionSelectorConfig
+from attnsel_jax.mesh import merging
 from attnsel_jax.platforms import Device
 from attnsel_jax.problems import Problem
 from attnsel_jax.problems.dense_inputs import dense_inputs
@@ -206,6 +207,32 @@ def agrees_though_a_bias_hides_rows(name, chip):
 )
 def test_rows_that_a_bias_hides_whole(name):
     agrees_though_a_bias_hides_rows(name, "h200")
+
+
+CHIPS = ("h200", *(pytest.param(chip, marks=pytest.mark.sweep) for chip in ("a100", "b200")))
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 8), (1, 1, 8, 1)], ids=["of keys", "of queries"])
+def test_parts_of_hidden_rows_say_what_they_hold(chip, shape):
+    """As a ring over a mesh asks for them."""
+    q, bias = jnp.zeros((1, 8, 1, 64), jnp.bfloat16), jnp.full(shape, -1e9)
+    k, v = (jax.random.normal(jax.random.key(i), q.shape).astype(q.dtype) for i in range(2))
+
+    @jax.jit
+    def part(keys, values, bias):
+        attend = mosaic_gpu.dense_attention.with_correction
+        return merging.Partial(*attend(q, keys, values, bias=bias))
+
+    with gpu_interpreter(chip, detect_races=False):
+        of_keys = (slice(0, 3), slice(3, 8))
+        parts = [
+            part(k[:, i], v[:, i], bias[..., i if shape[3] > 1 else slice(1)]) for i in of_keys
+        ]
+    whole = merging.merged(*parts)
+    mean = np.broadcast_to(np.asarray(v, np.float32).mean(1, keepdims=True), whole.out.shape)
+    np.testing.assert_allclose(whole.out, mean, rtol=0.01, atol=0.01)
+    np.testing.assert_allclose(whole.correction, 1 / 8, rtol=1e-5)
 
 
 def forgetting(**fields):
