@@ -143,7 +143,7 @@ def in_zigzag(static: dict[str, Any], q_len: int, kv_len: int, n: int) -> bool:
 
 
 def _forward(ring: Ring, arrays: Arrays) -> Partial:
-    """Once round, keys sent on before they are met, so that both go on at once; out in q's dtype."""
+    """Once round, keys sent on before they are met, so that both go on; out is in q's dtype."""
     q, width = arrays["q"], arrays["v"].shape[-1]
 
     def meet(step, kv: Arrays, so_far: list[Partial]) -> list[Partial]:
