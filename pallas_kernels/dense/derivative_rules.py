@@ -54,8 +54,8 @@ def with_named_residuals(forward: Callable[..., Any]) -> Callable[..., Any]:
 def giving_correction(attend: Callable[..., Any]) -> Callable[..., Any]:
     """The kernel of the contract, out and lse, of a function that gives a correction beside them.
 
-    `with_correction` of the kernel gives all three, for who merges parts of the keys by lse; the
-    third (see `corrected`) is None where there is no bias, which may be all that lse has room for.
+    `with_correction` of the kernel gives all three, for who merges parts of the keys by lse: a part
+    holds exp(lse) / correction. The third (see `corrected`) is None where it is 1, as with no bias.
 
     Args:
         attend: the contract's arguments, and `correction`: whether it is asked for.
