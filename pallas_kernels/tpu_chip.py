@@ -103,13 +103,32 @@ def for_generation(generation: str) -> Iterator[TpuChip]:
         yield chip
 
 
-def pallas_call(kernel: Callable[..., None], **options: Any) -> Callable[..., Any]:
+def pallas_call(
+    kernel: Callable[..., None], *, written: Sequence[int] = (), **options: Any
+) -> Callable[..., Any]:
     """`pl.pallas_call`, whose calls a `jax.vmap` makes one after another.
 
     Pallas' own rule adds a dimension to the grid and to every block, which Mosaic refuses where an
     array stays in HBM or SMEM.
+
+    Args:
+        kernel: as Pallas has it.
+        written: operands into whose blocks it writes: they stay in HBM. XLA puts small ones into
+            VMEM, where a block is no copy but the operand itself, and the last one goes on past
+            its end (read off libtpu 0.0.52's code).
+        options: of `pl.pallas_call`.
     """
-    return jax.custom_batching.sequential_vmap(unchecked(pl.pallas_call(kernel, **options)))
+    call = pl.pallas_call(kernel, **options)
+
+    def with_written_ones_in_hbm(*operands: jax.Array) -> Any:
+        return call(
+            *(
+                pltpu.with_memory_space_constraint(x, pltpu.HBM) if i in written else x
+                for i, x in enumerate(operands)
+            )
+        )
+
+    return jax.custom_batching.sequential_vmap(unchecked(with_written_ones_in_hbm))
 
 
 def compiler_params(

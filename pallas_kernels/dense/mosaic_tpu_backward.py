@@ -116,8 +116,7 @@ def _of_major(
     static: Static, x: Operands, bias_of: str, work: Work, kv_major: jax.Array, dq_dtype
 ) -> Gradients:
     """What one major block of keys gives; k, v and logits of these keys alone."""
-    tiles = static.tiles
-    head_dim, head_dim_v = x.k.shape[3], x.v.shape[3]
+    tiles, head_dim, head_dim_v = static.tiles, x.k.shape[3], x.v.shape[3]
     specs, results = _input_specs(static, x, bias_of), _results(static, x, dq_dtype)
     names = [name for name in Operands._fields if getattr(x, name) is not None]
     made = [name for name in Gradients._fields if getattr(results, name) is not None]
@@ -159,6 +158,7 @@ def _of_major(
             ("parallel", "parallel", "arbitrary", "arbitrary")
         ),
         name="dense_attention_backward",
+        written=[5 + names.index(name) for name in ("q", "k", "dout")],  # by `clear_nan`
     )(*work, kv_major[None], *(getattr(x, name) for name in names))
     return results._replace(**dict(zip(made, arrays, strict=True)))
 

@@ -7,6 +7,7 @@ rows of tiles with nothing, something and everything to see, and odd and even nu
 import dataclasses
 import functools
 import itertools
+import re
 import types
 
 import jax
@@ -23,7 +24,7 @@ from attnsel_jax.compare.comparison import PASS
 from attnsel_jax.platforms import CHIPS, Device
 from attnsel_jax.problems import QUICK
 from attnsel_jax.xla import reference
-from pallas_kernels import masks
+from pallas_kernels import masks, tpu_chip
 from pallas_kernels.dense import (
     mosaic_tpu,
     mosaic_tpu_schedule,
@@ -448,6 +449,21 @@ DENSE = MosaicTpuBackend.capabilities["dense"]
 TPUS = [
     name for name, chip in CHIPS.items() if chip.generation and chip.generation in DENSE.generation
 ]
+
+
+def test_what_the_backward_writes_into_is_in_hbm():
+    """In VMEM, where XLA puts small arrays, an operand's block is the operand, and passes its end.
+
+    q, k and dout lose their NaN there.
+    """
+    x = jax.ShapeDtypeStruct((1, 130, 1, 64), jnp.float32)
+    gradients = jax.grad(lambda *x: jnp.sum(mosaic_tpu.dense_attention(*x)[0]), (0, 1, 2))
+    with tpu_chip.for_generation("v6e"):
+        lowered = jax.jit(gradients).trace(x, x, x).lower(lowering_platforms=("tpu",))
+    (call,) = (line for line in lowered.as_text().splitlines() if "attention_backward" in line)
+    in_hbm = re.findall(r"operand_index\W+22:(\d+)\W+22color\W+22:0", call)
+    lists, (q, k, _, dout) = 5, range(4)
+    assert [int(operand) - lists for operand in in_hbm] == [q, k, dout]
 
 
 @pytest.mark.parametrize("chip", ["7x", pytest.param("v4", marks=pytest.mark.sweep)])
