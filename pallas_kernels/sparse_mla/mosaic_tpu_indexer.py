@@ -9,6 +9,7 @@ first, until all of its tiles are through. How a tile goes through its keys is
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,7 @@ def indexer_scores(
         _pages_of_step(dims["pages_per_seq"], dims["page_size"]), dims["pages_per_seq"],
         q_index.dtype,
     )  # fmt: skip
+    _check_positions(dims["pages_per_seq"] * dims["page_size"], sizes, index_pages.dtype)
     cu_q_lens = jnp.clip(cu_q_lens, 0, num_tokens)
     page_table = jnp.clip(page_table, 0, index_pages.shape[0] - 1).reshape(-1)
     scores = _call(
@@ -86,14 +88,23 @@ def _check(q_index, weights, index_pages, page_table, kv_lens, cu_q_lens, num_se
             f"page_size is {dims['page_size']}, must be a multiple of {rows} with "
             f"{index_pages.dtype} keys: use XLA_MLA_SPARSE for others"
         )
-    positions = dims["pages_per_seq"] * dims["page_size"]
-    most = tpu_chip.current().vmem_bytes // 2 // (2 * OCTET * 4)
+    return dims
+
+
+def _check_positions(positions: int, sizes: Sizes, key_dtype: jnp.dtype) -> None:
+    """Refuses positions whose scores VMEM has no room for: half of it, less where keys are wide."""
+    shapes = scoring.scratch_shapes(sizes, key_dtype)._replace(scores=None)
+    vmem = [x for x in jax.tree.leaves(shapes) if x.memory_space == pltpu.VMEM]
+    others = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in vmem)
+    all_of_it = tpu_chip.current().vmem_bytes
+    # Beside what is kept for others: registers that the compiler spills, and the last block's rest.
+    free = all_of_it - others - 2 * tpu_chip.VMEM_RESERVED
+    most = max(0, min(all_of_it // 2, free)) // (2 * OCTET * 4)
     if positions > most:
         raise ValueError(
             f"pages_per_seq * page_size is {positions}, must be at most {most}: VMEM holds the "
             f"scores of {2 * OCTET} tokens; use XLA_MLA_SPARSE for longer sequences"
         )
-    return dims
 
 
 def _pages_of_step(pages_per_seq: int, page_size: int) -> int:

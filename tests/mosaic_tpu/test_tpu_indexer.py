@@ -1,5 +1,6 @@
 """The lightning indexer on TPU, interpreted with race detection and NaN; and compiled."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from attnsel_jax.compare import compare
 from attnsel_jax.compare.comparison import PASS
 from attnsel_jax.problems import Problem
 from attnsel_jax.problems.indexer_inputs import indexer_inputs
+from pallas_kernels import tpu_chip
 from pallas_kernels.sparse_mla import mosaic_tpu_indexer, mosaic_tpu_scoring
 from pallas_kernels.sparse_mla.mosaic_tpu_indexer import indexer_scores
 from pallas_kernels.sparse_mla.mosaic_tpu_topk import topk_positions
@@ -148,6 +150,24 @@ def test_what_it_does_not_take_is_refused_with_both_values(change, message):
         change = {"page_table": jnp.zeros((given["kv_lens"].shape[0], 30_000), jnp.int32)}
     with pytest.raises(ValueError, match=message):
         indexer_scores(**given | change)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 102_336), ("bfloat16", 131_072)])
+def test_wide_keys_leave_fewer_positions_on_v4(monkeypatch, dtype, most):
+    """With 131,072 of float32 the compiler wanted 16.5 of v4's 16 MiB."""
+    monkeypatch.setattr(mosaic_tpu_indexer, "BLOCK_KV", 2048)
+    given = arguments_of(page_size=64)
+    given |= {name: given[name].astype(dtype) for name in ("q_index", "index_pages")}
+    sequences = given["kv_lens"].shape[0]
+
+    def traced(pages_per_seq):
+        table = jnp.zeros((sequences, pages_per_seq), jnp.int32)
+        with tpu_chip.for_generation("v4"):
+            jax.eval_shape(lambda: indexer_scores(**given | {"page_table": table}))
+
+    traced(most // 64)
+    with pytest.raises(ValueError, match=f"must be at most {most}"):
+        traced(most // 64 + 1)
 
 
 def test_the_backend_has_the_whole_indexer():
