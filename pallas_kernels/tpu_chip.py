@@ -12,6 +12,7 @@ generation is never taken for another. Where nothing is said, it is `DEFAULT`.
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ DEFAULT = "v5e"
 # Left of VMEM for what Mosaic and XLA keep there themselves.
 VMEM_RESERVED = 1 << 20
 SMEM_BYTES = 1 << 20  # on every generation
+SMEM_OF_COMPILER = 4 << 10  # of it, for what is in no list of a kernel's
 SMEM_RESERVED = 64 << 10  # for what kernels and compiler have there beside lists and tables
 
 
@@ -87,6 +89,10 @@ def current() -> TpuChip:
     return dataclasses.replace(CHIPS[_BY_VERSION[info.chip_version]], num_cores=info.num_cores)
 
 
+class SmemError(ValueError):
+    """A call's lists and tables are more than SMEM holds."""
+
+
 @contextlib.contextmanager
 def for_generation(generation: str) -> Iterator[TpuChip]:
     """Everything traced inside is traced for one core, or pair of cores, of this generation.
@@ -117,10 +123,14 @@ def pallas_call(
             VMEM, where a block is no copy but the operand itself, and the last one goes on past
             its end (read off libtpu 0.0.52's code).
         options: of `pl.pallas_call`.
+
+    Returns:
+        the call; it raises `SmemError` where its lists and tables are more than SMEM holds.
     """
     call = pl.pallas_call(kernel, **options)
 
     def with_written_ones_in_hbm(*operands: jax.Array) -> Any:
+        _check_smem(options["name"], options.get("grid_spec"), operands)
         return call(
             *(
                 pltpu.with_memory_space_constraint(x, pltpu.HBM) if i in written else x
@@ -129,6 +139,31 @@ def pallas_call(
         )
 
     return jax.custom_batching.sequential_vmap(unchecked(with_written_ones_in_hbm))
+
+
+def _check_smem(name: str, grid_spec: Any, operands: Sequence[jax.Array]) -> None:
+    """Refuses what the compiler would, which names neither argument nor way out."""
+    if grid_spec is None:
+        return
+    lists = [x.shape for x in operands[: grid_spec.num_scalar_prefetch]]
+    specs = zip(grid_spec.in_specs, operands[grid_spec.num_scalar_prefetch :], strict=True)
+    lists += [x.shape for spec, x in specs if spec.memory_space == pltpu.SMEM]
+    scratch = jax.tree.leaves(grid_spec.scratch_shapes)
+    lists += [x.shape for x in scratch if getattr(x, "memory_space", None) == pltpu.SMEM]
+    needed, most = sum(map(_smem_bytes, lists)), SMEM_BYTES - SMEM_OF_COMPILER
+    if needed > most:
+        raise SmemError(
+            f"{name} wants {needed} bytes of a TPU's SMEM for what it lists by token, sequence and "
+            f"head, must want at most {most}: call with fewer of them at a time, or use XLA"
+        )
+
+
+def _smem_bytes(shape: Sequence[int]) -> int:
+    """Of 32-bit numbers, in registers of up to 8 rows of 128."""
+    *rows, columns = (1, *shape)
+    rows = math.prod(rows)
+    tall = min(SUBLANES, 1 << (rows - 1).bit_length())
+    return 4 * -(-rows // tall) * tall * -(-columns // LANES) * LANES
 
 
 def compiler_params(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import contract_checks, empty_calls, masks, tpu_chip
-from pallas_kernels.dense import mosaic_tpu_backward, mosaic_tpu_forward
+from pallas_kernels.dense import mosaic_tpu_backward, mosaic_tpu_forward, mosaic_tpu_schedule
 from pallas_kernels.dense.derivative_rules import (
     corrected,
     differentiated_once,
@@ -27,6 +27,7 @@ from pallas_kernels.jax_settings import under_default_rules, under_own_settings
 
 DTYPES = ("float32", "bfloat16")
 HEAD_DIM_MAX = 256
+MOST_FLAGS = mosaic_tpu_schedule.OTHER_SMEM // 8  # half of what lists leave of SMEM
 
 
 class Floats(NamedTuple):
@@ -291,8 +292,12 @@ def _per_query(static: Static, x: jax.Array, fill: float) -> jax.Array:
 
 
 def _of_kv_heads(static: Static, is_nan: jax.Array) -> jax.Array:
-    """From [batch, num_q_heads, 1, q_len] to int32 [batch * num_kv_heads]: whether one is."""
+    """From [batch, num_q_heads, 1, q_len] to int32 [batch * num_kv_heads]: whether one is.
+
+    Where these are more than SMEM holds beside the work list, [1]: of all.
+    """
     of_heads = is_nan.reshape(-1, static.group * is_nan.shape[3])
+    of_heads = of_heads if of_heads.shape[0] <= MOST_FLAGS else of_heads.reshape(1, -1)
     return jnp.max(of_heads.astype(jnp.int32), axis=1)
 
 

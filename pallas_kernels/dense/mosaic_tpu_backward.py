@@ -49,7 +49,7 @@ class Operands(NamedTuple):
         v: [batch, num_kv_heads, kv_len, head_dim_v].
         dout: [batch, num_q_heads, head_dim_v, q_len].
         lse, delta: float32 [batch, num_q_heads, 1, q_len]; lse in base 2.
-        has_nan: int32 [batch * num_kv_heads], in scalar memory: whether a kv head's lse has a NaN.
+        has_nan: int32 [batch * num_kv_heads] or [1], in SMEM: has a kv head's lse, or any, a NaN?
         bias, slopes, q_segments, kv_segments: as in the forward kernel.
     """
 
@@ -488,8 +488,8 @@ def _kernel(
         kv_segments=x.get("kv_segments"),
     )
     step = _GridStep(walk, x, refs, extras, g == 0, order)
-
-    pl.when(x["has_nan"][b * pl.num_programs(1) + h] > 0)(step.clear_nan)
+    flag = jnp.minimum(b * pl.num_programs(1) + h, x["has_nan"].shape[0] - 1)
+    pl.when(x["has_nan"][flag] > 0)(step.clear_nan)
     step.prologue((g == 0) & (q_major == 0))
     walk.run(step.all_weights, step.sums_and_next_weights)
     step.epilogue((g == static.group - 1) & (q_major == static.q_majors - 1))

@@ -160,6 +160,23 @@ def test_a_row_that_does_not_fit_is_refused(op):
         jax.eval_shape(lambda arrays: kernel(**arrays, **static), arrays)
 
 
+@pytest.mark.parametrize("op", ["paged", "mla", "sparse_mla"])
+def test_tokens_whose_lists_do_not_fit_are_refused(op):
+    arguments, _ = large(op, pages_per_seq=64, batch=2, q_len=140_000)
+    kernel = {"paged": PAGED, "mla": mla_attention, "sparse_mla": sparse_mla_attention}[op]
+    static = {name: x for name, x in arguments.items() if not hasattr(x, "dtype")}
+    arrays = {name: x for name, x in arguments.items() if name not in static}
+    with pytest.raises(ValueError, match=rf"{op}_attention wants \d+ bytes of a TPU's SMEM.*fewer"):
+        jax.eval_shape(lambda arrays: kernel(**arrays, **static), arrays)
+
+
+def test_gradients_of_many_short_rows_are_not_refused():
+    """Whether each kv head has a NaN would be a mebibyte of SMEM: it is one number for all."""
+    x = jax.ShapeDtypeStruct((4096, 16, 64, 64), jnp.bfloat16)
+    loss = jax.grad(lambda *x: jnp.sum(mosaic_tpu.dense_attention(*x)[0].astype(jnp.float32)))
+    jax.eval_shape(loss, x, x, x)
+
+
 def test_a_page_has_one_entry_whatever_its_size():
     """As the kernel has it: 256 sequences of 896 pages of 256 tokens are one call."""
     arguments, _ = large("paged", pages_per_seq=896, page_size=256)
