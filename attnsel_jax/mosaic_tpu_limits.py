@@ -1,4 +1,4 @@
-"""What MOSAIC_TPU's paged kernel takes of v4, whose VMEM is 16 MiB, a quarter of 7x's."""
+"""How many heads of a cache MOSAIC_TPU's paged kernel takes: as many as VMEM has room for."""
 
 from collections.abc import Iterator
 
@@ -7,15 +7,18 @@ from attnsel_jax.config import AttentionSelectorConfig
 from attnsel_jax.platforms import Device
 
 LANES = 128
-MOST_REGISTERS = 16  # of a token's keys in bfloat16: 24 do not compile; of float32 half as many
+# Of a token's keys in bfloat16, one a MiB of VMEM: 24 do not compile for v4, 128 not for 7x. Of
+# float32 half as many.
+MOST_REGISTERS = {"v4": 16, "v5e": 128, "v5p": 64, "v6e": 128, "7x": 64}
 
 
-def of_v4(config: AttentionSelectorConfig, device: Device) -> Iterator[Rejection]:
+def of_vmem(config: AttentionSelectorConfig, device: Device) -> Iterator[Rejection]:
     """Yields why a cache of many heads does not fit."""
-    if (config.op, device.generation) != ("paged", "v4") or config.num_kv_heads is None:
+    registers = MOST_REGISTERS.get(device.generation)
+    if config.op != "paged" or registers is None or config.num_kv_heads is None:
         return
     wide = config.cache_dtype == "float32"
-    most = MOST_REGISTERS // (-(-config.head_size // LANES) << wide)
+    most = registers // (-(-config.head_size // LANES) << wide)
     if config.num_kv_heads > most:
-        beside = f"at most {most} with head_size {config.head_size}, cache {config.cache_dtype}, v4"
-        yield Rejection("num_kv_heads", config.num_kv_heads, beside)
+        beside = f"head_size {config.head_size}, cache {config.cache_dtype}, {device.generation}"
+        yield Rejection("num_kv_heads", config.num_kv_heads, f"at most {most} with {beside}")

@@ -7,7 +7,7 @@ from attnsel_jax.backend import AttentionBackend
 from attnsel_jax.capabilities import Capabilities, Rejection
 from attnsel_jax.config import AttentionSelectorConfig, AttentionType
 from attnsel_jax.constraints import ANYTHING, EITHER, MultipleOf, OneOf
-from attnsel_jax.mosaic_tpu_limits import of_v4
+from attnsel_jax.mosaic_tpu_limits import of_vmem
 from attnsel_jax.platforms import Device
 
 PAGED = Capabilities(
@@ -56,5 +56,5 @@ class MosaicTpuBackend(AttentionBackend):
     def supports_combination(
         cls, config: AttentionSelectorConfig, device: Device
     ) -> Sequence[Rejection]:
-        """Caches of more heads than v4 has room for."""
-        return list(of_v4(config, device))
+        """Caches of more heads than VMEM has room for."""
+        return list(of_vmem(config, device))

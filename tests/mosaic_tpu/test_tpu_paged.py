@@ -398,24 +398,39 @@ def test_a_sample_compiles(chip):
 
 
 @pytest.mark.parametrize(
-    ("asked", "most"),
+    ("chip", "larger", "asked", "most"),
     [
-        ({"head_size": 128, "num_kv_heads": 32}, 16),
-        ({"head_size": 192, "num_kv_heads": 9}, 8),
-        ({"head_size": 64, "num_kv_heads": 9, "kv_cache_dtype": "float32"}, 8),
+        ("v4", "v5e", {"head_size": 128, "num_kv_heads": 32}, 16),
+        ("v4", "v5e", {"head_size": 192, "num_kv_heads": 9}, 8),
+        ("v4", "7x", {"head_size": 64, "num_kv_heads": 9, "kv_cache_dtype": "float32"}, 8),
+        ("7x", "v6e", {"head_size": 128, "num_kv_heads": 128}, 64),
+        ("v5p", "v5e", {"head_size": 128, "num_kv_heads": 64, "kv_cache_dtype": "float32"}, 32),
+        ("v6e", "cpu", {"head_size": 256, "num_kv_heads": 128}, 64),
     ],
 )
-def test_v4_has_room_for_so_many_kv_heads(asked, most):
+def test_vmem_has_room_for_so_many_kv_heads(chip, larger, asked, most):
     def reasons(chip, **changed):
         config = AttentionSelectorConfig(dtype="bfloat16", op="paged", **asked | changed)
         return [str(r) for r in MosaicTpuBackend.validate_configuration(config, Device.named(chip))]
 
-    (reason,) = reasons("v4")
+    (reason,) = reasons(chip)
     assert (
         f"num_kv_heads is {asked['num_kv_heads']}, must be at most {most} with head_size" in reason
     )
-    assert not reasons("v4", num_kv_heads=most)
-    assert not reasons("v5e")
+    assert not reasons(chip, num_kv_heads=most)
+    assert not any("at most" in reason for reason in reasons(larger))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(
+    ("chip", "heads", "dtype"),
+    [("7x", (64, 64, 128), "bfloat16"), ("7x", (32, 32, 256), "bfloat16"),
+     ("7x", (32, 32, 128), "float32"), ("v5p", (64, 64, 128), "bfloat16"),
+     ("v5e", (128, 128, 128), "bfloat16"), ("v6e", (64, 64, 128), "float32")],
+)  # fmt: skip
+def test_as_many_heads_as_are_declared_compile(chip, heads, dtype):
+    *heads, head_size = heads
+    compiles(chip, (2048, 1), (2048, 40), heads=heads, head_size=head_size, dtype=dtype)
 
 
 @pytest.mark.sweep
