@@ -15,7 +15,7 @@ from pallas_kernels import fp8_ds_mla
 
 TPU_LANES = 128  # numbers of 32 bits in a row of a TPU's register
 LINES_OF_A_TILE = 32  # over the bytes of a number: of such a register, see `LATENT_LAYOUTS`
-HALF_LANES = 64  # the rotary key of a latent cache that is laid out for TPUs
+HALF_LANES = 64  # what heads are padded to; a latent cache's rotary key, laid out for TPUs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +24,10 @@ class Layout:
 
     Attributes:
         shape: (num_pages, page_size, num_kv_heads, head_dim) -> the shape of `pages`.
-        dims: (num_pages, page_size, num_kv_heads, head_dim) of an array of this layout.
-        split: pages -> (k_pages, v_pages), logical.
-        join: (k_pages, v_pages) -> pages.
+        dims: (num_pages, page_size, num_kv_heads, head_dim) of an array of this layout, which may
+            store heads padded: head_dim is then what is stored.
+        split: pages -> (k_pages, v_pages), logical, padding included.
+        join: (k_pages, v_pages) -> pages, padded with 0.
         stride_order: the order in which the dimensions of `shape` lie in memory.
     """
 
@@ -54,10 +55,11 @@ LAYOUTS: dict[str, Layout] = {
         join=lambda k_pages, v_pages: jnp.swapaxes(jnp.stack([k_pages, v_pages]), 2, 3),
         stride_order=(0, 1, 2, 3, 4),
     ),
-    # [num_pages, num_kv_heads, tiles, page_size, lanes]: a head's key and value side by side, 2 *
-    # head_dim numbers, as tiles of 128 lanes where these divide them, as one tile elsewhere.
+    # [num_pages, num_kv_heads, tiles, page_size, 128]: a head's key and value side by side, each
+    # padded to a multiple of 64 numbers, as tiles of 128 lanes. XLA lays an array of other rows
+    # out with pages along lanes, and would copy all of it for each kernel that takes it.
     "side_by_side": Layout(
-        shape=lambda pages, size, heads, head_dim: (pages, heads, *_tiles(head_dim, size)),
+        shape=lambda pages, size, heads, dim: (pages, heads, _tiles(dim), size, TPU_LANES),
         dims=lambda shape: (shape[0], shape[3], shape[1], shape[2] * shape[4] // 2),
         split=lambda pages: _split_tiles(pages),
         join=lambda k_pages, v_pages: _join_tiles(k_pages, v_pages),
@@ -228,10 +230,9 @@ LATENT_LAYOUTS: dict[str, LatentLayout] = {
 }
 
 
-def _tiles(head_dim: int, page_size: int) -> tuple[int, int, int]:
-    """(tiles, page_size, lanes) of one head in one page."""
-    tiles = 2 * head_dim // 128 if head_dim % 64 == 0 else 1
-    return tiles, page_size, 2 * head_dim // tiles
+def _tiles(head_dim: int) -> int:
+    """Tiles of one head's row."""
+    return -(-head_dim // HALF_LANES)
 
 
 def _split_tiles(pages: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -243,10 +244,9 @@ def _split_tiles(pages: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _join_tiles(k_pages: jax.Array, v_pages: jax.Array) -> jax.Array:
     """A side-by-side cache of logical keys and values."""
-    num_pages, page_size, num_heads, head_dim = k_pages.shape
-    tiles, _, lanes = _tiles(head_dim, page_size)
-    rows = jnp.concatenate([k_pages, v_pages], axis=-1)
-    rows = rows.reshape(num_pages, page_size, num_heads, tiles, lanes)
+    padding = ((0, 0), (0, 0), (0, 0), (0, -k_pages.shape[3] % HALF_LANES))
+    rows = jnp.concatenate([jnp.pad(x, padding) for x in (k_pages, v_pages)], axis=-1)
+    rows = rows.reshape(*rows.shape[:3], -1, TPU_LANES)
     return jnp.transpose(rows, (0, 2, 3, 1, 4))
 
 

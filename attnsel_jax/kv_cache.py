@@ -28,36 +28,42 @@ class KVCache:
         pages: the cache's array, in the shape of its layout.
         k_scale, v_scale: float32 [] or [num_kv_heads]: true value = stored value * scale; None = 1.
         layout: a name in `LAYOUTS`.
+        head_size: numbers of a head that mean something, where its layout stores more; None = all.
     """
 
     pages: jax.Array
     k_scale: jax.Array | None = None
     v_scale: jax.Array | None = None
     layout: str = dataclasses.field(default="stacked", metadata={"static": True})
+    head_size: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def num_pages(self) -> int:
         """Pages in the cache."""
-        return self._dims()[0]
+        return self.dims[0]
 
     @property
     def page_size(self) -> int:
         """Tokens in a page."""
-        return self._dims()[1]
+        return self.dims[1]
 
     @property
     def num_kv_heads(self) -> int:
         """Heads of keys and values."""
-        return self._dims()[2]
+        return self.dims[2]
+
+    @property
+    def dims(self) -> tuple[int, int, int, int]:
+        """(num_pages, page_size, num_kv_heads, head size), padding not counted."""
+        layout = layout_named(self.layout)
+        *dims, stored = _of_one(self, len(layout.stride_order), layout.dims)
+        return *dims, stored if self.head_size is None else self.head_size
 
     def split(self) -> tuple[jax.Array, jax.Array]:
         """Stored keys and values, each [num_pages, page_size, num_kv_heads, head_dim]."""
-        self._dims()
-        return layout_named(self.layout).split(self.pages)
-
-    def _dims(self) -> tuple[int, ...]:
-        layout = layout_named(self.layout)
-        return _of_one(self, len(layout.stride_order), layout.dims)
+        size = self.dims[3]
+        k_pages, v_pages = layout_named(self.layout).split(self.pages)
+        return k_pages[..., :size], v_pages[..., :size]
 
     def with_pages(self, pages: jax.Array) -> "KVCache":
         """The same cache with other contents."""
@@ -68,7 +74,8 @@ class KVCache:
         if layout == self.layout:
             return self
         pages = layout_named(layout).join(*self.split())
-        return dataclasses.replace(self, pages=pages, layout=layout)
+        size = said_head_size(layout, pages.shape, self.dims[3])
+        return dataclasses.replace(self, pages=pages, layout=layout, head_size=size)
 
 
 @exportable_pytree
@@ -123,6 +130,11 @@ class LatentCache:
         self._dims()
         rows = latent_layout_named(self.layout).to_rows(self.pages, rope_dim)
         return dataclasses.replace(self, pages=target.from_rows(rows, rope_dim), layout=layout)
+
+
+def said_head_size(layout: str, shape: tuple[int, ...], head_size: int) -> int | None:
+    """What a cache says of its head size: None where its array, of this shape, says it."""
+    return None if layout_named(layout).dims(shape)[3] == head_size else head_size
 
 
 def _of_one(cache: Any, ndim: int, dims: Callable[..., tuple[int, ...]]) -> tuple[int, ...]:

@@ -316,7 +316,7 @@ PAGED = [
     ("cache.pages", jnp.zeros((2, 6, 4, 2, 4)), r"^cache has head_size 4, must be 8 \(as in q\)"),
     ("cache.pages", jnp.zeros((2, 0, 4, 2, 8)), r"^num_pages is 0, must be at least 1"),
     ("cache.pages", jnp.zeros((2, 6, 4, 2, 8), int), r"^cache has dtype int32, must be one of"),
-    ("cache.pages", jnp.zeros((3, 6, 4, 2, 8)), r"^kv_pages has size 3, must be 2"),
+    ("cache.pages", jnp.zeros((3, 6, 4, 2, 8)), r"^cache.pages has shape .*, must be \(2, 6, 4, 2"),
     ("cache.layout", "spiral", r"^layout is 'spiral', must be one of stacked"),
     ("cache.k_scale", jnp.ones(3), r"^cache.k_scale has num_kv_heads 3, must be 2"),
     ("cache.v_scale", jnp.ones((), jnp.bfloat16), r"^cache.v_scale has dtype bfloat16, must"),

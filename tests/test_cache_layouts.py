@@ -1,12 +1,20 @@
 """Cache layouts that packages register: a kernel of one is compared like any other."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from strict_settings import strict_settings
 from third_party import backend
 
-from attnsel_jax import allocate_kv_cache, register_cache_layout, unregister_cache_layout
+from attnsel_jax import (
+    allocate_kv_cache,
+    copy_pages,
+    register_cache_layout,
+    unregister_cache_layout,
+    write_kv_cache,
+)
 from attnsel_jax.backend import AttentionBackend
 from attnsel_jax.backends.xla import XlaBackend
 from attnsel_jax.backends.xla_mla import XlaMlaBackend
@@ -108,6 +116,95 @@ def test_caches_are_allocated_and_converted():
     mine = filled.converted("page_by_page")
     np.testing.assert_array_equal(mine.pages[1, 0], filled.pages[0, 1])
     np.testing.assert_array_equal(mine.converted("stacked").pages, filled.pages)
+
+
+# (head size, as side_by_side stores it)
+PADDED = [(8, 64), (64, 64), (80, 128), (112, 128), (160, 192), (224, 256)]
+
+
+@pytest.mark.parametrize(("head_size", "stored"), PADDED)
+@pytest.mark.parametrize("dtype", ["float32", "float8_e4m3fn", "int8"])
+def test_heads_are_padded_with_zeros(head_size, stored, dtype):
+    """And the cache says what they are, where its array does not."""
+    values = np.random.default_rng(0).integers(1, 9, (2, 3, 8, 2, head_size))
+    stacked = KVCache(jnp.asarray(values, dtype))
+    with strict_settings():
+        cache = stacked.converted("side_by_side")
+    assert cache.pages.shape == (3, 2, stored // 64, 8, 128)
+    assert cache.head_size == (None if stored == head_size else head_size)
+    assert cache.dims == (3, 8, 2, head_size)
+    whole = jnp.stack(LAYOUTS["side_by_side"].split(cache.pages))
+    assert whole.shape[-1] == stored
+    assert not np.asarray(whole[..., head_size:], np.float32).any()
+    np.testing.assert_array_equal(jnp.stack(cache.split()), stacked.pages)
+    for other in ("stacked", "by_head", "page_by_page"):
+        back = cache.converted(other)
+        assert (back.head_size, back.dims) == (None, stacked.dims)
+        np.testing.assert_array_equal(back.converted("stacked").pages, stacked.pages)
+
+
+def test_padded_heads_are_known_wherever_a_cache_goes():
+    cache = allocate_kv_cache(5, 16, 2, 80, "bfloat16", device="v5e")
+    assert (cache.pages.shape, cache.head_size) == ((5, 2, 2, 16, 128), 80)
+    assert allocate_kv_cache(5, 16, 2, 128, "bfloat16", device="v5e").head_size is None
+    filled = cache.with_pages(cache.pages + 1)
+    assert filled.dims == cache.dims == jax.tree.map(lambda x: x, cache).dims == (5, 16, 2, 80)
+    k, slots = jnp.ones((3, 2, 80), jnp.bfloat16), np.int32([7, -1, 79])
+    stack = jax.tree.map(lambda x: jnp.stack([x, x]), filled)
+    mapped = jax.vmap(lambda cache: write_kv_cache(cache, k, k, slots))(stack)
+    carried, scanned = jax.lax.scan(
+        lambda carry, cache: (write_kv_cache(cache, k, k, slots), cache), filled, stack
+    )
+    for found in (carried, *(jax.tree.map(lambda x: x[1], each) for each in (mapped, scanned))):
+        assert [x.shape for x in found.split()] == [(5, 16, 2, 80)] * 2
+    np.testing.assert_array_equal(copy_pages(carried, slots, slots).pages, carried.pages)
+    write = jax.export.export(jax.jit(lambda cache: write_kv_cache(cache, k, k, slots)))(cache)
+    read = jax.export.deserialize(write.serialize())
+    assert read.call(cache).dims == cache.dims
+
+
+def test_a_cache_whose_heads_are_stored_otherwise_is_refused():
+    k, slots = jnp.ones((3, 2, 80)), np.int32([7, -1, 79])
+
+    def refused(cache, message, k=k):
+        with pytest.raises(ValueError, match=message):
+            write_kv_cache(cache, k, k, slots)
+
+    pages = jnp.zeros((5, 2, 2, 16, 128))
+    refused(
+        KVCache(pages, layout="side_by_side"),
+        r"cache.head_size is None and its array has heads of 128, must be 80 \(as in k\): wrap it "
+        r"as KVCache\(pages, ..., head_size=80\), for layout 'side_by_side' pads heads",
+    )
+    said = KVCache(pages, layout="side_by_side", head_size=80)
+    assert write_kv_cache(said, k, k, slots).dims == (5, 16, 2, 80)
+    refused(said, "k has head_size 96, must be 80", jnp.ones((3, 2, 96)))
+    of_160 = r"cache.pages has shape \(5, 2, 1, 16, 160\), must be \(5, 2, 2, 16, 128\) in layout "
+    of_160 += "'side_by_side' with head_size 80: allocate it with allocate_kv_cache"
+    refused(KVCache(jnp.zeros((5, 2, 1, 16, 160)), layout="side_by_side"), of_160)
+    more = KVCache(pages, layout="side_by_side", head_size=192)
+    refused(more, r"cache.pages has shape .*, must be \(5, 2, 3, 16, 128\) .* head_size 192")
+    less = KVCache(jnp.zeros((2, 5, 16, 2, 128)), head_size=80)
+    refused(less, r"must be \(2, 5, 16, 2, 80\) in layout 'stacked' with head_size 80")
+
+
+def test_a_layout_of_a_third_party_may_pad_heads():
+    def padded(x):
+        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -x.shape[3] % 8)))
+
+    replace(
+        "page_by_page",
+        layout(
+            shape=lambda n, size, heads, dim: (n, 2, size, heads, -(-dim // 8) * 8),
+            join=lambda k_pages, v_pages: jnp.stack([padded(k_pages), padded(v_pages)], axis=1),
+        ),
+    )
+    filled = KVCache(jnp.arange(2 * 3 * 8 * 2 * 20, dtype=jnp.float32).reshape(2, 3, 8, 2, 20))
+    mine = filled.converted("page_by_page")
+    assert (mine.pages.shape, mine.dims) == ((3, 2, 8, 2, 24), (3, 8, 2, 20))
+    k, slots = -jnp.ones((2, 2, 20)), np.int32([3, 17])
+    got, want = (write_kv_cache(cache, k, k, slots) for cache in (mine, filled))
+    np.testing.assert_array_equal(got.converted("stacked").pages, want.pages)
 
 
 def test_latent_caches_are_converted():

@@ -200,6 +200,18 @@ def test_under_strict_settings_jit_and_a_checked_shard_map(name):
         assert_same(each, want)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_what_pads_heads_is_written_too(dtype):
+    """A slot that was never written may be NaN all over; attention multiplies what pads a key."""
+    cache = KVCache(jnp.zeros((2, PAGES, SIZE, HEADS, 80), dtype)).converted("side_by_side")
+    k, slots = drawn(1, len(SLOTS), HEADS, 80), SLOTS[SLOTS < PAGES * SIZE]
+    got = write_kv_cache(cache.with_pages(cache.pages * jnp.asarray(jnp.nan, dtype)), k, k, SLOTS)
+    whole = jnp.stack(LAYOUTS["side_by_side"].split(got.pages)).reshape(2, -1, HEADS, 128)
+    whole = np.float32(whole[:, slots[slots >= 0]])
+    assert np.isfinite(whole).all()
+    assert not whole[..., 80:].any()
+
+
 def test_over_layers_with_vmap():
     caches = KVCache(jnp.zeros((3, 2, PAGES, SIZE, HEADS, 64)))
     k = drawn(1, 3, len(SLOTS), HEADS, 64)
@@ -244,12 +256,20 @@ def test_a_donated_cache_is_filled_where_it_lies(name, dtype, chip):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize(("chip", "name"), [("v5e", "side_by_side"), ("h100", "by_head")])
+@pytest.mark.parametrize(
+    ("chip", "name"),
+    [
+        ("v5e", "side_by_side"),
+        *(pytest.param(c, "side_by_side", marks=pytest.mark.sweep) for c in ("v6e", "7x")),
+        ("h100", "by_head"),
+    ],
+)
 @pytest.mark.parametrize(
     "dtype", ["float8_e4m3fn", pytest.param("bfloat16", marks=pytest.mark.sweep)]
 )
 @pytest.mark.parametrize(
-    "head_size", [128, *(pytest.param(n, marks=pytest.mark.sweep) for n in (64, 192, 256))]
+    "head_size",
+    [80, 128, *(pytest.param(n, marks=pytest.mark.sweep) for n in (8, 64, 96, 160, 192, 256))],
 )
 def test_pages_are_copied_and_written_where_they_lie(chip, name, dtype, head_size):
     if missing := target_for(chip).missing():

@@ -113,7 +113,8 @@ def _as_the_oracle(
     """The results with the cache as the oracle has it."""
     if layout in LAYOUTS and layout != "stacked" and "kv_pages" in results:
         stacked = LAYOUTS["stacked"].join(*LAYOUTS[layout].split(results["kv_pages"]))
-        return results | {"kv_pages": stacked}
+        head_dim = arrays["kv_pages"].shape[-1]
+        return results | {"kv_pages": stacked[..., :head_dim]}
     if layout in LATENT_LAYOUTS and "latent_pages" in results:
         rope_dim = arrays["q_pe"].shape[-1]
         rows = LATENT_LAYOUTS[layout].to_rows(results["latent_pages"], rope_dim)

@@ -182,9 +182,14 @@ class StandardImpl(AttentionImpl):
                 f"kv_cache has num_kv_heads {cache.num_kv_heads}, must be {self.num_kv_heads}, as "
                 f"this layer was built, or a multiple of it"
             )
+        if cache.dims[3] != self.head_size:
+            raise ValueError(
+                f"kv_cache has head_size {cache.dims[3]}, must be {self.head_size}, as this layer "
+                f"was built: allocate it with allocate_kv_cache, or give its bare array"
+            )
 
     def _wrapped(self, pages: jax.Array) -> KVCache:
-        return KVCache(pages, layout=self.backend.layout)
+        return KVCache(pages, layout=self.backend.layout, head_size=self.head_size)
 
 
 def _per_head(name: str, values: Any, num_heads: int) -> jax.Array | None:

@@ -3,8 +3,8 @@
 The attention ops write what their own step made. These are for the rest: keys of cross attention,
 which every later call only reads; a prefix that another machine computed; index keys; a prompt
 whose attention ran over keys and values of every head. Inside `jit`, donate the cache: in the
-layout of a backend of this chip it is then updated in place (on TPUs at head sizes that fill 128
-lanes: 64, 128, 192, 256). Over a mesh each device fills its own share.
+layout of a backend of this chip it is then updated in place. Over a mesh each device fills its own
+share.
 """
 
 import functools

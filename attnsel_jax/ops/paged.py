@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from attnsel_jax.kv_cache import KVCache, stored_dtype
+from attnsel_jax.kv_cache import KVCache, said_head_size, stored_dtype
 from attnsel_jax.mesh import MeshAxes, asked_of_kernel, kernel_over_mesh, plan_call
 from attnsel_jax.metadata import AttentionMetadata
 from attnsel_jax.ops.calls import (
@@ -147,4 +147,5 @@ def allocate_kv_cache(
     size = page_size or chosen.get_preferred_block_size()
     shape = chosen.get_kv_cache_shape(num_pages, size, num_kv_heads, head_size)
     pages = jnp.zeros(shape, stored_dtype(kv_cache_dtype, dtype))
-    return KVCache(pages, *scales, layout=chosen.layout)
+    said = said_head_size(chosen.layout, shape, head_size)
+    return KVCache(pages, *scales, layout=chosen.layout, head_size=said)

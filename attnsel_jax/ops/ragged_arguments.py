@@ -46,6 +46,7 @@ def check_paged(
     check_kind("cache", cache, KVCache, "allocate it with allocate_kv_cache, or wrap its array")
     check_given({"q": q, "cache.pages": cache.pages})
     _check_pair("k", k, "v", v)
+    check_said(cache, "q", q)
     dims = check_arguments(
         {
             "q": (q, "num_tokens num_heads head_size", FLOATS),
@@ -135,13 +136,39 @@ def kv_cache_table(cache: KVCache) -> dict[str, Spec]:
     """A cache's rows of the table, in the caller's words."""
     layout, shape = layout_named(cache.layout), cache.pages.shape
     _check_ndim(shape, len(layout.stride_order), cache.layout)
-    pages = jax.ShapeDtypeStruct(layout.dims(shape), cache.pages.dtype)
+    *dims, stored = layout.dims(shape)
+    head_size = stored if cache.head_size is None else cache.head_size
+    if (wanted := layout.shape(*dims, head_size)) != shape:
+        raise ValueError(
+            f"cache.pages has shape {shape}, must be {wanted} in layout {cache.layout!r} with "
+            f"head_size {head_size}: allocate it with allocate_kv_cache"
+        )
+    pages = jax.ShapeDtypeStruct((*dims, head_size), cache.pages.dtype)
     scales = {
         f"cache.{name}": (scale, "num_kv_heads" if getattr(scale, "ndim", 0) else "", FLOAT32)
         for name in ("k_scale", "v_scale")
         if (scale := getattr(cache, name)) is not None
     }
     return {"cache": (pages, "num_pages page_size num_kv_heads head_size", CACHE_DTYPES), **scales}
+
+
+def check_said(cache: KVCache, name: str, array: jax.Array) -> None:
+    """Refuses a cache that does not say that its heads are padded, where the array's fit it so.
+
+    Args:
+        cache: the call's.
+        name, array: of q, k or v.
+    """
+    layout, shape, head_size = layout_named(cache.layout), cache.pages.shape, array.shape[-1:]
+    if cache.head_size is not None or len(shape) != len(layout.stride_order) or not head_size:
+        return
+    *dims, stored = layout.dims(shape)
+    if stored != head_size[0] and layout.shape(*dims, *head_size) == shape:
+        raise ValueError(
+            f"cache.head_size is None and its array has heads of {stored}, must be {head_size[0]} "
+            f"(as in {name}): wrap it as KVCache(pages, ..., head_size={head_size[0]}), for layout "
+            f"{cache.layout!r} pads heads"
+        )
 
 
 def latent_table(cache: LatentCache, width: int) -> dict[str, Spec]:

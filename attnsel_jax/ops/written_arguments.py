@@ -12,6 +12,7 @@ from attnsel_jax.ops.ragged_arguments import (
     check_kind,
     check_new_heads,
     check_not_empty,
+    check_said,
     kv_cache_table,
     latent_table,
 )
@@ -29,6 +30,7 @@ def check_kv_rows(k: jax.Array, v: jax.Array, cache: KVCache, slot_mapping: jax.
     """
     check_kind("cache", cache, KVCache, "allocate it with allocate_kv_cache, or wrap its array")
     check_given({"cache.pages": cache.pages, "k": k, "v": v, "slot_mapping": slot_mapping})
+    check_said(cache, "k", k)
     dims = check_arguments(
         {
             **kv_cache_table(cache),

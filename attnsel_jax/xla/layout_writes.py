@@ -2,7 +2,7 @@
 
 A cache is indexed as units in one leading dimension, so that XLA scatters where it lies: scattered
 as windows of the whole array, v5e's compiler copied caches of float8 and float32. It still copies
-those whose rows it pads: "side_by_side" at head sizes 80 and 96, "stacked" below 128 lanes.
+those whose rows it pads: "stacked" below 128 lanes.
 """
 
 import jax
@@ -43,9 +43,11 @@ def put_kv(
         return write_kv(kv_pages, k, v, slot_mapping, **scales)
     if layout == "by_head":
         return write_kv_by_head(kv_pages, k, v, slot_mapping, **scales)
+    of = layout_named(layout)
+    padding = ((0, 0), (0, 0), (0, of.dims(kv_pages.shape)[3] - k.shape[2]))
+    k, v = jnp.pad(k, padding), jnp.pad(v, padding)
     if layout == "side_by_side":
         return _put_side_by_side(kv_pages, k, v, slot_mapping, **scales)
-    of = layout_named(layout)
     return of.join(*write_kv(jnp.stack(of.split(kv_pages)), k, v, slot_mapping, **scales))
 
 

@@ -1,9 +1,9 @@
 """Paged attention on TPU: Pallas kernels that walk each sequence's pages with prefetched copies.
 
 The contract (maths, arguments, edge cases) is `pallas_kernels/paged/__init__.py`. The cache is
-"side_by_side": [num_pages, num_kv_heads, tiles, page_size, lanes], a head's key and value beside
-each other in tiles of 128 lanes (`mosaic_tpu_geometry`). One kernel writes this step's keys and
-values (`mosaic_tpu_write`), then attends (`mosaic_tpu_attend`).
+"side_by_side": [num_pages, num_kv_heads, tiles, page_size, 128], a head's key and value beside each
+other in tiles of 128 lanes (`mosaic_tpu_geometry`), each padded with 0 to a multiple of 64. One
+kernel writes this step's keys and values (`mosaic_tpu_write`), then attends (`mosaic_tpu_attend`).
 """
 
 import math
@@ -17,7 +17,14 @@ from pallas_kernels.jax_settings import under_own_settings
 from pallas_kernels.masks import Window
 from pallas_kernels.paged import mosaic_tpu_prompt
 from pallas_kernels.paged.mosaic_tpu_attend import PerHead, attend
-from pallas_kernels.paged.mosaic_tpu_geometry import LANES, ROWS, Geometry, Masks, round_up
+from pallas_kernels.paged.mosaic_tpu_geometry import (
+    HALF,
+    LANES,
+    ROWS,
+    Geometry,
+    Masks,
+    round_up,
+)
 from pallas_kernels.paged.mosaic_tpu_tiles import Tiles, shape_class, tiles_for
 from pallas_kernels.paged.mosaic_tpu_write import news
 from pallas_kernels.tpu_operands import factor_of
@@ -108,13 +115,12 @@ def paged_attention(
 def _geometry(q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, of_class: str) -> Geometry:
     """The sizes of this call."""
     num_tokens, num_q_heads, head_dim = q.shape
-    _, num_kv_heads, lane_tiles, rows, lanes = kv_pages.shape
+    _, num_kv_heads, lane_tiles, rows, _ = kv_pages.shape
     tiles = tiles_for(kv_pages.dtype, of_class, num_kv_heads)
     # Of a sequence's last page only what holds keys is brought.
     page_size = math.gcd(rows, MOST_ROWS)
     parts = rows // page_size
-    page_bytes = num_kv_heads * lane_tiles * page_size * round_up(lanes, LANES)
-    page_bytes *= kv_pages.dtype.itemsize
+    page_bytes = num_kv_heads * lane_tiles * page_size * LANES * kv_pages.dtype.itemsize
     # The buffers take a third of VMEM: many heads, or wide ones, have fewer keys in a block.
     third = tpu_chip.current().vmem_bytes // 3 // page_bytes
     num_buffers, wanted = tiles.num_buffers, tiles.block_tokens // page_size
@@ -125,11 +131,12 @@ def _geometry(q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, of_class
     chunks = max(1, min(wanted, most) // chunk_pages)
     chunks = 1 << (chunks.bit_length() - 1)
     tile_tokens = _tile_tokens(q, tiles)
-    # Heads that are half a register: XLA keeps tokens along lanes, and so do prompts.
+    # Heads that do not fill registers: XLA keeps tokens along lanes, and so do prompts.
     in_columns = (
         of_class.startswith("prefill")
-        and mosaic_tpu_prompt.serves(tile_tokens, head_dim)
-        and (head_dim, q.dtype) == (LANES // 2, jnp.bfloat16)
+        and mosaic_tpu_prompt.serves(tile_tokens)
+        and head_dim % LANES != 0
+        and q.dtype == jnp.bfloat16
     )
     return Geometry(
         num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
@@ -186,11 +193,11 @@ def _per_head(
 
 def _check_layout(dims: dict[str, int]) -> None:
     """Refuses sizes that the cache's layout has no room for."""
-    numbers = dims["tiles"] * dims["lanes"]
-    if numbers != 2 * dims["head_dim"] or (dims["tiles"] > 1 and dims["lanes"] != LANES):
+    tiles = round_up(dims["head_dim"], HALF) // HALF
+    if (dims["tiles"], dims["lanes"]) != (tiles, LANES):
         raise ValueError(
-            f"kv_pages has {dims['tiles']} tiles of {dims['lanes']} lanes, must have "
-            f"{2 * dims['head_dim']} lanes, twice the head_dim of q, in tiles of {LANES} or in one"
+            f"kv_pages has {dims['tiles']} tiles of {dims['lanes']} lanes, must have {tiles} of "
+            f"{LANES}: twice the head_dim of q, {dims['head_dim']}, padded to a multiple of {HALF}"
         )
     if dims["page_size"] % 8:
         raise ValueError(f"page_size is {dims['page_size']}, must be a multiple of 8")

@@ -270,7 +270,7 @@ def _kernel(static: _Static, page_table, kv_lens, cu_q_lens, num_seqs, *refs) ->
 
             @pl.when(several & (q_len > ROWS))
             def _():
-                if mosaic_tpu_prompt.serves(geometry.tile_tokens, geometry.head_dim):
+                if mosaic_tpu_prompt.serves(geometry.tile_tokens):
                     mosaic_tpu_prompt.attend_span(prompt, span)
                 else:
                     mosaic_tpu_prefill.attend_span(prefill, span, 0, geometry.tile_tokens // ROWS)

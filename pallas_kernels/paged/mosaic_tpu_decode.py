@@ -47,12 +47,12 @@ def scratch_shapes(geometry: Geometry, cache_dtype, q_dtype) -> list:
     pairs = geometry.num_kv_heads // 2 if geometry.heads_at_once == 2 else 0
     values = (2, chunks, pairs, geometry.chunk_tokens, LANES) if pairs else (1, 1, 1, 8, LANES)
     return [
-        pltpu.VMEM((chunks, rows, geometry.k_lanes), jnp.float32),
+        pltpu.VMEM((chunks, rows, geometry.row_lanes), jnp.float32),
         pltpu.VMEM((chunks, rows, geometry.chunk_tokens), q_dtype),
         pltpu.VMEM((chunks, rows, LANES), jnp.float32),
         pltpu.VMEM((2, chunks, rows, LANES), jnp.float32),
         pltpu.VMEM((2, chunks, rows, LANES), jnp.float32),
-        pltpu.VMEM((chunks, rows, geometry.v_lanes), jnp.float32),
+        pltpu.VMEM((chunks, rows, geometry.row_lanes), jnp.float32),
         pltpu.VMEM(values, cache_dtype),
         pltpu.SMEM((chunks,), jnp.int32),
     ]
@@ -219,7 +219,7 @@ def _logits(step, part: Part, buffer, i: int, side, q, copies: Iterable[None]) -
             k, v = _keys_and_values_of_two(geometry, buffers, unit, copies)
             Scratch(*step.scratch).values[side, i, unit] = rows_kept(v, _kept(step, part))
         else:
-            k = geometry.read(buffers.at[:, unit], 0, geometry.k_lanes)
+            k = geometry.keys(buffers.at[:, unit])
         return product(rows, as_operand(k, step.q.dtype), 1)
 
     return _by_unit(geometry, q, logits_of)
@@ -255,11 +255,10 @@ def _add_values(step, part: Part, buffer, i: int, side, weights, shrink, acc) ->
             v = Scratch(*step.scratch).values[side, i, unit]
         else:
             there = step.walk.buffers.at[buffer, pl.ds(i * pages, pages), unit]
-            v = geometry.read(there, geometry.v_start, 2 * geometry.head_dim)
-            v = rows_kept(v, _kept(step, part))
+            v = rows_kept(geometry.values(there), _kept(step, part))
         return product(rows, as_operand(v, step.q.dtype), 0)
 
-    shrink = softmax.widened(shrink, geometry.v_lanes)
+    shrink = softmax.widened(shrink, geometry.row_lanes)
     kept = jnp.where(shrink == 0, 0.0, acc * shrink)  # even if another token's are no numbers
     return kept + _by_unit(geometry, weights, values_of)
 
@@ -277,7 +276,7 @@ def _keys_and_values_of_two(
     keys, values = [], []
     for first in range(0, geometry.chunk_pages, pages):
         even, odd = (
-            pltpu.bitcast(geometry.read(buffers.at[pl.ds(first, pages), head], 0, LANES), jnp.int32)
+            pltpu.bitcast(geometry.keys(buffers.at[pl.ds(first, pages), head]), jnp.int32)
             for head in (2 * pair, 2 * pair + 1)
         )
         odd = pltpu.roll(odd, LANES // 2, 1)
@@ -345,7 +344,7 @@ def _finish(step, token, m, l, acc) -> None:
     geometry = step.walk.geometry
     l = jnp.broadcast_to(jnp.sum(l, axis=1, keepdims=True), l.shape)
     factor, lse = softmax.finish(m, l, step.rows[3], step.rows[1])
-    values = acc * softmax.widened(factor, geometry.v_lanes)
+    values = acc * softmax.widened(factor, geometry.row_lanes)
     values = jnp.where(factor[:, :1] != 0, values, 0.0)
     if geometry.heads_at_once == 2:
         values = jnp.where(_of_odd_heads(geometry), values, pltpu.roll(values, LANES // 2, 1))

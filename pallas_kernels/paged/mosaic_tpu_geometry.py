@@ -10,6 +10,7 @@ from pallas_kernels import tpu_chip
 from pallas_kernels.masks import Window, seen_bounds, window_bounds
 
 LANES, ROWS = tpu_chip.LANES, 16  # a row tile holds 16 tokens: one register of bfloat16
+HALF = LANES // 2  # the cache pads heads to a multiple of it
 
 
 def round_up(x: int, multiple: int) -> int:
@@ -83,10 +84,11 @@ class Masks(NamedTuple):
 class Geometry(NamedTuple):
     """Static sizes of one call.
 
-    The cache is [num_pages, num_kv_heads, tiles, page_size, lanes]. A head's key and value lie side
-    by side, the key in lanes [0, head_dim) of all tiles' together. Registers are 128 lanes wide, so
-    a key is read as lanes [0, k_lanes), which may hold the value's beginning (q is 0 there), and a
-    value as [v_start, 2 * head_dim), of which [v_offset, v_offset + head_dim) is the value.
+    The cache is [num_pages, num_kv_heads, tiles, page_size, 128]. A head's key and value lie side
+    by side, each in `stored_dim` lanes of all tiles' together: head_dim numbers, then zeros. Where
+    that is half a register more, the register in the middle is read twice: a key is lanes [0,
+    row_lanes), which end with the value's beginning (q is 0 there), and a value is row_lanes from
+    v_start on, of which [v_offset, v_offset + head_dim) is the value.
     """
 
     num_q_heads: int
@@ -133,7 +135,7 @@ class Geometry(NamedTuple):
 
         Where the matrix unit is 128 wide, turning lanes takes longer than what it saves.
         """
-        halves = self.head_dim == LANES // 2 and self.num_kv_heads % 2 == 0
+        halves = self.stored_dim == HALF and self.num_kv_heads % 2 == 0
         return 2 if halves and tpu_chip.current().mxu > LANES else 1
 
     @property
@@ -142,24 +144,24 @@ class Geometry(NamedTuple):
         return round_up(self.num_kv_heads * self.decode_rows, 8)
 
     @property
-    def k_lanes(self) -> int:
-        """Lanes of a row that are read as a key."""
+    def stored_dim(self) -> int:
+        """Lanes of a key in the cache, and of a value."""
+        return round_up(self.head_dim, HALF)
+
+    @property
+    def row_lanes(self) -> int:
+        """Lanes of a row that are read as a key, or as a value."""
         return round_up(self.head_dim, LANES)
 
     @property
     def v_start(self) -> int:
         """First lane of a row that is read as a value."""
-        return self.head_dim // LANES * LANES
-
-    @property
-    def v_lanes(self) -> int:
-        """Lanes of a row that are read as a value."""
-        return 2 * self.head_dim - self.v_start
+        return self.stored_dim // LANES * LANES
 
     @property
     def v_offset(self) -> int:
         """Where the value begins among them."""
-        return self.head_dim - self.v_start
+        return self.stored_dim - self.v_start
 
     @property
     def lse_lanes(self) -> int:
@@ -181,19 +183,18 @@ class Geometry(NamedTuple):
         """Keys in a chunk."""
         return self.chunk_pages * self.page_size
 
-    def read(self, head: Any, begin: int, end: int) -> jax.Array:
-        """Lanes [begin, end) of a head in some pages, as [keys, lanes].
+    def keys(self, head: Any) -> jax.Array:
+        """What is read as the keys of a head, [pages, tiles, page_size, 128]: [keys, row_lanes]."""
+        return self._read(head, 0)
 
-        Args:
-            head: reference [pages, tiles, page_size, lanes].
-            begin, end: whole registers, or the end of the last tile.
-        """
-        if head.shape[1] == 1:
-            rows = head[:, 0, :, begin:end]
-        else:
-            tiles = range(begin // LANES, end // LANES)
-            rows = jnp.concatenate([head[:, tile] for tile in tiles], axis=-1)
-        return rows.reshape(-1, rows.shape[-1])
+    def values(self, head: Any) -> jax.Array:
+        """The same of its values."""
+        return self._read(head, self.v_start // LANES)
+
+    def _read(self, head: Any, first: int) -> jax.Array:
+        tiles = range(first, first + self.row_lanes // LANES)
+        rows = jnp.concatenate([head[:, tile] for tile in tiles], axis=-1)
+        return rows.reshape(-1, self.row_lanes)
 
     def decode_row(self, q_head: int) -> int:
         """The row of a query head among one token's."""

@@ -24,22 +24,22 @@ from pallas_kernels.tpu_operands import as_operand
 
 def scratch_shapes(geometry: Geometry, dtype) -> list:
     """q, m, l, acc: [num_q_heads, row tiles, 16, lanes]; the logits of two kv heads."""
-    alone = mosaic_tpu_prompt.serves(geometry.tile_tokens, geometry.head_dim)
+    alone = mosaic_tpu_prompt.serves(geometry.tile_tokens)
     row_tiles = 1 if alone else geometry.tile_tokens // ROWS
     shape = (geometry.num_q_heads, row_tiles, ROWS)
     logits = pltpu.VMEM((geometry.group * ROWS, geometry.chunk_tokens), jnp.float32)
     return [
-        pltpu.VMEM((*shape, geometry.k_lanes), dtype),
+        pltpu.VMEM((*shape, geometry.row_lanes), dtype),
         pltpu.VMEM((*shape, LANES), jnp.float32),
         pltpu.VMEM((*shape, LANES), jnp.float32),
-        pltpu.VMEM((*shape, geometry.v_lanes), jnp.float32),
+        pltpu.VMEM((*shape, geometry.row_lanes), jnp.float32),
         [logits] * (2 * alone),
     ]
 
 
 def begin(step) -> None:
     """Makes lanes that are no key's numbers: they are multiplied, too."""
-    if step.walk.geometry.k_lanes > step.walk.geometry.head_dim:
+    if step.walk.geometry.row_lanes > step.walk.geometry.head_dim:
         step.scratch[0][...] = jnp.zeros_like(step.scratch[0])
 
 
@@ -79,7 +79,7 @@ def _load_q(step, row_tile, row_tiles: int) -> None:
     shape = (geometry.num_q_heads, row_tiles, ROWS)
     m[:, :row_tiles] = jnp.full((*shape, LANES), softmax.START, jnp.float32)
     l[:, :row_tiles] = jnp.zeros((*shape, LANES), jnp.float32)
-    acc[:, :row_tiles] = jnp.zeros((*shape, geometry.v_lanes), jnp.float32)
+    acc[:, :row_tiles] = jnp.zeros((*shape, geometry.row_lanes), jnp.float32)
 
 
 def _attend_chunk(step, span: Span, row_tile, row_tiles: int, buffer, chunk, position) -> None:
@@ -152,8 +152,8 @@ def _of_head(step, keys: _Keys, head) -> list:
 def _logits(step, keys: _Keys, head) -> jax.Array:
     """[rows, keys]: keys times queries of one kv head."""
     geometry, (q, *_) = step.walk.geometry, _of_head(step, keys, head)
-    k = geometry.read(keys.at(step, head), 0, geometry.k_lanes)
-    rows = q[...].reshape(-1, geometry.k_lanes)
+    k = geometry.keys(keys.at(step, head))
+    rows = q[...].reshape(-1, geometry.row_lanes)
     return product(rows, as_operand(k, q.dtype), 1) * step.scalars[0, head * geometry.group]
 
 
@@ -162,7 +162,7 @@ def _weigh(step, span: Span, keys: _Keys, head, logits) -> None:
     geometry, rows = step.walk.geometry, logits.shape[0]
     q, m, l, acc = _of_head(step, keys, head)
     kept = (span.start - keys.position, span.stop - keys.position) if keys.masked else None
-    v = geometry.read(keys.at(step, head), geometry.v_start, 2 * geometry.head_dim)
+    v = geometry.values(keys.at(step, head))
     v = as_operand(rows_kept(v, kept), q.dtype)
     weights, shrink, m_next, l_next = softmax.update(
         _joined(step, span, keys, head, logits), m[...].reshape(rows, LANES),
@@ -170,7 +170,7 @@ def _weigh(step, span: Span, keys: _Keys, head, logits) -> None:
     )  # fmt: skip
     m[...], l[...] = m_next.reshape(m.shape), l_next.reshape(l.shape)
     values = product(weights.astype(q.dtype), v, 0)
-    new = acc[...].reshape(rows, -1) * softmax.widened(shrink, geometry.v_lanes) + values
+    new = acc[...].reshape(rows, -1) * softmax.widened(shrink, geometry.row_lanes) + values
     acc[...] = new.reshape(acc.shape)
 
 
@@ -211,7 +211,7 @@ def _finish(step, span: Span, row_tile, row_tiles: int) -> None:
             )
             register, at = divmod(head, LANES)
             lse[register] = jnp.where(mine & (lane == at), of_head, lse[register])
-            values = acc[head, i] * softmax.widened(factor, geometry.v_lanes)
+            values = acc[head, i] * softmax.widened(factor, geometry.row_lanes)
             values = jnp.where(factor[:, :1] != 0, values, 0.0)
             return values[:, geometry.v_offset : geometry.v_offset + geometry.head_dim]
 

@@ -36,21 +36,21 @@ from pallas_kernels.tpu_operands import as_operand
 STEP = 256  # keys of a step
 
 
-def serves(tile_tokens: int, head_dim: int) -> bool:
-    """Whether tiles and heads are whole registers in both directions."""
-    return tile_tokens % LANES == 0 and head_dim % 64 == 0
+def serves(tile_tokens: int) -> bool:
+    """Whether tiles are whole registers along lanes."""
+    return tile_tokens % LANES == 0
 
 
 def scratch_shapes(geometry: Geometry, dtype) -> list:
     """By share: q, m, l, acc; the logits of two of them, their maxima; lse by query head."""
-    if not serves(geometry.tile_tokens, geometry.head_dim):
+    if not serves(geometry.tile_tokens):
         return []
     shares = geometry.num_kv_heads * geometry.shares
     columns = geometry.share * geometry.tile_tokens
     logits = pltpu.VMEM((geometry.chunk_tokens, columns), jnp.float32)
     largest = pltpu.VMEM((8, columns), jnp.float32)
     return [
-        pltpu.VMEM((shares, geometry.k_lanes, columns), dtype),
+        pltpu.VMEM((shares, geometry.row_lanes, columns), dtype),
         pltpu.VMEM((shares, 8, columns), jnp.float32),
         pltpu.VMEM((shares, 8, columns), jnp.float32),
         pltpu.VMEM((shares, geometry.head_dim, columns), jnp.float32),
@@ -88,7 +88,7 @@ class _Keys(NamedTuple):
 def begin(step) -> None:
     """Makes rows that are no key's numbers: they are multiplied, too."""
     geometry, size = step.walk.geometry, step.walk.geometry.head_dim
-    if serves(geometry.tile_tokens, size) and geometry.k_lanes > size:
+    if serves(geometry.tile_tokens) and geometry.row_lanes > size:
         rows = step.scratch[0].at[:, size:]
         rows[...] = jnp.zeros(rows.shape, rows.dtype)
 
@@ -280,7 +280,7 @@ def _product(step, keys: _Keys, pages, share, slot: int, *, is_first: bool) -> N
     """Keys of a step times queries, and the largest logits so far, spread over sublanes."""
     geometry, q = step.walk.geometry, step.scratch[0]
     logits, largest = step.scratch[4 + slot], step.scratch[6 + slot]
-    k = geometry.read(keys.at(step, pages, share), 0, geometry.k_lanes)
+    k = geometry.keys(keys.at(step, pages, share))
     found = _dot(as_operand(k, q.dtype), q[share], (1, 0))
     logits[pages[0] * geometry.page_size : pages[1] * geometry.page_size] = found
     high = _over_registers(found, jnp.max)
@@ -318,10 +318,10 @@ def _step_share(
         x = logits[begin:end].reshape(-1, 8, logits.shape[1]) - m_next[None]
         weights = jnp.exp2(x if _is_joined(step) else x * unit)
         total = total + jnp.sum(weights, axis=0)
-        v = geometry.read(keys.at(step, mine[i], share), geometry.v_start, 2 * geometry.head_dim)
+        v = geometry.values(keys.at(step, mine[i], share))
         if kept is not None:
             v = rows_kept(v, (kept[0] - begin, kept[1] - begin))
-        v = as_operand(v, q.dtype).T[geometry.v_offset :]
+        v = as_operand(v, q.dtype).T[geometry.v_offset : geometry.v_offset + geometry.head_dim]
         part = _dot(v, weights.reshape(end - begin, -1).astype(q.dtype), (1, 0))
         values = part if values is None else values + part
     # What lies in acc before the first keys is no number.

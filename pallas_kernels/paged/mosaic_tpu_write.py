@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_chip
-from pallas_kernels.paged.mosaic_tpu_geometry import LANES, divided, remainder, round_up
+from pallas_kernels.paged.mosaic_tpu_geometry import HALF, LANES, divided, remainder, round_up
 from pallas_kernels.stored_values import quantise
 
 RING, AHEAD = 16, 8  # windows in the ring, and read ahead of the one that is merged
@@ -63,7 +63,7 @@ def news(
     """What is to be written into a side-by-side cache.
 
     Args:
-        kv_pages: [num_pages, num_kv_heads, tiles, page_size, lanes].
+        kv_pages: [num_pages, num_kv_heads, tiles, page_size, 128].
         k, v: [num_tokens, num_kv_heads, head_dim], true values.
         slot_mapping: int32 [num_tokens]; outside the cache (-1) = written nowhere.
         k_scale, v_scale: float32 [] or [num_kv_heads]: true value = stored value * scale; None = 1.
@@ -74,8 +74,9 @@ def news(
     )
     window = math.gcd(FEW if k.shape[0] <= FEW_TOKENS else MANY, page_size)
     parts = (_stored(k, k_scale, kv_pages.dtype), _stored(v, v_scale, kv_pages.dtype))
-    if k.shape[-1] % LANES:  # whole registers, or one array
-        parts = (jnp.concatenate(parts, axis=-1),)
+    if round_up(k.shape[-1], HALF) % LANES:  # whole registers, or one array
+        padding = ((0, 0), (0, 0), (0, -k.shape[-1] % HALF))
+        parts = (jnp.concatenate([jnp.pad(part, padding) for part in parts], axis=-1),)
     tile = min(TILE, k.shape[0])
     lengths = _run_lengths(slots, window, tile)
     if _may_be_apart(k.shape[0]):
@@ -118,8 +119,7 @@ def _are_apart(slots: jax.Array, window: int) -> jax.Array:
 
 def scratch_shapes(new: News, kv_pages: jax.Array) -> list:
     """What `write_all` works with: tiles as they come, in 32 bits, the ring, semaphores, cells."""
-    heads, tiles, lanes = kv_pages.shape[1], kv_pages.shape[2], kv_pages.shape[4]
-    registers = round_up(tiles * lanes, LANES) // LANES
+    heads, tiles = kv_pages.shape[1:3]
     # Room for windows that reach over either end.
     rows = new.window + new.tile + new.window
     ring = GROUPS * GROUP if _may_be_apart(new.slots.shape[0]) else RING
@@ -128,8 +128,8 @@ def scratch_shapes(new: News, kv_pages: jax.Array) -> list:
             pltpu.VMEM((TILES_AHEAD + 1, new.tile, *part.shape[1:]), part.dtype)
             for part in new.parts
         ),
-        pltpu.VMEM((registers, rows * _stride(heads), LANES), jnp.float32),
-        pltpu.VMEM((ring, heads, tiles, new.window, lanes), kv_pages.dtype),
+        pltpu.VMEM((tiles, rows * _stride(heads), LANES), jnp.float32),
+        pltpu.VMEM((ring, heads, tiles, new.window, LANES), kv_pages.dtype),
         pltpu.SemaphoreType.DMA((TILES_AHEAD + 1,)),
         pltpu.SemaphoreType.DMA((ring,)),
         pltpu.SemaphoreType.DMA((ring,)),
@@ -351,6 +351,8 @@ def write_all(slots, run_lengths, parts, kv_pages, scratch, window: int) -> None
 
     for i in range(min(TILES_AHEAD, tiles)):
         bring(i)
+    if any(there.shape[-1] % LANES for there in staged):
+        wide[...] = jnp.zeros_like(wide)  # what heads are padded with
     if not _may_be_apart(num_tokens):
         write_runs()
         return
@@ -361,7 +363,7 @@ def write_all(slots, run_lengths, parts, kv_pages, scratch, window: int) -> None
 def _widen(staged: list, wide, window: int, dtype) -> None:
     """A tile in 32 bits, where a row is a row, keys and values beside each other in registers."""
     largest = None if dtype == jnp.int8 else float(jnp.finfo(dtype).max)
-    lane = 0
+    tile = 0
     for part in staged:
         tokens, heads, size = part.shape
         stride = _stride(heads)
@@ -375,21 +377,17 @@ def _widen(staged: list, wide, window: int, dtype) -> None:
         there = pl.ds(window * stride, tokens * stride)
         for begin in range(0, size, LANES):
             columns = values[:, begin : begin + LANES]
-            wide[(lane + begin) // LANES, there, : columns.shape[1]] = columns
-        lane += size
+            wide[tile, there, : columns.shape[1]] = columns
+            tile += 1
 
 
 def _merge(ring: _Ring, wide, at, begin, mine) -> None:
     """Puts a run's rows into the window in its buffer: those that are `mine`, None = all."""
-    window, (num_heads, _, _, width) = ring.window, ring.buffers.shape[1:]
+    window, (num_heads, tiles) = ring.window, ring.buffers.shape[1:3]
     stride = _stride(num_heads)
     for head in range(num_heads):
-        for register in range(wide.shape[0]):
-            tile, lane = divmod(register * LANES, width)
-            columns = slice(lane, min(lane + LANES, width))
-            new = wide[register, pl.ds(begin * stride + head, window, stride=stride), :]
-            new = new[:, : columns.stop - columns.start]
+        for tile in range(tiles):
+            new = wide[tile, pl.ds(begin * stride + head, window, stride=stride), :]
             if mine is not None:
-                old = ring.buffers[at, head, tile, :, columns].astype(jnp.float32)
-                new = jnp.where(mine, new, old)
-            ring.buffers[at, head, tile, :, columns] = new.astype(ring.buffers.dtype)
+                new = jnp.where(mine, new, ring.buffers[at, head, tile].astype(jnp.float32))
+            ring.buffers[at, head, tile] = new.astype(ring.buffers.dtype)

@@ -51,8 +51,8 @@ def check_shared_out(name, op, parts, on, data=None, model=None, pages=None):
         results = kernel_over_mesh(backend, op, plan)(**arrays, **static)
     named = dict(zip(RESULTS[op], map(np.asarray, results), strict=True))
     if op != "indexer_scores":
-        rope_dim = arrays["q_pe"].shape[-1] if "q_pe" in arrays else None
-        named[CACHES[op]] = _as_the_oracle(named[CACHES[op]], layout, rope_dim)
+        size = arrays["q_pe" if "q_pe" in arrays else "q"].shape[-1]
+        named[CACHES[op]] = _as_the_oracle(named[CACHES[op]], layout, size)
     for i, part in enumerate(parts):
         for quantity, answer in expected(op, part).items():
             axis = int(quantity == "kv_pages")
@@ -104,8 +104,9 @@ def _placed(array, dims, on, data, model, pages):
     return put(array, on, *(cut.get(dim) for dim in dims))
 
 
-def _as_the_oracle(pages, layout, rope_dim):
+def _as_the_oracle(pages, layout, size):
+    """Size: of a latent cache's rotary key, of another's heads."""
     pages = jnp.asarray(pages)
     if layout in LATENT_LAYOUTS:
-        return LATENT_LAYOUTS[layout].to_rows(pages, rope_dim)
-    return LAYOUTS["stacked"].join(*LAYOUTS[layout].split(pages))
+        return LATENT_LAYOUTS[layout].to_rows(pages, size)
+    return LAYOUTS["stacked"].join(*LAYOUTS[layout].split(pages))[..., :size]

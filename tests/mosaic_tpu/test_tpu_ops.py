@@ -15,6 +15,7 @@ from attnsel_jax import (
     allocate_kv_cache,
     allocate_latent_cache,
     dot_product_attention,
+    get_attn_backend,
     mla_attention,
     paged_attention,
     sparse_mla_attention,
@@ -61,16 +62,39 @@ def test_dense():
 
 
 @pytest.mark.once
-def test_paged():
-    q, new, stored = normal(TOKENS, 4, 64), normal(2, TOKENS, 2, 64), normal(2, 6, PAGE_SIZE, 2, 64)
+@pytest.mark.parametrize("head_size", [64, 80])
+def test_paged(head_size):
+    q, new = normal(TOKENS, 4, head_size), normal(2, TOKENS, 2, head_size)
+    stored = normal(2, 6, PAGE_SIZE, 2, head_size)
 
     def call(device):
-        empty = allocate_kv_cache(6, PAGE_SIZE, 2, 64, "float32", device=device)
+        empty = allocate_kv_cache(6, PAGE_SIZE, 2, head_size, "float32", device=device)
         cache = KVCache(stored).converted(empty.layout)
-        assert cache.pages.shape == empty.pages.shape
+        assert (cache.pages.shape, cache.dims) == (empty.pages.shape, empty.dims)
         return paged_attention(q, *new, cache, BATCH, return_lse=True, device=device)
 
     both(call, lambda cache: cache.converted("stacked"))
+
+
+@pytest.mark.once
+def test_a_layer_takes_a_bare_cache_whose_heads_are_padded():
+    q, new = normal(TOKENS, 4, 80), normal(2, TOKENS, 2, 80)
+    empty = allocate_kv_cache(6, PAGE_SIZE, 2, 80, "float32", device=CHIP)
+    backend = get_attn_backend(80, "float32", "auto", PAGE_SIZE, device=CHIP)
+    layer = backend.get_impl_cls()(4, 80, 80**-0.5, 2)
+    assert empty.pages.shape == backend.get_kv_cache_shape(6, PAGE_SIZE, 2, 80)
+    with tpu_interpreter(CHIP):
+        out, cache = layer.forward(q, *new, empty, BATCH)
+        of_bare, pages = layer.forward(q, *new, empty.pages, BATCH)
+    expected = paged_attention(q, *new, empty.converted("stacked"), BATCH, device="cpu")
+    close((out, cache.converted("stacked").pages), (expected[0], expected[1].pages))
+    np.testing.assert_array_equal(of_bare, out)
+    np.testing.assert_array_equal(pages, cache.pages)
+    unsaid = KVCache(empty.pages, layout=empty.layout)
+    with pytest.raises(ValueError, match="kv_cache has head_size 128, must be 80, as this layer"):
+        layer.forward(q, *new, unsaid, BATCH)
+    with pytest.raises(ValueError, match=r"cache.head_size is None .* must be 80 \(as in q\)"):
+        paged_attention(q, *new, unsaid, BATCH, device=CHIP)
 
 
 @pytest.mark.once
