@@ -15,7 +15,7 @@ PAGED = Capabilities(
     generation=OneOf("v4", "v5e", "v5p", "v6e", "7x"),
     dtype=OneOf("float32", "bfloat16"),
     kv_cache_dtype=OneOf("float32", "bfloat16", "fp8_e4m3", "fp8_e5m2", "int8"),
-    head_size=OneOf(64, 80, 96, 112, 128, 192, 256),
+    head_size=MultipleOf(8, at_most=256),
     block_size=OneOf(8, 16, 32, 64, 128, 256),
     attn_type=OneOf(*AttentionType),
     causal=EITHER,
@@ -28,7 +28,6 @@ PAGED = Capabilities(
 DENSE = dataclasses.replace(
     PAGED,
     kv_cache_dtype=ANYTHING,
-    head_size=MultipleOf(8, at_most=256),
     head_size_v=MultipleOf(8, at_most=256),
     block_size=ANYTHING,
     has_bias=EITHER,

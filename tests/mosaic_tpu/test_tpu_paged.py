@@ -30,10 +30,10 @@ PAGED = [problem for problem in QUICK if problem.op == "paged"]
 SMALL = mosaic_tpu_tiles.Tiles(tile_tokens=32, block_tokens=32, chunk_tokens=16, num_buffers=3)
 
 
-def check(arguments, generation="v5e"):
+def check(arguments, generation="v5e", kernel=KERNEL):
     """Out, lse and the written cache, each within the oracle's budget."""
     with tpu_interpreter(generation):
-        results = run(KERNEL, "paged", arguments, layout="side_by_side")
+        results = run(kernel, "paged", arguments, layout="side_by_side")
     for name, answer in expected("paged", arguments).items():
         found = deviation(name, results[name], answer)
         assert found.passed, str(found)
@@ -84,6 +84,10 @@ def test_quick_problems(problem):
     check(problem.make())
 
 
+PADDED = (8, 40, 72, 112, 160, 224)  # head sizes that the cache pads
+SIZES = (8, 64, 72, 80, 128, 160, 192, 256)  # of each way to store and to turn heads
+
+
 # A decode, a chunk over two tiles, nothing, speculative decodes over a row tile's border, a decode.
 LONG = ((1, 28, 0, 5, 11, 1), (70, 59, 9, 29, 24, 33))
 
@@ -111,8 +115,11 @@ def test_spans_tiles_and_blocks(options):
         sweep((3, 3), {"soft_cap": 6.0, "alibi": True, "dtype": "float32"}),
         sweep((2, 1), {"head_size": 192, "cache_dtype": "int8", "scales": "head"}),
         sweep((2, 1), {"head_size": 192, "dtype": "float32"}),
+        ((2, 1), {"head_size": 80, "dtype": "bfloat16"}),
+        sweep((2, 1), {"head_size": 96, "dtype": "float32"}),
+        *(sweep((2, 2), {"head_size": size, "dtype": "bfloat16"}) for size in PADDED),
     ],
-    ids=["shares", "window", "odd", "192", "192 float32"],
+    ids=["shares", "window", "odd", "192", "192 float32", "80", "96 float32", *map(str, PADDED)],
 )
 def test_prompts(monkeypatch, heads, options):
     """Tiles of 128 tokens: keys first. New keys come in four tiles: a buffer is used again."""
@@ -183,13 +190,16 @@ def test_the_table_has_every_key():
     [
         (64, "bfloat16", True),
         (64, "float32", False),
+        (80, "bfloat16", True),
+        (96, "float32", False),
         (128, "bfloat16", False),
-        (192, "bfloat16", False),
+        (192, "bfloat16", True),
         (192, "float32", False),
+        (256, "bfloat16", False),
     ],
 )
-def test_only_halves_of_bfloat16_take_tokens_along_lanes(head_size, dtype, along_lanes):
-    """And prompts only: what XLA keeps that way, and what was compiled."""
+def test_which_heads_take_tokens_along_lanes(head_size, dtype, along_lanes):
+    """Of prompts only: those that XLA keeps that way, and that were compiled."""
     q = jax.ShapeDtypeStruct((256, 4, head_size), dtype)
     pages = jax.ShapeDtypeStruct(LAYOUTS["side_by_side"].shape(9, 64, 2, head_size), dtype)
     table = jax.ShapeDtypeStruct((2, 4), "int32")
@@ -297,6 +307,26 @@ def test_large_pages_come_in_parts(monkeypatch):
 
 @pytest.mark.once
 @pytest.mark.usefixtures("small_tiles")
+@pytest.mark.once
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(
+    ("head_size", "options"),
+    [
+        (80, {"dtype": "bfloat16"}),
+        sweep(96, {"dtype": "bfloat16", "cache_dtype": "float8_e4m3fn", "scales": "tensor"}),
+        *(sweep(size, {}) for size in PADDED),
+    ],
+)
+def test_what_pads_the_heads_of_no_key_may_be_anything(head_size, options):
+    def kernel(kv_pages, **others):
+        is_none = jnp.isnan(kv_pages[:, :, :1, :, :1])
+        spoiled = jnp.where(is_none, jnp.asarray(jnp.nan, kv_pages.dtype), kv_pages)
+        return KERNEL(kv_pages=spoiled, **others)
+
+    arguments = batch((1, 40, 3, 1), (35, 75, 9, 20), head_size=head_size, page_size=32, **options)
+    check(arguments, kernel=kernel)
+
+
 def test_more_queries_than_keys_see_nothing():
     arguments = batch((5, 1, 20), (7, 3, 22), writes=False)
     arguments["kv_lens"] = np.array([2, 0, 9, 10**6], np.int32)
@@ -361,7 +391,7 @@ def test_the_layout_converts_both_ways():
         ({"kv_pages": np.zeros((5, 2, 1, 8, 96))}, "kv_pages has dtype float64, must be one of"),
         (
             {"kv_pages": np.zeros((5, 2, 1, 8, 96), np.float32)},
-            "1 tiles of 96 lanes, must have 128",
+            "1 tiles of 96 lanes, must have 1 of 128: twice",
         ),
         ({"kv_pages": np.zeros((5, 2, 1, 12, 128), np.float32)}, "page_size is 12, must be a"),
         ({"soft_cap": -1.0}, "soft_cap is -1.0, must be above 0"),
@@ -444,7 +474,7 @@ def test_many_heads_compile_for_v4(heads, tokens):
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("chip", DECLARED.generation.values)
-@pytest.mark.parametrize("head_size", DECLARED.head_size.values)
+@pytest.mark.parametrize("head_size", SIZES)
 @pytest.mark.parametrize("page_size", DECLARED.block_size.values)
 @pytest.mark.parametrize("dtype", DECLARED.dtype.values)
 def test_every_size_compiles(chip, head_size, page_size, dtype):
@@ -471,8 +501,31 @@ def test_every_cache_of_heads_in_twos_compiles(chip, cache_dtype):
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("chip", DECLARED.generation.values)
-@pytest.mark.parametrize("head_size", DECLARED.head_size.values)
+@pytest.mark.parametrize("head_size", SIZES)
 @pytest.mark.parametrize("dtype", DECLARED.dtype.values)
 def test_every_prompt_compiles(chip, head_size, dtype):
     """As many tokens as a whole tile has: keys first, where the others' batches are too short."""
     compiles(chip, (1, 260, 3), (70, 300, 9), head_size=head_size, page_size=64, dtype=dtype)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("chip", ["v6e", *map(sweep, ("v5e", "7x"))])
+@pytest.mark.parametrize("head_size", [80, *map(sweep, (8, 64, 96, 128, 160, 192, 256))])
+@pytest.mark.parametrize("dtype", ["bfloat16", sweep("float8_e4m3fn")])
+def test_a_donated_cache_is_attended_where_it_lies(chip, head_size, dtype):
+    """XLA copies it neither before the kernel nor behind it."""
+    needs_compiler(chip)
+
+    def shape(*sizes, dtype="int32"):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    q, new = (shape(64, heads, head_size, dtype="bfloat16") for heads in (32, 8))
+    pages = shape(*MosaicTpuBackend.get_kv_cache_shape(512, 64, 8, head_size), dtype=dtype)
+    batch = {"page_table": shape(64, 48), "kv_lens": shape(64), "cu_q_lens": shape(65),
+             "num_seqs": shape(), "slot_mapping": shape(64)}  # fmt: skip
+    arguments = {"q": q, "k": new, "v": new, "kv_pages": pages, **batch}
+    report = compile_for(chip, MosaicTpuBackend.kernels["paged"], arguments)
+    assert report.compiled, report.refusal
+    cache_bytes = pages.size * pages.dtype.itemsize
+    assert report.memory["aliased"] == cache_bytes
+    assert report.memory["temporaries"] < cache_bytes / 20
