@@ -78,8 +78,8 @@ def test_pages(by, explicit):
 @pytest.mark.parametrize("layout", ["stacked", "by_head", "side_by_side"])
 def test_groups_and_heads_under_jit_as_the_caller_says(layout):
     on = mesh(explicit=False, data=2, model=4)
-    k, v = normal(1, TOKENS, 4, 64), normal(2, TOKENS, 4, 64)
-    cache = KVCache(normal(3, 2, PAGES, SIZE, 4, 64)).converted(layout)
+    k, v = normal(1, TOKENS, 4, 80), normal(2, TOKENS, 4, 80)
+    cache = KVCache(normal(3, 2, PAGES, SIZE, 4, 80)).converted(layout)
     want = write_kv_cache(cache, k, v, SLOTS).pages
     said = MeshAxes(mesh=on, batch="data", heads="model")
     np.testing.assert_array_equal(

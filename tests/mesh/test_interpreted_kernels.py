@@ -75,7 +75,7 @@ INPUTS = {
     "paged": ("MOSAIC_TPU", "paged", paged_inputs, LENGTHS,
               {"heads": (4, 2), "head_size": 64, "page_size": 8, "dtype": "float32"}),
     "paged, int8": ("MOSAIC_TPU", "paged", paged_inputs, LENGTHS,
-                    {"heads": (4, 2), "head_size": 64, "page_size": 16, "cache_dtype": "int8",
+                    {"heads": (4, 2), "head_size": 80, "page_size": 16, "cache_dtype": "int8",
                      "scales": "head", "sinks": True, "dtype": "bfloat16"}),
     "mla": ("MOSAIC_TPU_MLA", "mla", mla_inputs, LONGER, LATENT | {"rank": 128, "page_size": 64}),
     "sparse": ("MOSAIC_TPU_MLA_SPARSE", "sparse_mla", mla_inputs, LENGTHS,
