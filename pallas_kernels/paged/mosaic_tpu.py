@@ -25,7 +25,7 @@ from pallas_kernels.paged.mosaic_tpu_geometry import (
     Masks,
     round_up,
 )
-from pallas_kernels.paged.mosaic_tpu_tiles import Tiles, shape_class, tiles_for
+from pallas_kernels.paged.mosaic_tpu_tiles import Tiles, decode_tokens, shape_class, tiles_for
 from pallas_kernels.paged.mosaic_tpu_write import news
 from pallas_kernels.tpu_operands import factor_of
 from pallas_kernels.tpu_sequences import Needs, some_sequences_at_a_time
@@ -92,8 +92,7 @@ def paged_attention(
         return empty_calls.ragged(q, kv_pages)
     page_table = jnp.clip(page_table, 0, dims["num_pages"] - 1)  # unused entries may be anything
     new = None if k is None else news(kv_pages, k, v, slot_mapping, k_scale, v_scale)
-    of_class = shape_class(q.shape[0], page_table.shape[0], q.shape[-1])
-    geometry = _geometry(q, kv_pages, page_table, of_class)
+    geometry = _geometry(q, kv_pages, page_table)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     per_head = _per_head(
         geometry, scale, soft_cap, k_scale, v_scale, alibi_slopes, sinks,
@@ -112,9 +111,12 @@ def paged_attention(
     return out[:tokens], lse[:tokens, :heads], kv_pages
 
 
-def _geometry(q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, of_class: str) -> Geometry:
+def _geometry(q: jax.Array, kv_pages: jax.Array, page_table: jax.Array) -> Geometry:
     """The sizes of this call."""
     num_tokens, num_q_heads, head_dim = q.shape
+    max_num_seqs, pages_per_seq = page_table.shape
+    few = decode_tokens(num_tokens, max_num_seqs, num_q_heads)
+    of_class = shape_class(num_tokens, few * max_num_seqs, head_dim)
     _, num_kv_heads, lane_tiles, rows, _ = kv_pages.shape
     tiles = tiles_for(kv_pages.dtype, of_class, num_kv_heads)
     # Of a sequence's last page only what holds keys is brought.
@@ -140,8 +142,8 @@ def _geometry(q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, of_class
     )
     return Geometry(
         num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
-        page_size=page_size, page_parts=parts, pages_per_seq=parts * page_table.shape[1],
-        num_tokens=num_tokens, tile_tokens=tile_tokens, in_columns=in_columns,
+        page_size=page_size, page_parts=parts, pages_per_seq=parts * pages_per_seq,
+        num_tokens=num_tokens, tile_tokens=tile_tokens, decode_tokens=few, in_columns=in_columns,
         block_pages=chunks * chunk_pages, chunk_pages=chunk_pages, num_buffers=num_buffers,
     )  # fmt: skip
 

@@ -105,10 +105,10 @@ def attend(
         out like q, lse [registers, num_tokens, 128], kv_pages as given, or written.
     """
     numbers = jnp.stack(per_head[:4])
-    rows = [geometry.decode_row(h) for h in range(geometry.num_q_heads)]
-    by_row = (
-        jnp.zeros((4, geometry.all_decode_rows), jnp.float32).at[:, jnp.array(rows)].set(numbers)
-    )
+    by_row = jnp.zeros((4, geometry.all_decode_rows), jnp.float32)
+    for token in range(geometry.decode_tokens):
+        rows = [geometry.decode_row(head, token) for head in range(geometry.num_q_heads)]
+        by_row = by_row.at[:, jnp.array(rows)].set(numbers)
     by_row = jnp.broadcast_to(by_row[..., None], (*by_row.shape, LANES))
     tokens = geometry.tile_tokens
     if geometry.in_columns:
@@ -249,14 +249,14 @@ def _kernel(static: _Static, page_table, kv_lens, cu_q_lens, num_seqs, *refs) ->
     def visit(_):
         span = walk.span(now[SEQ], now[TOKEN])
         q_len = cu_q_lens[span.seq + 1] - cu_q_lens[span.seq]
-        is_one = span.end - span.begin == 1
-        several = jnp.logical_not(is_one)
+        is_decode = walk.is_decode(span)
+        several = jnp.logical_not(is_decode)
         is_short = (q_len <= ROWS) | (geometry.tile_tokens == ROWS)
         if geometry.in_columns:
             are_missing = now[IN_ROWS] == 0
-            pl.when((is_one | is_short) & are_missing)(lambda: _make_rows(prompt, decode, now))
+            pl.when((is_decode | is_short) & are_missing)(lambda: _make_rows(prompt, decode, now))
 
-        @pl.when(is_one)
+        @pl.when(is_decode)
         def _():
             last_of_all = mosaic_tpu_decode.attend_spans(decode, span)
             now[SEQ], now[TOKEN] = last_of_all.seq, last_of_all.begin

@@ -1,8 +1,9 @@
-"""How the TPU kernel of `paged` computes decodes, spans of one token: all heads of a part at once.
+"""How the TPU kernel of `paged` computes decodes, spans of a token or few: all heads at once.
 
-A token's query heads are rows, a kv head's group beside the next. A register of 8 rows may hold
-the groups of several kv heads: it is multiplied with each one's keys, and from each product the
-rows of that kv head are taken. So the softmax works on no row but the query heads.
+A decode's query heads are rows, a kv head's group beside the next, of each token. A register of 8
+rows may hold the groups of several kv heads: it is multiplied with each one's keys, and from each
+product the rows of that kv head are taken. So the softmax works on no row but the query heads. A
+decode that has fewer tokens than another may have computes its last one again.
 
 What bounds it is how fast keys and values are loaded into the matrix unit. A head of 64 leaves half
 of it empty: two kv heads are put side by side first, the queries of the second in the upper lanes.
@@ -55,6 +56,7 @@ def scratch_shapes(geometry: Geometry, cache_dtype, q_dtype) -> list:
         pltpu.VMEM((chunks, rows, geometry.row_lanes), jnp.float32),
         pltpu.VMEM(values, cache_dtype),
         pltpu.SMEM((chunks,), jnp.int32),
+        pltpu.SMEM((chunks,), jnp.int32),
     ]
 
 
@@ -67,7 +69,7 @@ class Scratch(NamedTuple):
         m, l: after each chunk, by row, of the last step and of the next one.
         acc: after each chunk of the last step, by row.
         values: of each chunk, where heads come in twos; of even and of odd steps.
-        tokens: of each chunk of the last step.
+        tokens, counts: of each chunk of the last step, the first token and how many.
     """
 
     q: Any
@@ -78,6 +80,7 @@ class Scratch(NamedTuple):
     acc: Any
     values: Any
     tokens: Any
+    counts: Any
 
 
 def begin(step) -> None:
@@ -89,13 +92,11 @@ def begin(step) -> None:
 def attend_spans(step, span: Span) -> Span:
     """Attends with the tokens of decodes, from this one on; returns the last one's span."""
     walk, scratch = step.walk, Scratch(*step.scratch)
-    shift = span.begin - span.seq
-    first = walk.wait_step()
-    part = walk.part_in(first, 0, shift)
-    token = part.token - step.first_token
-    for i in range(walk.geometry.chunks):
-        scratch.tokens[i] = token  # what is written there now is overwritten
-    _weigh(step, first, shift, jnp.int32(0))()
+    first = walk.first_of(span)
+    buffer = walk.wait_step()
+    for i in range(walk.geometry.chunks):  # what is written there now is overwritten
+        scratch.tokens[i], scratch.counts[i] = span.begin - step.first_token, jnp.int32(1)
+    _weigh(step, buffer, first, jnp.int32(0))()
 
     def attend_step(buffer, side):
         goes_on = walk.goes_on(buffer)
@@ -105,30 +106,31 @@ def attend_spans(step, span: Span) -> Span:
 
         @pl.when(beside)
         def _():
-            _attend(step, buffer, following, shift, side, walk.start_beside())
+            _attend(step, buffer, following, first, side, walk.start_beside())
             walk.move_on()
 
         alone = goes_on & jnp.logical_not(beside)
-        pl.when(alone)(lambda: _attend(step, buffer, following, shift, side))
-        pl.when(jnp.logical_not(goes_on))(lambda: _attend(step, buffer, None, shift, side))
+        pl.when(alone)(lambda: _attend(step, buffer, following, first, side))
+        pl.when(jnp.logical_not(goes_on))(lambda: _attend(step, buffer, None, first, side))
         return following, goes_on, 1 - side
 
     last, _, _ = lax.while_loop(
         lambda state: state[1],
         lambda state: attend_step(state[0], state[2]),
-        (first, jnp.bool_(True), jnp.int32(0)),
+        (buffer, jnp.bool_(True), jnp.int32(0)),
     )
     _finish_all(step)
-    part = walk.part_in(last, walk.geometry.chunks - 1, shift)
-    return walk.span(part.token - shift, part.token)
+    part = walk.part_in(last, walk.geometry.chunks - 1, first)
+    return walk.span(part.seq, part.token)
 
 
-def _load_q(step, i: int, token) -> jax.Array:
-    """The token's heads in rows, each kv head's group where it belongs, by way of scratch i."""
+def _load_q(step, i: int, part: Part) -> jax.Array:
+    """The tokens' heads in rows, each kv head's group where it belongs, by way of scratch i."""
     geometry, q = step.walk.geometry, Scratch(*step.scratch).q.at[i]
-    rows = step.q[token].astype(jnp.float32)
-    for of_heads, of_rows in _groups(geometry):
-        q[of_rows, : geometry.head_dim] = rows[of_heads]
+    for at, token in _tokens(geometry, part.token - step.first_token, part.count):
+        rows = step.q[token].astype(jnp.float32)
+        for of_heads, of_rows in _groups(geometry, at):
+            q[of_rows, : geometry.head_dim] = rows[of_heads]
     if geometry.heads_at_once == 1:
         return q[...].astype(step.q.dtype)
     low = q[...]
@@ -136,24 +138,34 @@ def _load_q(step, i: int, token) -> jax.Array:
     return jnp.where(_of_odd_heads(geometry), rolled, low).astype(step.q.dtype)
 
 
-def _groups(geometry: Geometry):
-    """(query heads, rows) that lie one after another in both, as slices."""
+def _tokens(geometry: Geometry, token, count):
+    """(place, token) of all that a decode may have; past its last one, that one again.
+
+    The last place comes first, so that of what is written to a token its own place is the last.
+    """
+    for at in reversed(range(geometry.decode_tokens)):
+        yield at, token + (at if at == 0 else jnp.minimum(at, count - 1))
+
+
+def _groups(geometry: Geometry, at: int):
+    """(query heads, rows) of a token that lie one after another in both, as slices."""
     if geometry.decode_rows == geometry.group:
         yield slice(0, geometry.num_q_heads), slice(0, geometry.num_q_heads)
         return
     for first in range(0, geometry.num_q_heads, geometry.group):
-        row = geometry.decode_row(first)
+        row = geometry.decode_row(first, at)
         yield slice(first, first + geometry.group), slice(row, row + geometry.group)
 
 
-def _attend(step, buffer, following, shift, side, copies: Iterable[None] = ()) -> None:
+def _attend(step, buffer, following, first, side, copies: Iterable[None] = ()) -> None:
     """A step, without a branch: the next one's parts are weighed, then this one's values added.
 
     So no product waits for a softmax. Tokens are written in the next step, for divisions take long:
     each part's, of which a token's last one stays.
 
     Args:
-        step, buffer, following, shift: this step's buffer, and the next one's; None = none follows.
+        step, buffer, following: this step's buffer, and the next one's; None = none follows.
+        first: of `Walk.first_of`.
         side: of the values that the step before has put in scratch.
         copies: of `start_beside`: what is started beside it.
     """
@@ -162,24 +174,25 @@ def _attend(step, buffer, following, shift, side, copies: Iterable[None] = ()) -
     _finish_all(step)
     scratch.m[0], scratch.l[0] = scratch.m[1], scratch.l[1]
     weights, shrink, acc = scratch.weights[...], scratch.shrink[...], scratch.acc[chunks - 1]
-    keep = None if following is None else _weigh(step, following, shift, 1 - side, copies)
+    keep = None if following is None else _weigh(step, following, first, 1 - side, copies)
     for i in range(chunks):
-        part = walk.part_in(buffer, i, shift)
+        part = walk.part_in(buffer, i, first)
         acc = _add_values(step, part, buffer, i, side, weights[i], shrink[i], acc)
         scratch.acc[i], scratch.tokens[i] = acc, part.token - step.first_token
+        scratch.counts[i] = jnp.int32(part.count)
     if keep is not None:
         keep()
 
 
-def _weigh(step, buffer, shift, side, copies: Iterable[None] = ()) -> Callable[[], None]:
+def _weigh(step, buffer, first, side, copies: Iterable[None] = ()) -> Callable[[], None]:
     """Weighs the keys of a step; returns what puts the weights where the next step finds them.
 
     Values of heads in twos go to this side of the scratch. Starts all copies.
     """
     walk, scratch = step.walk, Scratch(*step.scratch)
     chunks = walk.geometry.chunks
-    parts = [walk.part_in(buffer, i, shift) for i in range(chunks)]
-    q = [_load_q(step, i, part.token - step.first_token) for i, part in enumerate(parts)]
+    parts = [walk.part_in(buffer, i, first) for i in range(chunks)]
+    q = [_load_q(step, i, part) for i, part in enumerate(parts)]
     logits = [_logits(step, part, buffer, i, side, q[i], copies) for i, part in enumerate(parts)]
     _start(copies, None)
     m, l = scratch.m[1, chunks - 1], scratch.l[1, chunks - 1]
@@ -200,7 +213,8 @@ def _finish_all(step) -> None:
     """Writes what each part of the last step has come to."""
     scratch = Scratch(*step.scratch)
     for i in range(step.walk.geometry.chunks):
-        _finish(step, scratch.tokens[i], scratch.m[0, i], scratch.l[0, i], scratch.acc[i])
+        tokens = scratch.tokens[i], scratch.counts[i]
+        _finish(step, *tokens, scratch.m[0, i], scratch.l[0, i], scratch.acc[i])
 
 
 def _start(copies: Iterable[None], count: int | None) -> None:
@@ -225,6 +239,14 @@ def _logits(step, part: Part, buffer, i: int, side, q, copies: Iterable[None]) -
     return _by_unit(geometry, q, logits_of)
 
 
+def _place(geometry: Geometry) -> jax.Array | int:
+    """[rows, 1]: the place of each row's token in a decode."""
+    if geometry.decode_tokens == 1:
+        return 0
+    row = lax.broadcasted_iota(jnp.int32, (geometry.all_decode_rows, 1), 0)
+    return lax.rem(row, geometry.decode_rows) // geometry.group
+
+
 def _kept(step, part: Part) -> tuple[jax.Array | None, jax.Array]:
     """[begin, end) of the part's keys that are seen; None = from the first on."""
     begin = part.start - part.position if step.walk.masks.has_start else None
@@ -239,8 +261,9 @@ def _softmax(step, part: Part, logits, m, l) -> tuple[jax.Array, ...]:
     logits = logits * step.rows[0][:, :1]
     kv_pos = part.position + lax.broadcasted_iota(jnp.int32, (1, geometry.chunk_tokens), 1)
     slope = step.rows[2][:, :1] if step.has_slope else None
-    logits = softmax.join(logits, part.q_pos, kv_pos, soft_cap=step.soft_cap, slope=slope)
-    limits = step.walk.masks.limits(part.q_pos, part.start, part.stop)
+    q_pos = part.q_pos + _place(geometry)
+    logits = softmax.join(logits, q_pos, kv_pos, soft_cap=step.soft_cap, slope=slope)
+    limits = step.walk.masks.limits(q_pos, part.start, part.stop)
     logits = softmax.mask(logits, kv_pos, limits)
     weights, shrink, m, l = softmax.update(logits, m, l, by_lane=True)
     return weights.astype(step.q.dtype), jnp.where(is_first, 0.0, shrink), m, l
@@ -339,8 +362,8 @@ def _of_odd_heads(geometry: Geometry) -> jax.Array:
     return row // geometry.decode_rows & 1 != 0
 
 
-def _finish(step, token, m, l, acc) -> None:
-    """Puts a token's output and lse into the tile: what its last part says stays."""
+def _finish(step, first_token, count, m, l, acc) -> None:
+    """Puts the tokens' outputs and lse into the tile: what their last part says stays."""
     geometry = step.walk.geometry
     l = jnp.broadcast_to(jnp.sum(l, axis=1, keepdims=True), l.shape)
     factor, lse = softmax.finish(m, l, step.rows[3], step.rows[1])
@@ -351,20 +374,23 @@ def _finish(step, token, m, l, acc) -> None:
         values = values[:, : geometry.head_dim]
     else:
         values = values[:, geometry.v_offset : geometry.v_offset + geometry.head_dim]
-    rows = [values[of_rows] for _, of_rows in _groups(geometry)]
-    rows = jnp.concatenate(rows, axis=0) if len(rows) > 1 else rows[0]
-    step.out[token] = rows.astype(step.out.dtype)
-    line = _as_lanes(geometry, lse)
-    for i in range(step.lse.shape[0]):
-        step.lse[i, pl.ds(token, 1)] = line[:, i * LANES : (i + 1) * LANES]
+    for at, token in _tokens(geometry, first_token, count):
+        rows = [values[of_rows] for _, of_rows in _groups(geometry, at)]
+        rows = jnp.concatenate(rows, axis=0) if len(rows) > 1 else rows[0]
+        step.out[token] = rows.astype(step.out.dtype)
+        line = _as_lanes(geometry, lse, at)
+        for i in range(step.lse.shape[0]):
+            step.lse[i, pl.ds(token, 1)] = line[:, i * LANES : (i + 1) * LANES]
 
 
-def _as_lanes(geometry: Geometry, lse: jax.Array) -> jax.Array:
-    """[rows, 128], the same along lanes, as [1, lse_lanes] by query head."""
+def _as_lanes(geometry: Geometry, lse: jax.Array, at: int) -> jax.Array:
+    """[rows, 128], the same along lanes, as [1, lse_lanes] by query head, of one token."""
     shape = (geometry.all_decode_rows, geometry.lse_lanes)
     row, lane = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
     size, group = geometry.decode_rows, geometry.group
-    head = jnp.where(lax.rem(row, size) < group, row // size * group + lax.rem(row, size), -1)
+    of_group = lax.rem(row, size) - at * group
+    mine = (of_group >= 0) & (of_group < group)
+    head = jnp.where(mine, row // size * group + of_group, -1)
     finite = jnp.where(lse == -jnp.inf, -1e38, lse)  # no -inf * 0; NaN stays NaN
     spread = softmax.widened(finite, geometry.lse_lanes)
     line = jnp.sum(jnp.where(head == lane, spread, 0.0), axis=0, keepdims=True)

@@ -102,6 +102,7 @@ class Geometry(NamedTuple):
     block_pages: int  # pages of a block: what one buffer holds
     chunk_pages: int  # pages that prefill computes at once
     num_buffers: int
+    decode_tokens: int  # of one sequence, that are computed as a decode at most
     in_columns: bool  # whether q and out come as [num_q_heads, head_dim, num_tokens]
 
     @property
@@ -124,10 +125,9 @@ class Geometry(NamedTuple):
 
     @property
     def decode_rows(self) -> int:
-        """Rows that one kv head's group takes among the 8 sublanes of a register."""
-        if self.group >= 8:
-            return round_up(self.group, 8)
-        return 1 << (self.group - 1).bit_length()
+        """Rows that one kv head's group takes among the 8 sublanes of a register, all tokens."""
+        rows = self.group * self.decode_tokens
+        return round_up(rows, 8) if rows >= 8 else 1 << (rows - 1).bit_length()
 
     @property
     def heads_at_once(self) -> int:
@@ -140,7 +140,7 @@ class Geometry(NamedTuple):
 
     @property
     def all_decode_rows(self) -> int:
-        """Rows of one token's query heads, whole registers."""
+        """Rows of a decode's query heads, whole registers."""
         return round_up(self.num_kv_heads * self.decode_rows, 8)
 
     @property
@@ -196,6 +196,7 @@ class Geometry(NamedTuple):
         rows = jnp.concatenate([head[:, tile] for tile in tiles], axis=-1)
         return rows.reshape(-1, self.row_lanes)
 
-    def decode_row(self, q_head: int) -> int:
-        """The row of a query head among one token's."""
-        return q_head // self.group * self.decode_rows + q_head % self.group
+    def decode_row(self, q_head: int, token: int = 0) -> int:
+        """The row of a query head of a decode's token, each token's group beside the one before."""
+        of_kv_head, of_group = divmod(q_head, self.group)
+        return of_kv_head * self.decode_rows + token * self.group + of_group

@@ -27,6 +27,7 @@ class Tiles(NamedTuple):
     num_buffers: int
 
 
+MOST_TOKENS, MOST_ROWS = 8, 256  # of a decode, and of its query heads
 TABLE_KV_HEADS = 8  # of the works that the table was made for
 MOST_TIMES = 4  # as many keys in a block, with fewer
 
@@ -110,10 +111,19 @@ TILES = {
 }
 
 
+def decode_tokens(num_tokens: int, max_num_seqs: int, num_q_heads: int) -> int:
+    """How many tokens of a sequence are computed as a decode: as many as come, if these are few.
+
+    So speculative decodes are; rows are computed for as many in every decode of the batch.
+    """
+    tokens = 1 << (-(-num_tokens // max_num_seqs) - 1).bit_length()
+    return tokens if tokens <= MOST_TOKENS and tokens * num_q_heads <= MOST_ROWS else 1
+
+
 def shape_class(num_tokens: int, max_num_seqs: int, head_dim: int) -> str:
     """What the table is keyed by: decode or prefill, and whether heads fill a register's lanes.
 
-    "decode" where no more tokens come than sequences; other batches may hold decodes, too.
+    "decode" where no more tokens come than decodes have; other batches may hold decodes, too.
     """
     kind = "decode" if num_tokens <= max_num_seqs else "prefill"
     return kind if head_dim > tpu_chip.LANES // 2 else f"{kind}_64"

@@ -5,9 +5,9 @@ Each span walks over the blocks of pages that its queries can see. A cursor runs
 blocks ahead of the computation along the same walk, over the borders of spans, tiles and sequences,
 and starts the copies.
 
-Decodes, spans of one token, are visited together, as many as follow one another in a tile. A buffer
-then holds not a block but a step: in each of its chunks a part of one of them, as they come. A step
-may have more room than there are parts: the rest see no key.
+Decodes, spans of one token or of `decode_tokens` at most, are visited together, as many as follow
+one another in a tile. A buffer then holds not a block but a step: in each of its chunks a part of
+one of them, as they come. A step may have more room than there are parts: the rest see no key.
 """
 
 import functools
@@ -48,13 +48,16 @@ class Span(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What a decode computes at once: keys [position, position + chunk_tokens) for one token.
+    """What a decode computes at once: keys [position, position + chunk_tokens) for its tokens.
 
-    q_pos is the token's position; it sees keys [start, stop). The sequence's parts are [first,
-    end), one at least; `number` may be `end` or above where a step has more room than parts.
+    Of sequence `seq`, `count` from `token` on, whose position is q_pos; they see keys [start,
+    stop). The sequence's parts are [first, end), one at least; `number` may be `end` or above where
+    a step has more room than parts.
     """
 
+    seq: jax.Array
     token: jax.Array
+    count: jax.Array | int
     q_pos: jax.Array
     start: jax.Array
     stop: jax.Array
@@ -73,10 +76,10 @@ class Cursor(NamedTuple):
 
 
 # The cursor's cells, and the buffers that the next copy fills and that the next block lies in. On
-# decodes BLOCK and BLOCK_END are the parts of sequence SEQ, which go on until that of LAST; the
-# token of a sequence is SHIFT more than its number. LAST is -1 elsewhere.
+# decodes BLOCK and BLOCK_END are the parts of sequence SEQ, which go on until that of LAST; FIRST
+# says where each one's tokens are, see `Walk.token`. LAST is -1 elsewhere.
 (
-    NEXT_SEQ, NEXT_TOKEN, SEQ, BLOCK, BLOCK_END, PAGE_BEGIN, PAGE_END, SHIFT, LAST, TO_FILL, FILLED,
+    NEXT_SEQ, NEXT_TOKEN, SEQ, BLOCK, BLOCK_END, PAGE_BEGIN, PAGE_END, FIRST, LAST, TO_FILL, FILLED,
     CELLS,
 ) = range(12)  # fmt: skip
 # Of each buffer: the pages under way, whether it is some decodes' last step, and sequence and part
@@ -112,7 +115,8 @@ class Walk(NamedTuple):
         first, last = cu[seq], cu[seq + 1]
         kv_len = self.batch.kv_lens[seq]
         of_rows, of_tile = ((divided(token, size) + 1) * size for size in (ROWS, tile))
-        end = jnp.minimum(last, jnp.where(last - first <= ROWS, of_rows, of_tile))
+        is_short = (last - first <= ROWS) & (last - first > self.geometry.decode_tokens)
+        end = jnp.minimum(last, jnp.where(is_short, of_rows, of_tile))
         offset = kv_len - (last - first) - first
         first_q, last_q = offset + token, offset + end - 1
         start, stop = self.masks.bounds(first_q, last_q, kv_len)
@@ -135,36 +139,61 @@ class Walk(NamedTuple):
         size = self.geometry.page_size
         return divided(span.start, size), divided(span.stop + size - 1, size)
 
-    def last_decode(self, span: Span) -> Span:
-        """The last span of the decodes that begin with this one, of one token.
+    def is_decode(self, span: Span) -> jax.Array:
+        """Whether a span is computed as a decode."""
+        return span.end - span.begin <= self.geometry.decode_tokens
 
-        Sequences of one token each, one after another in its tile.
+    def last_decode(self, span: Span) -> Span:
+        """The last span of the decodes that begin with this one.
+
+        Of sequences that have no more tokens than a decode, one after another in its tile.
         """
         cu, num_seqs = self.batch.cu_q_lens, self.batch.num_seqs[0]
-        of_tile = self.geometry.tile_tokens - remainder(span.begin, self.geometry.tile_tokens)
-        stop = jnp.minimum(num_seqs, span.seq + of_tile)
+        of_tile = (divided(span.begin, self.geometry.tile_tokens) + 1) * self.geometry.tile_tokens
 
         def goes_on(seq):
             there = jnp.minimum(seq, num_seqs - 1)
-            return (seq < stop) & (cu[there + 1] - cu[there] == 1)
+            count = cu[there + 1] - cu[there]
+            fits = (count <= self.geometry.decode_tokens) & (cu[there + 1] <= of_tile)
+            return (seq < num_seqs) & (count > 0) & fits
 
         ends = span.end >= cu[span.seq + 1]
-        last = lax.while_loop(goes_on, lambda s: s + 1, jnp.where(ends, span.seq + 1, stop)) - 1
+        begin = jnp.where(ends, span.seq + 1, num_seqs)
+        last = lax.while_loop(goes_on, lambda s: s + 1, begin) - 1
         last = jnp.where(ends, last, span.seq)
-        return self.span(last, span.begin + last - span.seq)
+        return self.span(last, jnp.maximum(cu[last], span.begin))
 
-    def part(self, seq: jax.Array, token: jax.Array, number: jax.Array | None = None) -> Part:
-        """A part of a decode, by its number; None = its first. Without a branch."""
-        size = self.geometry.chunk_tokens
-        kv_len = self.batch.kv_lens[seq]
-        q_pos = kv_len - self.batch.cu_q_lens[seq + 1] + token
-        start, stop = self.masks.bounds(q_pos, q_pos, kv_len)
+    def first_of(self, span: Span) -> jax.Array:
+        """What `token` has to know of decodes that begin with this span."""
+        return span.begin - (span.seq if self.geometry.decode_tokens == 1 else 0)
+
+    def token(self, seq: jax.Array, first: jax.Array) -> jax.Array:
+        """The first token of a decode, by its sequence: numbered alike where each has one token."""
+        if self.geometry.decode_tokens == 1:
+            return seq + first
+        return jnp.maximum(self.batch.cu_q_lens[seq], first)
+
+    def part(self, seq: jax.Array, first: jax.Array, number: jax.Array | None = None) -> Part:
+        """A part of a decode, by its number; None = its first part. Without a branch.
+
+        Args:
+            seq, number: whose, and which.
+            first: of `first_of`.
+        """
+        size, token = self.geometry.chunk_tokens, self.token(seq, first)
+        kv_len, behind = self.batch.kv_lens[seq], self.batch.cu_q_lens[seq + 1]
+        count = 1
+        if self.geometry.decode_tokens > 1:
+            of_tile = (divided(token, self.geometry.tile_tokens) + 1) * self.geometry.tile_tokens
+            count = jnp.minimum(self.geometry.decode_tokens, jnp.minimum(behind, of_tile) - token)
+        q_pos = kv_len - behind + token
+        start, stop = self.masks.bounds(q_pos, q_pos + count - 1, kv_len)
         some = stop > start
         start, stop = jnp.where(some, start, 0), jnp.where(some, stop, 0)
-        first = divided(start, size)
-        end = jnp.maximum(divided(stop + size - 1, size), first + 1)
-        number = first if number is None else number
-        return Part(token, q_pos, start, stop, first, end, number, number * size)
+        begin = divided(start, size)
+        end = jnp.maximum(divided(stop + size - 1, size), begin + 1)
+        number = begin if number is None else number
+        return Part(seq, token, count, q_pos, start, stop, begin, end, number, number * size)
 
     def _find_block(self, seq: jax.Array, token: jax.Array) -> None:
         """Puts the cursor on the first block of the first span, from this one on, that has any."""
@@ -174,15 +203,15 @@ class Walk(NamedTuple):
 
         def look(_):
             span = self.span(cells[NEXT_SEQ], cells[NEXT_TOKEN])
-            cells[SEQ], cells[SHIFT] = span.seq, span.begin - span.seq
-            is_one = span.end - span.begin == 1
-            pl.when(is_one)(functools.partial(look_at_decodes, span))
-            pl.when(jnp.logical_not(is_one))(functools.partial(look_at, span))
+            cells[SEQ], cells[FIRST] = span.seq, self.first_of(span)
+            is_decode = self.is_decode(span)
+            pl.when(is_decode)(functools.partial(look_at_decodes, span))
+            pl.when(jnp.logical_not(is_decode))(functools.partial(look_at, span))
             return (cells[BLOCK] >= cells[BLOCK_END]) & (cells[NEXT_SEQ] < num_seqs)
 
         def look_at_decodes(span):
             last = self.last_decode(span)
-            part = self.part(span.seq, span.begin)
+            part = self.part(span.seq, self.first_of(span))
             cells[LAST], cells[BLOCK], cells[BLOCK_END] = last.seq, part.first, part.end
             cells[NEXT_SEQ], cells[NEXT_TOKEN] = self.after(last)
 
@@ -301,12 +330,12 @@ class Walk(NamedTuple):
             cursor is next.
         """
         cells, (seq, number, _) = self.cells, at
-        part = self.part(seq, seq + cells[SHIFT], number)
+        part = self.part(seq, cells[FIRST], number)
         self.filled[buffer, PARTS + 2 * i] = seq
         self.filled[buffer, PARTS + 2 * i + 1] = number
         goes_over = (number + 1 >= part.end) & (seq < cells[LAST])
         after = seq + goes_over.astype(jnp.int32)
-        following = self.part(after, after + cells[SHIFT])
+        following = self.part(after, cells[FIRST])
         at = Cursor(after, jnp.where(goes_over, following.first, number + 1), following.end)
         return part, seq * self.geometry.pages_per_seq, at
 
@@ -366,10 +395,10 @@ class Walk(NamedTuple):
         """Whether the buffer's step is not the last one of its decodes."""
         return self.filled[buffer, IS_LAST] == 0
 
-    def part_in(self, buffer, i, shift) -> Part:
-        """What chunk i of a step's buffer holds; tokens are `shift` more than sequences."""
+    def part_in(self, buffer, i, first) -> Part:
+        """What chunk i of a step's buffer holds; first: of `first_of`."""
         seq, number = (self.filled[buffer, PARTS + 2 * i + j] for j in range(2))
-        return self.part(seq, seq + shift, number)
+        return self.part(seq, first, number)
 
     def next_block(self, span: Span, block: jax.Array) -> jax.Array:
         """Starts a copy ahead, waits for this block of the span, and returns its buffer."""

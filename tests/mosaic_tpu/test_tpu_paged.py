@@ -106,6 +106,40 @@ def test_spans_tiles_and_blocks(options):
     check(batch(*LONG, **options))
 
 
+# Up to four tokens each, the tenth sequence's in two tiles; then one, and one with more than four.
+FEW = (4, 3, 1, 4, 2, 4, 4, 3, 4, 4, 2, 0, 4, 1, 6)
+
+
+@pytest.mark.once
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(
+    ("heads", "options"),
+    [
+        ((4, 2), {"sliding_window": 19, "sinks": True, "alibi": True, "soft_cap": 6.0}),
+        sweep((4, 2), {"head_size": 128, "sliding_window": 3}),
+        sweep((3, 1), {"head_size": 128, "dtype": "float32", "attention_chunk_size": 7}),
+        sweep((6, 2), {"causal": False, "sliding_window": (30, 3)}),
+        sweep((10, 5), {"cache_dtype": "int8", "scales": "head"}),
+        sweep((64, 1), {}),
+    ],
+    ids=["everything", "window", "chunk", "two-sided", "int8", "too many heads"],
+)
+@pytest.mark.parametrize("generation", ["v6e", sweep("v5e")])
+def test_few_tokens_of_each_sequence(heads, options, generation):
+    """Computed as decodes: the keys of all of them come once."""
+    more = (0, 13, 40, 1, 4, 28, 5, *[9] * 8)
+    kv_lens = [sum(lens) for lens in zip(FEW, more, strict=True)]
+    check(batch(FEW, kv_lens, heads=heads, **options), generation)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "heads", "tokens"),
+    [(64, 32, 1), (65, 32, 2), (192, 32, 4), (512, 32, 8), (513, 8, 1), (512, 64, 1), (256, 64, 4)],
+)
+def test_how_many_tokens_are_computed_as_a_decode(num_tokens, heads, tokens):
+    assert mosaic_tpu_tiles.decode_tokens(num_tokens, 64, heads) == tokens
+
+
 @pytest.mark.once
 @pytest.mark.parametrize(
     ("heads", "options"),
@@ -172,7 +206,7 @@ def test_a_buffer_more_does_not_halve_the_others(kv_heads, buffers):
                 for shape in ((64, 8 * kv_heads, 128), (9, kv_heads, 2, 64, 128)))  # fmt: skip
     with tpu_chip.for_generation("7x"):
         table = jax.ShapeDtypeStruct((64, 48), jnp.int32)
-        geometry = mosaic_tpu._geometry(q, pages, table, "decode")
+        geometry = mosaic_tpu._geometry(q, pages, table)
     assert (geometry.num_buffers, geometry.block_pages * 64) == (buffers, 1024)
 
 
@@ -202,9 +236,9 @@ def test_which_heads_take_tokens_along_lanes(head_size, dtype, along_lanes):
     """Of prompts only: those that XLA keeps that way, and that were compiled."""
     q = jax.ShapeDtypeStruct((256, 4, head_size), dtype)
     pages = jax.ShapeDtypeStruct(LAYOUTS["side_by_side"].shape(9, 64, 2, head_size), dtype)
-    table = jax.ShapeDtypeStruct((2, 4), "int32")
-    for of_class, answer in (("prefill_64", along_lanes), ("decode_64", False)):
-        assert mosaic_tpu._geometry(q, pages, table, of_class).in_columns is answer
+    for num_seqs, answer in ((2, along_lanes), (64, False), (256, False)):
+        table = jax.ShapeDtypeStruct((num_seqs, 4), "int32")
+        assert mosaic_tpu._geometry(q, pages, table).in_columns is answer
 
 
 def test_one_kernel_writes_and_attends():

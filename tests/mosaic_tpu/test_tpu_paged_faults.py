@@ -135,6 +135,17 @@ def test_a_wrong_end_is_found_in_every_computation(monkeypatch):
 
 
 @pytest.mark.sweep
+def test_a_decode_s_token_at_another_s_place_is_found(monkeypatch):
+    """Every token but the first of its sequence sees too few keys."""
+    monkeypatch.setattr(mosaic_tpu_decode, "_place", lambda geometry: 0)
+    results, answers = ran((2, 4, 4, 4), (30, 21, 9, 4))
+    outside = deviation("lse", results["lse"], answers["lse"]).map > 1
+    found = set(np.flatnonzero(outside.any(axis=1)))
+    assert found >= {1, 5, 9, 13}
+    assert not found & {0, 2, 6, 10}
+
+
+@pytest.mark.sweep
 def test_no_soft_cap_is_found(monkeypatch):
     true = mosaic_tpu_softmax.join
     monkeypatch.setattr(
