@@ -525,6 +525,20 @@ def test_every_cache_compiles(chip, cache_dtype, page_size, dtype):
 
 
 @pytest.mark.sweep
+@pytest.mark.parametrize("chip", DECLARED.generation.values)
+@pytest.mark.parametrize(
+    ("heads", "cache_dtype"),
+    [((32, 8, 64), "bfloat16"), ((32, 16, 128), "bfloat16"), ((32, 8, 128), "float8_e4m3fn"),
+     ((32, 8, 128), "float32"), ((8, 1, 192), "int8"), ((16, 8, 256), "bfloat16")],
+)  # fmt: skip
+def test_few_tokens_of_each_sequence_compile(chip, heads, cache_dtype):
+    """As many as are computed as a decode at most: eight."""
+    *heads, head_size = heads
+    options = {"dtype": "bfloat16", "cache_dtype": cache_dtype, "page_size": 16, **EVERYTHING}
+    compiles(chip, (8,) * 8, (40,) * 8, heads=heads, head_size=head_size, **options)
+
+
+@pytest.mark.sweep
 @pytest.mark.parametrize("chip", ["v6e", "7x"])
 @pytest.mark.parametrize("cache_dtype", ["float8_e4m3fn", "float8_e5m2", "int8", "float32"])
 def test_every_cache_of_heads_in_twos_compiles(chip, cache_dtype):
