@@ -149,16 +149,19 @@ class Walk(NamedTuple):
         Of sequences that have no more tokens than a decode, one after another in its tile.
         """
         cu, num_seqs = self.batch.cu_q_lens, self.batch.num_seqs[0]
-        of_tile = (divided(span.begin, self.geometry.tile_tokens) + 1) * self.geometry.tile_tokens
+        most, tile = self.geometry.decode_tokens, self.geometry.tile_tokens
+        of_tile = (divided(span.begin, tile) + 1) * tile
+        stop = jnp.minimum(num_seqs, span.seq + of_tile - span.begin)
 
         def goes_on(seq):
             there = jnp.minimum(seq, num_seqs - 1)
-            count = cu[there + 1] - cu[there]
-            fits = (count <= self.geometry.decode_tokens) & (cu[there + 1] <= of_tile)
-            return (seq < num_seqs) & (count > 0) & fits
+            end, count = cu[there + 1], cu[there + 1] - cu[there]
+            if most == 1:  # a loop over every sequence of every tile: no more than it takes
+                return (seq < stop) & (count == 1)
+            return (seq < stop) & (count > 0) & (count <= most) & (end <= of_tile)
 
         ends = span.end >= cu[span.seq + 1]
-        begin = jnp.where(ends, span.seq + 1, num_seqs)
+        begin = jnp.where(ends, span.seq + 1, stop)
         last = lax.while_loop(goes_on, lambda s: s + 1, begin) - 1
         last = jnp.where(ends, last, span.seq)
         return self.span(last, jnp.maximum(cu[last], span.begin))
