@@ -120,12 +120,13 @@ def decode_tokens(num_tokens: int, max_num_seqs: int, num_q_heads: int) -> int:
     return tokens if tokens <= MOST_TOKENS and tokens * num_q_heads <= MOST_ROWS else 1
 
 
-def shape_class(num_tokens: int, max_num_seqs: int, head_dim: int) -> str:
+def shape_class(num_tokens: int, most_of_decodes: int, head_dim: int) -> str:
     """What the table is keyed by: decode or prefill, and whether heads fill a register's lanes.
 
-    "decode" where no more tokens come than decodes have; other batches may hold decodes, too.
+    "decode" where no more tokens come than as many decodes as there are sequences may have; other
+    batches may hold decodes, too.
     """
-    kind = "decode" if num_tokens <= max_num_seqs else "prefill"
+    kind = "decode" if num_tokens <= most_of_decodes else "prefill"
     return kind if head_dim > tpu_chip.LANES // 2 else f"{kind}_64"
 
 
