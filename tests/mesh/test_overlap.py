@@ -51,6 +51,7 @@ def test_keys_go_on_beside_the_kernels(chip):
     assert steps(chip, MOSAIC) == [FORWARD] * 2  # k, v
 
 
+@pytest.mark.once
 def test_keys_and_their_gradients_go_on_beside_the_kernels_of_the_backward_pass():
     beside = steps("v6e", MOSAIC, gradients=True)
     assert sorted(beside) == [FORWARD] * 2 + [BACKWARD] * 4  # k, v; k, v, dk, dv

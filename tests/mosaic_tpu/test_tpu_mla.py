@@ -264,6 +264,7 @@ def test_a_query_that_sees_nothing_gives_nothing_even_if_it_is_nan():
     assert np.isfinite(lse[2:4]).all()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "cache_dtype", ["bfloat16", pytest.param("float8_e4m3fn", marks=pytest.mark.sweep)]
 )

@@ -92,6 +92,7 @@ SIZES = (8, 64, 72, 80, 128, 160, 192, 256)  # of each way to store and to turn 
 LONG = ((1, 28, 0, 5, 11, 1), (70, 59, 9, 29, 24, 33))
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize(
     "options",
@@ -341,8 +342,6 @@ def test_large_pages_come_in_parts(monkeypatch):
 
 @pytest.mark.once
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.once
-@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize(
     ("head_size", "options"),
     [
@@ -361,6 +360,8 @@ def test_what_pads_the_heads_of_no_key_may_be_anything(head_size, options):
     check(arguments, kernel=kernel)
 
 
+@pytest.mark.once
+@pytest.mark.usefixtures("small_tiles")
 def test_more_queries_than_keys_see_nothing():
     arguments = batch((5, 1, 20), (7, 3, 22), writes=False)
     arguments["kv_lens"] = np.array([2, 0, 9, 10**6], np.int32)
@@ -369,6 +370,7 @@ def test_more_queries_than_keys_see_nothing():
 
 
 @pytest.mark.once
+@pytest.mark.usefixtures("small_tiles")
 def test_no_sequences():
     arguments = batch((3, 1), (9, 4))
     arguments["slot_mapping"] = np.full_like(arguments["slot_mapping"], -1)
