@@ -31,6 +31,7 @@ DENSE = dataclasses.replace(
     head_size_v=MultipleOf(8, at_most=256),
     block_size=ANYTHING,
     has_bias=EITHER,
+    has_mask=EITHER,
     has_segment_ids=EITHER,
     has_lens=EITHER,
     has_q_offset=EITHER,

@@ -2,11 +2,14 @@
 
 import functools
 import inspect
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 
 # For `jax.checkpoint_policies.save_only_these_names` and its like.
 DENSE_RESIDUALS = "attnsel_dense_residuals"
@@ -49,6 +52,33 @@ def with_named_residuals(forward: Callable[..., Any]) -> Callable[..., Any]:
         return (out, lse, *results[2:]), (*given[: len(arrays)], *more, out, lse)
 
     return call
+
+
+def told_what_is_asked(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward rule for `defvjp(..., symbolic_zeros=True)`.
+
+    Args:
+        forward: a rule of (static, asked, *arrays); asked has True for each array, in the arrays'
+            own structure, whose gradient is asked for.
+    """
+
+    @functools.wraps(forward)
+    def call(static: Any, *given: Any) -> Any:
+        arrays, asked = (
+            jax.tree.map(operator.attrgetter(name), given) for name in ("value", "perturbed")
+        )
+        return forward(static, asked, *arrays)
+
+    return call
+
+
+def with_zeros(cotangents: Any) -> Any:
+    """The cotangents, of which `symbolic_zeros=True` leaves out those that are 0."""
+
+    def made(x: Any) -> Any:
+        return jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x
+
+    return jax.tree.map(made, cotangents, is_leaf=lambda x: isinstance(x, SymbolicZero))
 
 
 def giving_correction(attend: Callable[..., Any]) -> Callable[..., Any]:

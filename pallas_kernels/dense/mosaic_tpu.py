@@ -17,7 +17,9 @@ from pallas_kernels.dense.derivative_rules import (
     corrected,
     differentiated_once,
     giving_correction,
+    told_what_is_asked,
     with_named_residuals,
+    with_zeros,
 )
 from pallas_kernels.dense.mosaic_tpu_forward import Operands
 from pallas_kernels.dense.mosaic_tpu_logits import LOG2E
@@ -68,13 +70,13 @@ def dense_attention(
 
     Differentiable in reverse mode in q, k, v, bias, alibi_slopes and sinks, through out and lse. A
     bias' gradient is made in full, [batch, num_q_heads, q_len, kv_len] in float32, and then summed
-    where the bias is broadcast.
+    where the bias is broadcast; not where the bias is a constant.
 
     Args:
         q, k, v, scale, causal, q_offset, sliding_window, attention_chunk_size, soft_cap, bias,
-            alibi_slopes, q_segment_ids, kv_segment_ids, q_lens, kv_lens, sinks: the contract's,
-            see `pallas_kernels.dense`; q, k and v float32 or bfloat16, head sizes up to 256.
-        mask: must be None.
+            alibi_slopes, mask, q_segment_ids, kv_segment_ids, q_lens, kv_lens, sinks: the
+            contract's, see `pallas_kernels.dense`; q, k and v float32 or bfloat16, head sizes up to
+            256.
 
     Returns:
         out [batch, q_len, num_q_heads, head_dim_v] in q's dtype; lse float32
@@ -94,16 +96,15 @@ def dense_attention(
         memory", 2021.
     """
     x = Floats(q, k, v, bias, alibi_slopes, sinks)
-    if mask is not None:
-        raise ValueError("mask is given, must be None: give a bias of 0 and -inf, or use XLA")
-    dims = _check(x, q_segment_ids, kv_segment_ids, q_lens, kv_lens)
+    dims = _check(x, mask, q_segment_ids, kv_segment_ids, q_lens, kv_lens)
     contract_checks.check_logit_numbers(soft_cap, attention_chunk_size, sliding_window)
     if empty_calls.is_empty(dims):
         return (*empty_calls.dense(q, v, sinks, q_lens), None)
     first, offsets = _offsets(q_offset, dims["batch"])
     q_lens = contract_checks.existing(q_lens, dims["q_len"])
     kv_lens = contract_checks.existing(kv_lens, dims["kv_len"])
-    who = Masks(q_segment_ids, kv_segment_ids, offsets, q_lens, kv_lens)
+    who = Masks(q_segment_ids, kv_segment_ids, offsets, q_lens, kv_lens, None)
+    who = who if mask is None else _with_mask(who, mask, dims)
     scale = float(dims["head_dim"] ** -0.5 if scale is None else scale)
     group = dims["num_q_heads"] // dims["num_kv_heads"]
     q_len, kv_len = dims["q_len"], dims["kv_len"]
@@ -120,7 +121,7 @@ def dense_attention(
         q_offset=first,
         has_kv_lens=kv_lens is not None,
         by_arrays=any(x is not None for x in who),
-        tiles=fitted(forward_tiles(*_size_class(x)), q_len, kv_len),
+        tiles=fitted(forward_tiles(*_size_class(x, who)), q_len, kv_len),
     )
     # The kernels' scale is above 0: a sign, or nothing at all, is q's.
     return _attend(
@@ -128,9 +129,9 @@ def dense_attention(
     )
 
 
-def _check(x: Floats, q_segment_ids, kv_segment_ids, q_lens, kv_lens) -> dict[str, int]:
+def _check(x: Floats, mask, q_segment_ids, kv_segment_ids, q_lens, kv_lens) -> dict[str, int]:
     """The contract's shapes and dtypes, as far as this lowering takes them; sizes by name."""
-    masked = {"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids}
+    masked = {"mask": mask, "q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids}
     masked |= {"q_lens": q_lens, "kv_lens": kv_lens}
     dims = contract_checks.check_dense(x._asdict() | masked, DTYPES)
     for name in ("head_dim", "head_dim_v"):
@@ -150,10 +151,20 @@ def _offsets(q_offset: int | jax.Array | None, batch: int) -> tuple[int, jax.Arr
     return 0, jnp.atleast_1d(offset.astype(jnp.int32))
 
 
-def _size_class(x: Floats) -> tuple[tpu_chip.TpuChip, str, int, bool]:
+def _with_mask(who: Masks, mask: jax.Array, dims: dict[str, int]) -> Masks:
+    """Its queries and keys in full; one of keys alone is segments."""
+    batch, q_len, kv_len = dims["batch"], dims["q_len"], dims["kv_len"]
+    if mask.shape[1:3] == (1, 1) and who.q_segment_ids is None:
+        of_keys = jnp.broadcast_to(mask[:, 0, 0], (batch, kv_len))
+        ids = jnp.zeros((batch, q_len), jnp.int32), jnp.where(of_keys, 0, 1)
+        return who._replace(q_segment_ids=ids[0], kv_segment_ids=ids[1].astype(jnp.int32))
+    return who._replace(mask=jnp.broadcast_to(mask, (*mask.shape[:2], q_len, kv_len)))
+
+
+def _size_class(x: Floats, who: Masks) -> tuple[tpu_chip.TpuChip, str, int, bool]:
     """What the table of tiles asks."""
-    head_dim = max(x.q.shape[3], x.v.shape[3])
-    return tpu_chip.current(), x.q.dtype.name, head_dim, x.bias is not None
+    head_dim, of_logits = max(x.q.shape[3], x.v.shape[3]), (x.bias, who.mask)
+    return tpu_chip.current(), x.q.dtype.name, head_dim, any(a is not None for a in of_logits)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -170,6 +181,7 @@ def _attend(static: Static, x: Floats, who: Masks) -> tuple[jax.Array | None, ..
         sinks=x.sinks,
         q_segments=_row(who.q_segment_ids),
         kv_segments=_row(who.kv_segment_ids),
+        mask=_keys_first(who.mask),
     )
     out, lse = mosaic_tpu_forward.forward(static, operands, bias_of, work_list(static, who))
     lse = jnp.moveaxis(lse, (2, 3), (0, 2))  # [1 or 2, batch, q_len, num_q_heads]
@@ -178,6 +190,10 @@ def _attend(static: Static, x: Floats, who: Masks) -> tuple[jax.Array | None, ..
 
 def _row(ids: jax.Array | None) -> jax.Array | None:
     return None if ids is None else ids[:, None, :]
+
+
+def _keys_first(mask: jax.Array | None) -> jax.Array | None:
+    return None if mask is None else jnp.swapaxes(mask, 2, 3).astype(jnp.int8)
 
 
 def _bias_operand(bias: jax.Array | None, static: Static) -> tuple[jax.Array | None, str]:
@@ -207,11 +223,23 @@ def _backward(static: Static, residuals, cotangents):
     return gradients, None
 
 
+@told_what_is_asked
+def _forward_rule(static: Static, asked: tuple[Floats, Masks], x: Floats, who: Masks):
+    results, residuals = _forward(static, x, who)
+    of_floats, _ = asked
+    return results, (dataclasses.replace(static, bias_gradient=bool(of_floats.bias)), residuals)
+
+
+def _backward_rule(_, residuals, cotangents):
+    static, residuals = residuals
+    return _backward(static, residuals, with_zeros(cotangents))
+
+
 def _gradients(
     static: Static, x: Floats, who: Masks, out: jax.Array, lse: jax.Array, dout, dlse
 ) -> Floats:
     """Gradients of everything in x, in the contract's layout."""
-    tiles = fitted(backward_tiles(*_size_class(x)), static.q_len, static.kv_len)
+    tiles = fitted(backward_tiles(*_size_class(x, who)), static.q_len, static.kv_len)
     static = dataclasses.replace(static, tiles=tiles)
     delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - dlse
     # Whether a row counts: it sees a key.
@@ -236,13 +264,14 @@ def _gradients(
             slopes=x.alibi_slopes,
             q_segments=_row(who.q_segment_ids),
             kv_segments=_row(who.kv_segment_ids),
+            mask=_keys_first(who.mask),
         ),
         bias_of,
         work_list(static, who),
     )
     q_len, kv_len = static.q_len, static.kv_len
     dbias = dslopes = dsinks = None
-    if x.bias is not None:
+    if static.bias_gradient:
         full = jnp.swapaxes(part.logits[:, :, :kv_len, :q_len], 2, 3)
         axes = tuple(axis for axis in range(4) if x.bias.shape[axis] < full.shape[axis])
         dbias = jnp.sum(full, axis=axes, keepdims=True).astype(x.bias.dtype)
@@ -306,4 +335,4 @@ def _missing(static: Static) -> int:
     return -static.q_len % static.tiles.block_q
 
 
-_attend.defvjp(_forward, _backward)
+_attend.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)

@@ -50,7 +50,7 @@ class Operands(NamedTuple):
         dout: [batch, num_q_heads, head_dim_v, q_len].
         lse, delta: float32 [batch, num_q_heads, 1, q_len]; lse in base 2.
         has_nan: int32 [batch * num_kv_heads] or [1], in SMEM: has a kv head's lse, or any, a NaN?
-        bias, slopes, q_segments, kv_segments: as in the forward kernel.
+        bias, slopes, q_segments, kv_segments, mask: as in the forward kernel.
     """
 
     q: jax.Array
@@ -64,6 +64,7 @@ class Operands(NamedTuple):
     slopes: jax.Array | None
     q_segments: jax.Array | None
     kv_segments: jax.Array | None
+    mask: jax.Array | None
 
 
 class Gradients(NamedTuple):
@@ -74,7 +75,7 @@ class Gradients(NamedTuple):
         k: [batch, num_kv_heads, head_dim, kv_len].
         v: [batch, num_kv_heads, head_dim_v, kv_len].
         logits: float32 [batch, num_q_heads, kv_len, q_len], before they are summed where the bias
-            is broadcast; None without a bias.
+            is broadcast; None where none is wanted.
         slopes: float32 [batch, num_q_heads, 8, q_len]: parts of minus the slopes' gradient; None
             without slopes.
     """
@@ -149,7 +150,7 @@ def _of_major(
                 ],
                 weights,
                 weights,
-                [whole] if x.bias is not None or x.slopes is not None else [],
+                [whole] if static.bias_gradient or x.slopes is not None else [],
                 [] if static.uses_every_key else [used_keys],
             ],
         ),
@@ -189,7 +190,7 @@ def _results(static: Static, x: Operands, dq_dtype) -> Gradients:
         q=of_queries(head_dim, dq_dtype),
         k=of_keys(x.k),
         v=of_keys(x.v),
-        logits=None if x.bias is None else of_queries(tiles.major_kv, jnp.float32),
+        logits=of_queries(tiles.major_kv, jnp.float32) if static.bias_gradient else None,
         slopes=None if x.slopes is None else of_queries(SUBLANES, jnp.float32),
     )
 
@@ -212,15 +213,11 @@ def _input_specs(static: Static, x: Operands, bias_of: str) -> dict:
 
     def bias_index(b, h, g, i, rows, columns, majors, facts, kv):
         last_two = {"both": (kv[0], i), "queries": (0, i), "keys": (0, kv[0])}[bias_of]
-        head = h * group + g
-        return b if x.bias.shape[0] > 1 else 0, head if x.bias.shape[1] > 1 else 0, *last_two
+        return *logits.row_and_head(x.bias, b, h * group + g), *last_two
 
-    bias_block = {
-        "both": (tiles.major_kv, tiles.major_q),
-        "queries": (1, tiles.major_q),
-        "keys": (1, tiles.major_kv),
-        "": (),
-    }[bias_of]
+    def mask_index(b, h, g, i, rows, columns, majors, facts, kv):
+        return *logits.row_and_head(x.mask, b, h * group + g), kv[0], i
+
     row = pl.BlockSpec(
         (None, None, 1, tiles.major_q), lambda b, h, g, i, *_: (b, h * group + g, 0, i)
     )
@@ -232,12 +229,13 @@ def _input_specs(static: Static, x: Operands, bias_of: str) -> dict:
         "lse": row,
         "delta": row,
         "has_nan": pl.BlockSpec(memory_space=pltpu.SMEM),
-        "bias": pl.BlockSpec((None, None, *bias_block), bias_index),
+        "bias": pl.BlockSpec(logits.bias_block(tiles, bias_of), bias_index),
         "slopes": pl.BlockSpec(memory_space=pltpu.SMEM),
         "q_segments": pl.BlockSpec((None, 1, tiles.major_q), lambda b, h, g, i, *_: (b, 0, i)),
         "kv_segments": pl.BlockSpec(
             (None, 1, tiles.major_kv), lambda b, h, g, i, *work: (b, 0, work[-1][0])
         ),
+        "mask": pl.BlockSpec((None, None, tiles.major_kv, tiles.major_q), mask_index),
     }
 
 
@@ -486,6 +484,7 @@ def _kernel(
         slope=x["slopes"][h * static.group + g] if "slopes" in x else None,
         q_segments=x.get("q_segments"),
         kv_segments=x.get("kv_segments"),
+        mask=x.get("mask"),
     )
     step = _GridStep(walk, x, refs, extras, g == 0, order)
     flag = jnp.minimum(b * pl.num_programs(1) + h, x["has_nan"].shape[0] - 1)

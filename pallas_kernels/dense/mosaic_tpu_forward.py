@@ -43,6 +43,7 @@ class Operands(NamedTuple):
         slopes, sinks: float32 [num_q_heads].
         q_segments: int32 [batch, 1, q_len].
         kv_segments: int32 [batch, 1, kv_len].
+        mask: int8 [1 or batch, 1 or num_q_heads, kv_len, q_len], 0 = not seen.
     """
 
     q: jax.Array
@@ -53,6 +54,7 @@ class Operands(NamedTuple):
     sinks: jax.Array | None
     q_segments: jax.Array | None
     kv_segments: jax.Array | None
+    mask: jax.Array | None
 
 
 def forward(static: Static, x: Operands, bias_of: str, work: Work) -> tuple[jax.Array, jax.Array]:
@@ -131,27 +133,25 @@ def _input_specs(static: Static, x: Operands, bias_of: str, work: Work) -> dict:
     def bias_index(b, h, i, j, rows, columns, majors, facts):
         kv = kv_major(b, i, j, majors)
         last_two = {"both": (kv, i), "queries": (0, i), "keys": (0, kv)}[bias_of]
-        return b if x.bias.shape[0] > 1 else 0, h if x.bias.shape[1] > 1 else 0, *last_two
+        return *logits.row_and_head(x.bias, b, h), *last_two
+
+    def mask_index(b, h, i, j, rows, columns, majors, facts):
+        return *logits.row_and_head(x.mask, b, h), kv_major(b, i, j, majors), i
 
     def segment_index(b, h, i, j, rows, columns, majors, facts):
         return b, 0, kv_major(b, i, j, majors)
 
-    bias_block = {
-        "both": (tiles.major_kv, tiles.major_q),
-        "queries": (1, tiles.major_q),
-        "keys": (1, tiles.major_kv),
-        "": (),
-    }[bias_of]
     whole = pl.BlockSpec(memory_space=pltpu.SMEM)
     return {
         "q": pl.BlockSpec((None, None, x.q.shape[2], tiles.major_q), q_index),
         "k": pl.BlockSpec((None, None, tiles.major_kv, x.k.shape[3]), k_index),
         "v": pl.BlockSpec((None, None, x.v.shape[2], tiles.major_kv), v_index),
-        "bias": pl.BlockSpec((None, None, *bias_block), bias_index),
+        "bias": pl.BlockSpec(logits.bias_block(tiles, bias_of), bias_index),
         "slopes": whole,
         "sinks": whole,
         "q_segments": pl.BlockSpec((None, 1, tiles.major_q), lambda b, h, i, j, *_: (b, 0, i)),
         "kv_segments": pl.BlockSpec((None, 1, tiles.major_kv), segment_index),
+        "mask": pl.BlockSpec((None, None, tiles.major_kv, tiles.major_q), mask_index),
     }
 
 
@@ -338,6 +338,7 @@ def _kernel(static: Static, bias_of: str, work: Work, x: dict, refs: _Refs) -> N
         slope=x["slopes"][h] if "slopes" in x else None,
         q_segments=x.get("q_segments"),
         kv_segments=x.get("kv_segments"),
+        mask=x.get("mask"),
     )
     step = _GridStep(walk, x, refs, extras, x["sinks"][h] if "sinks" in x else None)
     step.prologue()

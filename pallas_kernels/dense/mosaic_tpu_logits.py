@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import masks
 from pallas_kernels.dense.mosaic_tpu_schedule import KV_LEN, Q_LEN, Q_OFFSET, Static
+from pallas_kernels.dense.mosaic_tpu_tiles import Tiles
 from pallas_kernels.tpu_chip import LANES
 
 LOG2E = math.log2(math.e)
@@ -47,6 +48,7 @@ class Extras(NamedTuple):
         bias_of: "both", "queries" or "keys": which of these.
         slope: the head's ALiBi slope.
         q_segments, kv_segments: int32 [1, major_q], [1, major_kv].
+        mask: int8 [major_kv, major_q], 0 = not seen.
     """
 
     bias: jax.Array | None = None
@@ -54,6 +56,23 @@ class Extras(NamedTuple):
     slope: jax.Array | None = None
     q_segments: jax.Array | None = None
     kv_segments: jax.Array | None = None
+    mask: jax.Array | None = None
+
+
+def bias_block(tiles: Tiles, bias_of: str) -> tuple[int | None, ...]:
+    """Of major blocks, for one head of one row of the batch."""
+    sizes = {
+        "both": (tiles.major_kv, tiles.major_q),
+        "queries": (1, tiles.major_q),
+        "keys": (1, tiles.major_kv),
+        "": (),
+    }
+    return None, None, *sizes[bias_of]
+
+
+def row_and_head(x: jax.Array, b: jax.Array, h: jax.Array) -> tuple[jax.Array | int, ...]:
+    """Where a bias or a mask has those of a batch row and a head: one may stand for all."""
+    return b if x.shape[0] > 1 else 0, h if x.shape[1] > 1 else 0
 
 
 def unit(static: Static, extras: Extras) -> float:
@@ -135,6 +154,9 @@ def seen(static: Static, extras: Extras, at: Where) -> jax.Array | None:
         q_ids = extras.q_segments[:, pl.ds(at.q, at.shape[1])]
         kv_ids = extras.kv_segments[:, pl.ds(at.kv, at.shape[0])]
         terms.append(_down_sublanes(kv_ids, at.shape[1]) == q_ids)
+    if extras.mask is not None:
+        tile = extras.mask[pl.ds(at.kv, at.shape[0]), pl.ds(at.q, at.shape[1])]
+        terms.append(tile.astype(jnp.int32) != 0)
     return functools.reduce(jnp.logical_and, terms) if terms else None
 
 
@@ -170,12 +192,13 @@ def exists(at: Where) -> jax.Array:
 class Used(NamedTuple):
     """Which keys of a step some query of the tile that exists sees: the others may be NaN.
 
-    What positions alone decide is an interval of keys; with segments the tile's own mask is asked.
+    What positions alone decide is an interval of keys; else who sees whom in the tile is asked.
 
     Attributes:
         at: the step.
         start, stop: the interval, in the call.
-        some: float32 [keys, 128], with segments: each row has something above 0 if the key is seen.
+        some: float32 [keys, 128], with segments or a mask: each row has something above 0 if the
+            key is seen.
     """
 
     at: Where
@@ -208,7 +231,7 @@ def used(static: Static, extras: Extras, at: Where, mask: jax.Array | None) -> U
     first = offset + at.q_index
     last = offset + jnp.minimum(at.q_index + at.shape[1], q_len) - 1
     start, stop = masks.seen_bounds(first, last, kv_len, **static.positions)
-    if extras.q_segments is None:
+    if extras.q_segments is None and extras.mask is None:
         return Used(at, start, stop, None)
     ones = jnp.where(mask & exists(at), 1.0, 0.0)
     some = ones[:, :LANES]

@@ -9,6 +9,7 @@ whole major block is excluded, loads them.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +31,7 @@ FREE, FIRST_FREE, MASKED, FIRST_MASKED, FIRST_MAJOR, LAST_MAJOR, QUERIES_LEFT_OU
 Q_OFFSET, Q_LEN, KV_LEN = range(3)
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Static:
     """What is known at trace time.
@@ -46,6 +48,7 @@ class Static:
         has_kv_lens: whether some keys of the call may not exist.
         by_arrays: whether arrays say who sees whom.
         tiles: of the kernel.
+        bias_gradient: whether a bias is differentiated.
     """
 
     scale: float
@@ -61,6 +64,7 @@ class Static:
     has_kv_lens: bool
     by_arrays: bool
     tiles: Tiles
+    bias_gradient: bool = False
 
     @property
     def rows(self) -> int:
@@ -152,13 +156,17 @@ class Static:
 
 
 class Masks(NamedTuple):
-    """Who sees whom, beside what is static; None = not given."""
+    """Who sees whom, beside what is static; None = not given.
+
+    The mask is [1 or batch, 1 or num_q_heads, q_len, kv_len].
+    """
 
     q_segment_ids: jax.Array | None
     kv_segment_ids: jax.Array | None
     q_offset: jax.Array | None
     q_lens: jax.Array | None
     kv_lens: jax.Array | None
+    mask: jax.Array | None
 
 
 class Work(NamedTuple):
@@ -289,6 +297,9 @@ def _meetings(
         for kv_pos in (at.lo, at.hi):
             seen = masks.seen(q_pos, kv_pos, **static.positions)
             every = every if seen is None else every & seen
+    if who.mask is not None:
+        some_seen, all_seen = _in_tiles(who.mask, static)
+        some, every = some & some_seen, every & all_seen
     if who.q_segment_ids is None:
         return some, xp.broadcast_to(every, some.shape)
     q_ids = _id_range(who.q_segment_ids, q_len, static.tiles.block_q, at.first.shape[1])
@@ -333,6 +344,23 @@ def _edges(xp: Any, static: Static, offset, q_len, kv_len) -> _Edges:
     hi = lo + block_kv - 1
     some = (lo < stop) & (hi >= start) & (start < stop) & (last >= first)
     return _Edges(first, last, start, stop, lo, hi, some)
+
+
+def _in_tiles(mask: jax.Array, static: Static) -> tuple[jax.Array, jax.Array]:
+    """[1 or batch, rows of tiles, tiles]: whether some query of some head sees some key; all all.
+
+    Queries and keys that do not exist see all, and are seen by none.
+    """
+    rows, columns = static.q_majors * static.rows, static.kv_majors * static.columns
+    missing = (rows * static.tiles.block_q - mask.shape[2], columns * static.tiles.block_kv)
+    pads = ((0, 0), (0, 0), (0, missing[0]), (0, missing[1] - mask.shape[3]))
+
+    def reduced(x: jax.Array, reduce: Callable) -> jax.Array:
+        x = x.reshape(*x.shape[:2], rows, static.tiles.block_q, columns, static.tiles.block_kv)
+        return reduce(x, axis=(1, 3, 5))
+
+    some = reduced(jnp.pad(mask, pads), jnp.any)
+    return some, reduced(jnp.pad(mask, pads, constant_values=True), jnp.all)
 
 
 def _id_range(ids: jax.Array, lens: jax.Array, block: int, blocks: int):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense_kernels import CUT, compared, problem, use
+from dense_kernels import CUT, SHAPE, compared, problem, use
 from tpu_interpreter import tpu_interpreter
 
 from attnsel_jax.aot import compile_for, target_for
@@ -22,7 +22,8 @@ from attnsel_jax.aot.arguments import dense_arguments
 from attnsel_jax.backends.mosaic_tpu import MosaicTpuBackend
 from attnsel_jax.compare.comparison import PASS
 from attnsel_jax.platforms import CHIPS, Device
-from attnsel_jax.problems import QUICK
+from attnsel_jax.problems import QUICK, Problem
+from attnsel_jax.problems.dense_inputs import dense_inputs
 from attnsel_jax.xla import reference
 from pallas_kernels import masks, tpu_chip
 from pallas_kernels.dense import (
@@ -83,6 +84,56 @@ LONGER = (
             q_lens=(260, 210), bias=(True, True, True, True), segments=2, sliding_window=150,
             kv_lens=(260, 250), attention_chunk_size=200, causal=True, gradients=True),
 )  # fmt: skip
+
+
+def masked_inputs(rng, *, of, **options):
+    """Inputs with a mask that has some tiles whole, some empty, and of others a part.
+
+    Keys that it hides from everybody are NaN.
+
+    Args:
+        rng: source of everything drawn.
+        of: which of the dimensions (batch, heads, q, kv) it has.
+        options: of `dense_inputs`.
+    """
+    arguments = dense_inputs(rng, **options)
+    q, k, v = (arguments[name].copy() for name in "qkv")
+    full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    mask = rng.random(full) < 0.5
+    mask |= np.arange(full[2])[:, None] >= 128  # these see all keys
+    mask &= np.arange(full[3]) // 128 != 1  # but nobody those
+    mask = mask[tuple(slice(None if is_wide else 1) for is_wide in of)]
+    group = q.shape[2] // k.shape[2]
+    of_kv_heads = np.broadcast_to(mask, full).reshape(full[0], -1, group, *full[2:])
+    unseen = ~of_kv_heads.any((2, 3)).swapaxes(1, 2)
+    k[unseen] = v[unseen] = np.nan
+    return arguments | {"k": k, "v": v, "mask": mask}
+
+
+MASKED = {
+    "of pairs": ((True, False, True, True), {"batch": 2, "causal": True, "q_offset": 100}),
+    "of heads, with a sink": ((False, True, True, True), {"heads": (4, 2), "sinks": True}),
+    "of keys": ((True, False, False, True), {"batch": 2, "q_len": 140, "dtype": "bfloat16"}),
+    "of keys, in segments": ((True, True, False, True), {"batch": 2, "q_len": 140, "segments": 2}),
+    "of queries, and a bias": (
+        (False, False, True, False),
+        {"q_len": 140, "kv_len": 100, "bias": (False, True, True, True), "kv_lens": (77,)},
+    ),
+}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=() if case.startswith("of heads") else pytest.mark.sweep)
+        for case in MASKED
+    ],
+)
+def test_masks(case):
+    of, options = MASKED[case]
+    options = SHAPE | options | {"of": of}
+    check(Problem(case, "dense", case, masked_inputs, options, gradients=True))
 
 
 # "everything" has these, too.
@@ -261,9 +312,9 @@ def static(**options):
 )  # fmt: skip
 def test_a_work_list_is_the_same_constant_or_computed(options):
     call = static(**options)
-    constant = work_list(call, Masks(*[None] * 5))
+    constant = work_list(call, Masks(*[None] * 6))
     offset = jnp.full(1, call.q_offset, jnp.int32)
-    computed = work_list(call, Masks(None, None, offset, None, None))
+    computed = work_list(call, Masks(None, None, offset, None, None, None))
     assert isinstance(constant.rows, np.ndarray)
     for a, b in zip(constant, computed, strict=True):
         assert a.dtype == np.int32
@@ -278,7 +329,7 @@ def test_a_work_list_is_the_same_constant_or_computed(options):
 )  # fmt: skip
 def test_no_tile_is_computed_that_nobody_sees(options, tiles):
     """8 x 8 tiles of 128; a window of 129 reaches one tile back."""
-    work = work_list(static(**options), Masks(*[None] * 5))
+    work = work_list(static(**options), Masks(*[None] * 6))
     kinds = work.majors[[mosaic_tpu_schedule.FREE, mosaic_tpu_schedule.MASKED]]
     assert kinds.sum() == tiles
 
@@ -290,7 +341,7 @@ def test_free_tiles_go_together_and_the_rest_is_masked():
 
     def of(together, **options):
         call = static(tiles=dataclasses.replace(tiles, together=together), **options)
-        rows, _, majors, _ = work_list(call, Masks(*[None] * 5))
+        rows, _, majors, _ = work_list(call, Masks(*[None] * 6))
         free = rows[schedule.FREE_STOP] - rows[schedule.FREE_START]
         assert free.sum() == majors[schedule.FREE].item()
         return free.tolist(), majors[schedule.MASKED].item()
@@ -348,7 +399,7 @@ def test_a_walk_meets_every_tile_once(options, together, monkeypatch):
     plain = types.SimpleNamespace(where=lambda condition, a, b: a if condition else b)
     monkeypatch.setattr(mosaic_tpu_walk, "jnp", plain)
     call = static(tiles=Tiles(128, 128, 128, 1024, 512, together), **options)
-    work, schedule = work_list(call, Masks(*[None] * 5)), mosaic_tpu_schedule
+    work, schedule = work_list(call, Masks(*[None] * 6)), mosaic_tpu_schedule
     some, every = np.zeros((2, call.q_majors * call.rows, call.kv_majors * call.columns), bool)
     for i, j in np.ndindex(call.q_majors, call.kv_majors):
         walk = mosaic_tpu_walk.Walk(call, work, 0, i, j)
@@ -379,7 +430,7 @@ def test_every_row_and_column_knows_the_tile_it_begins_with():
     """4 x 5 tiles of 128, two to a major block; the last row does not reach the first keys."""
     schedule = mosaic_tpu_schedule
     call = static(q_len=512, kv_len=600, sliding_window=(200, None))
-    rows, columns, majors, _ = work_list(call, Masks(*[None] * 5))
+    rows, columns, majors, _ = work_list(call, Masks(*[None] * 6))
     here, of_all = rows[[schedule.FIRST_HERE, schedule.FIRST_OF_ALL]].reshape(2, 3, 4).tolist()
     assert here == [[0, 0, 0, 1], [-1, -1, 0, 0], [-1] * 4]
     assert of_all == [[0, 0, 0, 1], [-1] * 4, [-1] * 4]
@@ -404,7 +455,7 @@ def test_keys_that_nobody_sees_are_known(options, all_used):
 
 def test_major_blocks_that_nobody_sees_are_not_loaded():
     """A grid step without work keeps the index of a block that is there already."""
-    work = work_list(static(sliding_window=(100, None)), Masks(*[None] * 5))
+    work = work_list(static(sliding_window=(100, None)), Masks(*[None] * 6))
     first, last = (
         work.majors[row].reshape(4, 4)
         for row in (mosaic_tpu_schedule.FIRST_MAJOR, mosaic_tpu_schedule.LAST_MAJOR)
@@ -416,7 +467,7 @@ def test_major_blocks_that_nobody_sees_are_not_loaded():
 @pytest.mark.parametrize(
     ("name", "arguments", "text"),
     [
-        ("mask", {"mask": jnp.ones((1, 1, 4, 4), bool)}, "mask is given, must be None"),
+        ("mask", {"mask": jnp.ones((1, 1, 4, 4), int)}, "mask has dtype int32, must be one of"),
         ("dtype", {"dtype": "float16"}, "q has dtype float16, must be one of float32, bfloat16"),
         ("head size", {"head_size": 12}, "head_dim is 12, must be a multiple of 8 up to 256"),
         ("large head", {"head_size": 264}, "head_dim is 264, must be a multiple of 8 up to 256"),
@@ -451,6 +502,37 @@ TPUS = [
 ]
 
 
+def backward_call(gradients, *given):
+    """The line of the lowered program that calls the backward kernel."""
+    with tpu_chip.for_generation("v6e"):
+        lowered = jax.jit(gradients).trace(*given).lower(lowering_platforms=("tpu",))
+    (call,) = (line for line in lowered.as_text().splitlines() if "attention_backward" in line)
+    return call
+
+
+@pytest.mark.once
+def test_the_gradient_of_a_constant_bias_is_not_made():
+    """It would be as large as all logits, in float32; the other gradients are the same."""
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(x, jnp.float32) for x in rng.normal(size=(3, 1, 130, 1, 64))]
+    arrays.append(jnp.asarray(rng.normal(size=(1, 1, 130, 130)), jnp.float32))
+
+    def gradients(arrays, asked):
+        def loss(*given):
+            q, k, v, bias = (*given, *arrays[len(given) :])
+            return jnp.sum(jnp.sin(mosaic_tpu.dense_attention(q, k, v, bias=bias)[0]))
+
+        return jax.grad(loss, range(asked))(*arrays[:asked])
+
+    for asked in (3, 4):  # dk, dv, dq, and of all logits
+        call = backward_call(functools.partial(gradients, asked=asked), arrays)
+        assert call.rpartition("->")[2].count("tensor<") == asked
+    with tpu_interpreter("v5e"):
+        some, every = (jax.jit(gradients, static_argnums=1)(arrays, n) for n in (3, 4))
+    for found, expected in zip(some, every[:3], strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_what_the_backward_writes_into_is_in_hbm():
     """In VMEM, where XLA puts small arrays, an operand's block is the operand, and passes its end.
 
@@ -458,9 +540,7 @@ def test_what_the_backward_writes_into_is_in_hbm():
     """
     x = jax.ShapeDtypeStruct((1, 130, 1, 64), jnp.float32)
     gradients = jax.grad(lambda *x: jnp.sum(mosaic_tpu.dense_attention(*x)[0]), (0, 1, 2))
-    with tpu_chip.for_generation("v6e"):
-        lowered = jax.jit(gradients).trace(x, x, x).lower(lowering_platforms=("tpu",))
-    (call,) = (line for line in lowered.as_text().splitlines() if "attention_backward" in line)
+    call = backward_call(gradients, x, x, x)
     in_hbm = re.findall(r"operand_index\W+22:(\d+)\W+22color\W+22:0", call)
     lists, (q, k, _, dout) = 5, range(4)
     assert [int(operand) - lists for operand in in_hbm] == [q, k, dout]
@@ -479,13 +559,14 @@ def test_every_declared_size_compiles_for_every_tpu(chip, dtype, head_size):
     compiles(chip, dtype=dtype, head_size=head_size, gradients=True)
 
 
-def everything(dtype, head_size, length=1100, *, bias):
+def everything(dtype, head_size, length=1100, *, bias, mask):
     """Arguments of a call with every feature at once, as shapes."""
 
     def shape(*sizes, of="float32"):
         return jax.ShapeDtypeStruct(sizes, of)
 
     more = {"bias": shape(1, 4, length, length, of=dtype)} if bias else {}
+    more |= {"mask": shape(1, 4, length, length, of="bool")} if mask else {}
     ids = shape(1, length, of="int32")
     one = shape(1, of="int32")
     sizes = {"q_len": length, "kv_len": length, "head_size": head_size, "dtype": dtype}
@@ -500,8 +581,18 @@ def everything(dtype, head_size, length=1100, *, bias):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("head_size", [128, 256])
 @pytest.mark.parametrize("bias", [False, True])
-def test_everything_at_once_compiles_for_every_tpu(chip, dtype, head_size, bias):
-    compiles(chip, **everything(dtype, head_size, bias=bias), gradients=True)
+@pytest.mark.parametrize("mask", [False, True])
+def test_everything_at_once_compiles_for_every_tpu(chip, dtype, head_size, bias, mask):
+    compiles(chip, **everything(dtype, head_size, bias=bias, mask=mask), gradients=True)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("chip", TPUS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+def test_a_mask_compiles_for_every_tpu(chip, dtype, head_size):
+    mask = jax.ShapeDtypeStruct((1, 1, 1100, 1100), bool)
+    compiles(chip, dtype=dtype, head_size=head_size, mask=mask, causal=False, gradients=True)
 
 
 @pytest.mark.sweep

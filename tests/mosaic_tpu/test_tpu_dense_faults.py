@@ -7,10 +7,13 @@ fails, in a quantity that the fault touches.
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from dense_kernels import CUT, compared, problem, use
+from dense_kernels import CUT, SHAPE, compared, problem, use
 
 from attnsel_jax.compare.comparison import FAIL, PASS
+from attnsel_jax.problems import Problem
+from attnsel_jax.problems.dense_inputs import dense_inputs
 from pallas_kernels.dense import mosaic_tpu, mosaic_tpu_backward, mosaic_tpu_forward
 from pallas_kernels.dense import mosaic_tpu_logits as logits
 from pallas_kernels.dense import mosaic_tpu_schedule as schedule
@@ -19,6 +22,15 @@ from pallas_kernels.dense.mosaic_tpu_tiles import Tiles
 pytestmark = pytest.mark.once
 
 SMALL = {"q_len": 140, "heads": (2, 1)}
+
+
+def nearly_whole(rng, **options):
+    """Inputs of four tiles, of each of which the mask hides a key from all but one query."""
+    mask = np.ones((1, 1, 256, 256), bool)
+    mask[:, :, 1:, 100::128] = False
+    return dense_inputs(rng, **options | {"q_len": 256}) | {"mask": mask}
+
+
 PROBLEMS = {
     "causal": problem("causal", causal=True, **SMALL),
     "gradients by causality": problem(
@@ -27,6 +39,8 @@ PROBLEMS = {
     "window": problem("window", causal=True, sliding_window=40, **SMALL),
     "lengths": problem("lengths", batch=2, q_lens=(140, 90), kv_lens=(133, 140), **SMALL),
     "segments": problem("segments", segments=3, causal=True, **SMALL),
+    "mask": problem("mask", masked=True, **SMALL),
+    "mask of nearly whole tiles": Problem("nearly", "dense", "", nearly_whole, SHAPE | SMALL),
     "sinks": problem("sinks", sinks=True, causal=True, **SMALL),
     "gradients": problem(
         "gradients", causal=True, soft_cap=8.0, sinks=True, alibi=True, segments=2,
@@ -136,6 +150,10 @@ FAULTS = (
     ("NaN of unseen keys", changed(logits, "used", everything_used), "lengths", "out"),
     ("segments not asked", changed(logits, "seen", lambda real, static, extras, at: real(
         static, extras._replace(q_segments=None), at)), "segments", "out"),
+    ("mask not asked", changed(logits, "seen", lambda real, static, extras, at: real(
+        static, extras._replace(mask=None), at)), "mask", "out"),
+    ("a mask's tiles are whole or empty", changed(schedule, "_in_tiles", never_masked),
+     "mask of nearly whole tiles", "out"),
     ("no sink", forward_made(lambda real, static, x, *rest: real(
         static, x._replace(sinks=None), *rest)), "sinks", "out"),
     ("lse in base 2", forward_made(lambda real, *given: tuple(
@@ -175,7 +193,8 @@ def test_the_right_kernel_passes(name):
 
 # What another fault's like shows too, on demand.
 ON_DEMAND = (
-    "mask edge", "window one too narrow", "segments not asked", "no sink", "lse in base 2",
+    "mask edge", "mask not asked", "window one too narrow", "segments not asked", "no sink",
+    "lse in base 2",
     "no derivative of the cap", "the sinks' gradient has the other sign",
     "the slopes' gradient is 0", "lse of another query", "NaN of unseen keys",
 )  # fmt: skip
