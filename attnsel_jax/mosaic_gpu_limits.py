@@ -30,7 +30,7 @@ def of_dense(config: AttentionSelectorConfig) -> Iterator[Rejection]:
     sizes = OneOf(*HEAD_SIZES_V.get(size, (size,)))
     if size_v is not None and size in HEAD_SIZES and size_v not in sizes:
         yield Rejection("head_size_v", size_v, f"{sizes} with head_size {size}")
-    if not (config.needs_grad and (config.has_bias or config.has_alibi)):
+    if not (config.needs_grad and (config.has_bias or config.has_mask or config.has_alibi)):
         return
     if size == 256:
         for name in ("has_soft_cap", "has_segment_ids"):

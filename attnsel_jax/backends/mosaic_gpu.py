@@ -28,7 +28,8 @@ DENSE = Capabilities(
     **BOTH_OPS,
     head_size_v=HEAD_SIZES,
     needs_grad=EITHER,
-    **dict.fromkeys(("has_bias", "has_segment_ids", "has_lens", "has_q_offset"), EITHER),
+    **dict.fromkeys(("has_bias", "has_mask", "has_segment_ids"), EITHER),
+    **dict.fromkeys(("has_lens", "has_q_offset"), EITHER),
 )
 PAGED = Capabilities(
     **BOTH_OPS | {"head_size": PAGED_SIZES},

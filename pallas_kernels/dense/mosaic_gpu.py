@@ -112,10 +112,9 @@ def dense_attention(
 
     Args:
         q, k, v, scale, causal, q_offset, sliding_window, attention_chunk_size, soft_cap, bias,
-            alibi_slopes, q_segment_ids, kv_segment_ids, q_lens, kv_lens, sinks: the contract's,
-            see `pallas_kernels.dense`; q, k and v bfloat16 or float16; (head_dim, head_dim_v) one
-            of the chip's in `mosaic_gpu_tiles.TILES`.
-        mask: must be None.
+            alibi_slopes, mask, q_segment_ids, kv_segment_ids, q_lens, kv_lens, sinks: the
+            contract's, see `pallas_kernels.dense`; q, k and v bfloat16 or float16;
+            (head_dim, head_dim_v) one of the chip's in `mosaic_gpu_tiles.TILES`.
 
     Returns:
         out [batch, q_len, num_q_heads, head_dim_v] in q's dtype; lse float32
@@ -133,7 +132,8 @@ def dense_attention(
         q, k and v whose length is no multiple of 8 are copied once, padded. With segment ids v is
         copied once (values that no query sees become 0). A full bias whose lengths are no whole
         tiles is copied once, padded; with gradients once more, its last two dimensions swapped. A
-        bias without keys is a pass over the output.
+        bias without keys is a pass over the output. A mask is a bias of 0 and -inf in q's dtype, so
+        no tile is left out for it, and k and v are copied once (what no query sees becomes 0).
 
     Gradients:
         Of q, k, v, bias, alibi_slopes and sinks, through out and lse. A bias's is added up in a
@@ -144,9 +144,7 @@ def dense_attention(
         Shah et al., "FlashAttention-3", 2024.
     """
     given = Floats(q, k, v, bias, alibi_slopes, sinks)
-    if mask is not None:
-        raise ValueError("mask is given, must be None: give a bias of 0 and -inf, or use XLA")
-    dims = _check(given, q_segment_ids, kv_segment_ids, q_lens, kv_lens)
+    dims = _check(given, mask, q_segment_ids, kv_segment_ids, q_lens, kv_lens)
     contract_checks.check_logit_numbers(soft_cap, attention_chunk_size, sliding_window)
     if empty_calls.is_empty(dims):
         return (*empty_calls.dense(q, v, sinks, q_lens), None)
@@ -155,8 +153,10 @@ def dense_attention(
     window = masks.window_bounds(sliding_window)
     bounds = window != (None, None) or attention_chunk_size is not None
     chip = _chip()
+    if mask is not None:
+        bias = jnp.where(mask, jnp.zeros((), q.dtype) if bias is None else bias, -jnp.inf)
     # The kernels' scale is above 0: a sign, or nothing at all, is q's.
-    x = given._replace(q=q if scale > 0 else q * jnp.sign(scale).astype(q.dtype))
+    x = given._replace(q=q if scale > 0 else q * jnp.sign(scale).astype(q.dtype), bias=bias)
     is_shift = bias is not None and bias.shape[3] == 1
     if is_shift:
         x = x._replace(bias=None, sinks=None)
@@ -192,6 +192,9 @@ def dense_attention(
         capability=chip.capability,
         corrected=correction and x.bias is not None,
     )
+    if mask is not None:
+        used = seen_keys(static, rows, q_segment_ids, kv_segment_ids, mask)
+        x = x._replace(k=jnp.where(used, k, 0), v=jnp.where(used, v, 0))
     out, lse, exact = _attend(static, x, Masks(rows, q_segment_ids, kv_segment_ids))
     if is_shift:
         return mosaic_gpu_shift.shifted(out, lse, bias, sinks, q_lens)
@@ -211,9 +214,9 @@ def _chip() -> gpu_chip.GpuChip:
     return chip
 
 
-def _check(x: Floats, q_segment_ids, kv_segment_ids, q_lens, kv_lens) -> dict[str, int]:
+def _check(x: Floats, mask, q_segment_ids, kv_segment_ids, q_lens, kv_lens) -> dict[str, int]:
     """The contract's shapes and dtypes, as far as this lowering takes them; sizes by name."""
-    masked = {"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids}
+    masked = {"mask": mask, "q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids}
     masked |= {"q_lens": q_lens, "kv_lens": kv_lens}
     dims = contract_checks.check_dense(x._asdict() | masked, DTYPES)
     head_dims = TILES[_chip().capability]
@@ -277,7 +280,7 @@ def _operands(static: Static, x: Floats, who: Masks) -> Operands:
     q_segments, kv_segments = who.q_segment_ids, who.kv_segment_ids
     if static.segments:
         used = seen_keys(static, who.rows, q_segments, kv_segments)
-        v = jnp.where(used[:, :, None, None], v, jnp.zeros_like(v))
+        v = jnp.where(used, v, jnp.zeros_like(v))
         q_segments = jnp.pad(q_segments, ((0, 0), (0, missing_q)))
         kv_segments = jnp.pad(kv_segments, ((0, 0), (0, missing_kv)))
     if static.bias is not None:

@@ -185,7 +185,7 @@ def cleared(static: Static, x: Arrays, some: jax.Array) -> Arrays:
         return jnp.where(where, a, jnp.zeros_like(a))
 
     if not everything_is_seen(static):
-        used = _used(static, x)[:, :, None, None]
+        used = _used(static, x)
         x = x._replace(k=keep(used, x.k), v=keep(used, x.v))
         x = x._replace(q=keep(some[..., None], x.q), dout=keep(some[..., None], x.dout))
     return x
@@ -210,7 +210,7 @@ def everything_is_seen(static: Static) -> bool:
 
 
 def _used(static: Static, x: Arrays) -> jax.Array:
-    """Bool [batch, kv_len]: keys that some query sees."""
+    """Bool [batch, kv_len, 1, 1]: keys that some query sees."""
     if static.segments:
         mine, theirs = x.q_segments[:, : static.q_len], x.kv_segments[:, : static.kv_len]
         return seen_keys(static, x.rows, mine, theirs)
@@ -222,4 +222,4 @@ def _used(static: Static, x: Arrays) -> jax.Array:
         high = seen_interval(static, row, jnp.asarray(row.q_len, jnp.int32) - 1)[1]
         return (key >= low) & (key < high) & (row.q_len > 0)
 
-    return jax.vmap(of_row)(jnp.arange(static.batch))
+    return jax.vmap(of_row)(jnp.arange(static.batch))[:, :, None, None]

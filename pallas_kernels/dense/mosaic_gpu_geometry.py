@@ -213,19 +213,35 @@ def tiles_of(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def seen_keys(static: Static, rows: Any, q_segments: jax.Array, kv_segments: jax.Array):
-    """Keys that some query sees, bool [batch, kv_len]; a pass over [batch, q_len, kv_len]."""
+def seen_keys(
+    static: Static,
+    rows: Any,
+    q_segments: jax.Array | None,
+    kv_segments: jax.Array | None,
+    mask: jax.Array | None = None,
+):
+    """Keys that some query sees: bool [batch, kv_len, 1, 1], or with heads of k for the third.
 
-    def of_row(b, mine, theirs):
+    A pass over [batch, q_len, kv_len], or over a mask of heads.
+    """
+    shape = (static.batch, 1 if mask is None else mask.shape[1], static.q_len, static.kv_len)
+    masks = None if mask is None else jnp.broadcast_to(mask, shape)
+
+    def of_row(b, mine, theirs, mask):
         row = row_of(static, rows, b)
         query = jnp.arange(static.q_len, dtype=jnp.int32)
         low, high = (jnp.broadcast_to(x, query.shape) for x in seen_interval(static, row, query))
         high = jnp.where(query < row.q_len, high, 0)
         key = jnp.arange(static.kv_len, dtype=jnp.int32)
         inside = (key >= low[:, None]) & (key < high[:, None])
-        return jnp.any(inside & (mine[:, None] == theirs), axis=0)
+        if mine is not None:
+            inside &= mine[:, None] == theirs
+        inside = inside[None] if mask is None else inside & mask
+        of_heads = jnp.any(inside, axis=1)  # [1 or num_q_heads, kv_len]
+        group = static.group if len(of_heads) > 1 else 1
+        return jnp.any(of_heads.reshape(-1, group, static.kv_len), axis=1).T[..., None]
 
-    return jax.vmap(of_row)(jnp.arange(static.batch), q_segments, kv_segments)
+    return jax.vmap(of_row)(jnp.arange(static.batch), q_segments, kv_segments, masks)
 
 
 def in_whole_tiles_of_rows(x: jax.Array) -> jax.Array:

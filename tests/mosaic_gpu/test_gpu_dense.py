@@ -452,7 +452,7 @@ def test_segments_beside_a_bias_and_slopes_at_the_largest_head_size():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"mask": jnp.ones((1, 1, 4, 4), bool)}, "mask is given, must be None"),
+        ({"mask": jnp.ones((1, 1, 4, 4), int)}, "mask has dtype int32, must be one of bool"),
         ({"dtype": "float32"}, "q has dtype float32, must be one of bfloat16, float16"),
         ({"head_size": 72}, "head_dim/head_dim_v is 72/72, must be one of 64/64, 80/80"),
         ({"q_segment_ids": jnp.zeros((1, 4), jnp.int32)}, "must be both or neither"),

@@ -10,6 +10,7 @@ import pytest
 from gpu_compiler import compiled_cleanly, program_of
 from gpu_interpreter import gpu_interpreter, needs_gpu_interpreter
 from hidden_rows import check_hidden_rows
+from masked_inputs import masked_inputs
 
 from attnsel_jax.aot import child
 from attnsel_jax.backends.mosaic_gpu import MosaicGpuBackend
@@ -135,7 +136,7 @@ def hidden_rows(*, mask, **rest):
     return mosaic_gpu.dense_attention(bias=jnp.where(mask, 0.0, hides), **rest)
 
 
-def masked_inputs(rng, **options):
+def one_row_of_three(rng, **options):
     """Inputs whose mask hides every key from two rows of three."""
     arguments = dense_inputs(rng, **options)
     q_len = arguments["q"].shape[1]
@@ -162,7 +163,7 @@ FAR = {
     ),
     "rows hidden, sinks": (
         dataclasses.replace(problem("hidden", sinks=True, batch=2, q_lens=(70, 50), **ROWS),
-                            build=masked_inputs),
+                            build=one_row_of_three),
         hidden_rows,
     ),
     "rows beside a sink": (
@@ -186,6 +187,41 @@ def agrees_though_rows_are_far(name, chip):
 )
 def test_a_bias_of_queries_may_be_as_large_as_it_likes(name):
     agrees_though_rows_are_far(name, "h200")
+
+
+SOME = {"q_len": 40, "kv_len": 150}
+MASKED = {
+    "pairs, causal": ((True, False, True, True),
+                      {"batch": 2, "causal": True, "q_offset": 120, **SOME}),
+    "heads, in segments": ((False, True, True, True), {"heads": (4, 2), "segments": 2, **SOME}),
+    "keys, lengths": ((True, False, False, True),
+                      {"batch": 2, "q_lens": (40, 20), "kv_lens": (150, 100), **SOME}),
+    "queries, sinks": ((False, True, True, False), {"sinks": True, **SOME}),
+    "heads and keys, a bias": ((False, True, False, True),
+                               {"bias": (False, False, True, True), **SOME}),
+}  # fmt: skip
+
+
+def agrees_under_a_mask(name, chip):
+    of, options = MASKED[name]
+    options = SHAPE | options | {"of": of}
+    row = row_of(Problem(name, "dense", name, masked_inputs, options, gradients=True), chip)
+    assert row.verdict == PASS, str(row)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n.startswith("pairs") else pytest.mark.sweep)
+             for n in MASKED]
+)  # fmt: skip
+def test_masks(name):
+    agrees_under_a_mask(name, "h200")
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("chip", ["a100", "b200"])
+def test_masks_of_other_chips(name, chip):
+    agrees_under_a_mask(name, chip)
 
 
 HIDDEN = {
