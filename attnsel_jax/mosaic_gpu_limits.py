@@ -4,14 +4,13 @@ from collections.abc import Iterator
 
 from attnsel_jax.capabilities import Rejection
 from attnsel_jax.config import AttentionSelectorConfig
-from attnsel_jax.constraints import OneOf
+from attnsel_jax.constraints import MultipleOf, OneOf
 from attnsel_jax.platforms import Device, DeviceCapability
 
 AMPERE, HOPPER, BLACKWELL = (DeviceCapability(major, 0) for major in (8, 9, 10))
-HEAD_SIZES = OneOf(64, 80, 96, 128, 192, 256)
-HEAD_SIZES_V = {192: (128, 192)}  # others: as head_size
-AMPERE_SIZES = OneOf(64, 80, 96, 128)  # of dense, interpreted and compiled; the kernels take others
-BLACKWELL_GRADIENTS = OneOf(64, 80, 96, 128, 192)  # at 256 dk and dv fill TMEM
+HEAD_SIZES = MultipleOf(8, at_most=256)  # of dense; others than the kernels' are padded to these
+AMPERE_SIZES = MultipleOf(8, at_most=128)  # interpreted and compiled; the kernels take larger ones
+BLACKWELL_GRADIENTS = MultipleOf(8, at_most=192)  # at 256 dk and dv fill TMEM
 
 FLOAT8 = ("fp8_e4m3", "fp8_e5m2")
 CACHES = OneOf("bfloat16", "float16", *FLOAT8)
@@ -25,19 +24,17 @@ PAGED_SIZES_OF = {
 
 
 def of_dense(config: AttentionSelectorConfig) -> Iterator[Rejection]:
-    """The sizes of v; what would spill beside a bias's gradient."""
-    size, size_v = config.head_size, config.head_size_v
-    sizes = OneOf(*HEAD_SIZES_V.get(size, (size,)))
-    if size_v is not None and size in HEAD_SIZES and size_v not in sizes:
-        yield Rejection("head_size_v", size_v, f"{sizes} with head_size {size}")
-    if not (config.needs_grad and (config.has_bias or config.has_mask or config.has_alibi)):
+    """What would spill beside the gradient of what is added to logits."""
+    size, size_v = config.head_size, config.head_size_v or config.head_size
+    added = config.has_bias or config.has_mask or config.has_alibi
+    if not (config.needs_grad and added):
         return
-    if size == 256:
+    if max(size, size_v) > 192:
         for name in ("has_soft_cap", "has_segment_ids"):
             if getattr(config, name):
-                yield Rejection(name, True, "False with needs_grad, bias, head_size 256")
-    if size == 192 and size_v != 128 and config.has_soft_cap and config.has_segment_ids:
-        beside = "needs_grad, bias, has_segment_ids, head_size 192, head_size_v 192"
+                yield Rejection(name, True, "False with needs_grad, bias, head size above 192")
+    elif size_v > 128 and config.has_soft_cap and config.has_segment_ids:
+        beside = "needs_grad, bias, has_segment_ids, head_size_v above 128"
         yield Rejection("has_soft_cap", True, f"False with {beside}")
 
 
@@ -68,11 +65,19 @@ def of_chip(config: AttentionSelectorConfig, device: Device) -> Iterator[Rejecti
 
 
 def _of_blackwell(config: AttentionSelectorConfig) -> Iterator[Rejection]:
-    if config.needs_grad and config.head_size not in BLACKWELL_GRADIENTS:
-        beside = "with needs_grad, compute_capability 10.0"
-        yield Rejection("head_size", config.head_size, BLACKWELL_GRADIENTS, beside)
+    if config.needs_grad:
+        yield from _sizes_within(BLACKWELL_GRADIENTS, config, "needs_grad, compute_capability 10.0")
 
 
 def _of_ampere(config: AttentionSelectorConfig) -> Iterator[Rejection]:
-    if config.head_size not in AMPERE_SIZES:
-        yield Rejection("head_size", config.head_size, AMPERE_SIZES, "with compute_capability 8.0")
+    yield from _sizes_within(AMPERE_SIZES, config, "compute_capability 8.0")
+
+
+def _sizes_within(
+    allowed: MultipleOf, config: AttentionSelectorConfig, beside: str
+) -> Iterator[Rejection]:
+    """Head sizes that no chip's kernels take are refused without this."""
+    for name in ("head_size", "head_size_v"):
+        size = getattr(config, name)
+        if size is not None and size in HEAD_SIZES and size not in allowed:
+            yield Rejection(name, size, allowed, f"with {beside}")

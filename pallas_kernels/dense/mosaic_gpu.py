@@ -33,11 +33,12 @@ from pallas_kernels.dense.mosaic_gpu_geometry import (
     in_whole_tiles_of_rows,
     seen_keys,
 )
-from pallas_kernels.dense.mosaic_gpu_tiles import TILES, forward_tiles
+from pallas_kernels.dense.mosaic_gpu_tiles import forward_tiles, padded_sizes
 from pallas_kernels.dense.mosaic_gpu_weights import BLOCK, Arrays
 from pallas_kernels.jax_settings import under_default_rules, under_own_settings
 
 DTYPES = ("bfloat16", "float16")
+HEAD_DIM_MAX = 256
 # Compute capability -> its forward.
 FORWARD = {
     (8, 0): mosaic_gpu_ampere.forward,
@@ -113,8 +114,8 @@ def dense_attention(
     Args:
         q, k, v, scale, causal, q_offset, sliding_window, attention_chunk_size, soft_cap, bias,
             alibi_slopes, mask, q_segment_ids, kv_segment_ids, q_lens, kv_lens, sinks: the
-            contract's, see `pallas_kernels.dense`; q, k and v bfloat16 or float16;
-            (head_dim, head_dim_v) one of the chip's in `mosaic_gpu_tiles.TILES`.
+            contract's, see `pallas_kernels.dense`; q, k and v bfloat16 or float16, head sizes
+            multiples of 8 up to 256.
 
     Returns:
         out [batch, q_len, num_q_heads, head_dim_v] in q's dtype; lse float32
@@ -129,11 +130,13 @@ def dense_attention(
         it. Exponentials, logarithms and quotients are the hardware's approximations (2 units).
 
     Cost beside the kernel's:
-        q, k and v whose length is no multiple of 8 are copied once, padded. With segment ids v is
-        copied once (values that no query sees become 0). A full bias whose lengths are no whole
-        tiles is copied once, padded; with gradients once more, its last two dimensions swapped. A
-        bias without keys is a pass over the output. A mask is a bias of 0 and -inf in q's dtype, so
-        no tile is left out for it, and k and v are copied once (what no query sees becomes 0).
+        q, k and v whose length is no multiple of 8 are copied once, padded; so are heads whose
+        sizes are none of the chip's in `mosaic_gpu_tiles.TILES`, to the next ones. With segment ids
+        v is copied once (values that no query sees become 0). A full bias whose lengths are no
+        whole tiles is copied once, padded; with gradients once more, its last two dimensions
+        swapped. A bias without keys is a pass over the output. A mask is a bias of 0 and -inf in
+        q's dtype, so no tile is left out for it, and k and v are copied once (what no query sees
+        becomes 0).
 
     Gradients:
         Of q, k, v, bias, alibi_slopes and sinks, through out and lse. A bias's is added up in a
@@ -153,10 +156,14 @@ def dense_attention(
     window = masks.window_bounds(sliding_window)
     bounds = window != (None, None) or attention_chunk_size is not None
     chip = _chip()
+    head_dim, head_dim_v = padded_sizes(chip.capability, dims["head_dim"], dims["head_dim_v"])
     if mask is not None:
         bias = jnp.where(mask, jnp.zeros((), q.dtype) if bias is None else bias, -jnp.inf)
     # The kernels' scale is above 0: a sign, or nothing at all, is q's.
-    x = given._replace(q=q if scale > 0 else q * jnp.sign(scale).astype(q.dtype), bias=bias)
+    q = q if scale > 0 else q * jnp.sign(scale).astype(q.dtype)
+    x = given._replace(
+        q=_heads_of(head_dim, q), k=_heads_of(head_dim, k), v=_heads_of(head_dim_v, v), bias=bias
+    )
     is_shift = bias is not None and bias.shape[3] == 1
     if is_shift:
         x = x._replace(bias=None, sinks=None)
@@ -173,16 +180,16 @@ def dense_attention(
         num_q_heads=dims["num_q_heads"],
         q_len=dims["q_len"],
         kv_len=dims["kv_len"],
-        head_dim=dims["head_dim"],
-        head_dim_v=dims["head_dim_v"],
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
         bias=None if x.bias is None else _full_dimensions(bias, dims),
         segments=q_segment_ids is not None,
         alibi=alibi_slopes is not None,
         sinks=x.sinks is not None,
         tiles=forward_tiles(
             chip,
-            dims["head_dim"],
-            dims["head_dim_v"],
+            head_dim,
+            head_dim_v,
             capped=soft_cap is not None,
             segmented=q_segment_ids is not None,
             added=x.bias is not None or alibi_slopes is not None,
@@ -194,8 +201,9 @@ def dense_attention(
     )
     if mask is not None:
         used = seen_keys(static, rows, q_segment_ids, kv_segment_ids, mask)
-        x = x._replace(k=jnp.where(used, k, 0), v=jnp.where(used, v, 0))
+        x = x._replace(k=jnp.where(used, x.k, 0), v=jnp.where(used, x.v, 0))
     out, lse, exact = _attend(static, x, Masks(rows, q_segment_ids, kv_segment_ids))
+    out = out[..., : dims["head_dim_v"]]
     if is_shift:
         return mosaic_gpu_shift.shifted(out, lse, bias, sinks, q_lens)
     return out, lse, None if exact is None else exact.correction
@@ -219,14 +227,18 @@ def _check(x: Floats, mask, q_segment_ids, kv_segment_ids, q_lens, kv_lens) -> d
     masked = {"mask": mask, "q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids}
     masked |= {"q_lens": q_lens, "kv_lens": kv_lens}
     dims = contract_checks.check_dense(x._asdict() | masked, DTYPES)
-    head_dims = TILES[_chip().capability]
-    if (sizes := (dims["head_dim"], dims["head_dim_v"])) not in head_dims:
-        allowed = ", ".join(f"{d}/{dv}" for d, dv in head_dims)
-        raise ValueError(
-            f"head_dim/head_dim_v is {sizes[0]}/{sizes[1]}, must be one of {allowed}: pad the "
-            f"heads with zeros, or use XLA"
-        )
+    for name in ("head_dim", "head_dim_v"):
+        if dims[name] % 8 or not 0 < dims[name] <= HEAD_DIM_MAX:
+            raise ValueError(
+                f"{name} is {dims[name]}, must be a multiple of 8 up to {HEAD_DIM_MAX}: pad the "
+                f"heads with zeros, or use XLA"
+            )
     return dims
+
+
+def _heads_of(size: int, x: jax.Array) -> jax.Array:
+    """Heads padded with zeros, which change no product."""
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, size - x.shape[3])))
 
 
 def _full_dimensions(bias: jax.Array, dims: dict[str, int]) -> tuple[bool, ...]:

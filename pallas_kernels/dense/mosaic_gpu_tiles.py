@@ -152,6 +152,12 @@ def _of_class(
     return next((classes[name] for name in asked if name in classes), classes[PLAIN])
 
 
+def padded_sizes(capability: tuple[int, int], head_dim: int, head_dim_v: int) -> tuple[int, int]:
+    """The smallest head sizes of a chip's kernels that hold these, which 256 do."""
+    sizes = [size for size in TILES[capability] if size[0] >= head_dim and size[1] >= head_dim_v]
+    return min(sizes, key=sum)
+
+
 @dataclasses.dataclass(frozen=True)
 class BackwardTiles:
     """Sizes of the backward pipelines.

@@ -5,6 +5,7 @@ something to mask on either side, tiles with nothing to mask, and slots of the r
 """
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,9 @@ from gpu_compiler import compiled_cleanly
 from gpu_interpreter import RACE, gpu_interpreter, needs_gpu_interpreter
 
 from attnsel_jax.aot.arguments import dense_arguments
-from attnsel_jax.backends.mosaic_gpu import DENSE, MosaicGpuBackend
+from attnsel_jax.backends.mosaic_gpu import MosaicGpuBackend
 from attnsel_jax.compare import compare
 from attnsel_jax.compare.comparison import FAIL, PASS
-from attnsel_jax.mosaic_gpu_limits import HEAD_SIZES_V
 from attnsel_jax.platforms import Device
 from attnsel_jax.problems import QUICK, Problem
 from attnsel_jax.problems.dense_inputs import dense_inputs
@@ -364,16 +364,27 @@ def test_it_compiles_for_a_gpu(cores, monkeypatch):
     compiles("h200")
 
 
-SIZES = [
-    (size, size_v) for size in DENSE.head_size.values for size_v in HEAD_SIZES_V.get(size, (size,))
-]
+SIZES = list(mosaic_gpu_tiles.TILES[9, 0])
+
+
+@pytest.mark.parametrize("capability", mosaic_gpu_tiles.TILES)
+def test_which_kernel_heads_are_padded_for(capability):
+    """As `mosaic_gpu_limits` has it: what is refused at one size is refused at what is padded."""
+    for size, size_v in itertools.product(range(8, 257, 8), repeat=2):
+        padded = mosaic_gpu_tiles.padded_sizes(capability, size, size_v)
+        assert padded[0] >= size
+        assert padded[1] >= size_v
+        largest = max(size, size_v)
+        assert (padded == (256, 256)) == (largest > 192)
+        assert (padded == (192, 192)) == (largest <= 192 and size_v > 128)
+        assert (max(padded) > 128) == (largest > 128)
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("causal", [True, False])
-def test_every_declared_size_compiles(dtype, sizes, causal):
+def test_every_size_of_the_kernel_compiles(dtype, sizes, causal):
     compiles("h200", dtype=dtype, head_size=sizes[0], head_size_v=sizes[1], causal=causal)
 
 
@@ -454,7 +465,8 @@ def test_segments_beside_a_bias_and_slopes_at_the_largest_head_size():
     [
         ({"mask": jnp.ones((1, 1, 4, 4), int)}, "mask has dtype int32, must be one of bool"),
         ({"dtype": "float32"}, "q has dtype float32, must be one of bfloat16, float16"),
-        ({"head_size": 72}, "head_dim/head_dim_v is 72/72, must be one of 64/64, 80/80"),
+        ({"head_size": 68}, "head_dim is 68, must be a multiple of 8 up to 256"),
+        ({"head_size": 264}, "head_dim is 264, must be a multiple of 8 up to 256"),
         ({"q_segment_ids": jnp.zeros((1, 4), jnp.int32)}, "must be both or neither"),
         ({"soft_cap": 0.0}, "soft_cap is 0.0, must be above 0"),
         ({"sliding_window": (3, 0)}, "sliding_window is 0, must be above 0"),

@@ -55,8 +55,11 @@ OF_KEYS = problem("bias of keys, lengths", bias=(True, False, False, True), head
                   q_len=140, kv_len=40, kv_lens=(40, 20))  # fmt: skip
 AHEAD = problem("groups of head sizes 192 and 128, the next step beside this one", heads=(2, 1),
                 head_size=192, head_size_v=128, q_len=131, kv_len=137, causal=True)  # fmt: skip
-CASES = (PLAIN, WINDOW, SPLIT, AHEAD, BIAS, OF_KEYS)
+PADDED = problem("head sizes 72 and 40, padded", head_size=72, head_size_v=40, q_len=70, kv_len=100,
+                 causal=True, sinks=True, heads=(2, 2))  # fmt: skip
+CASES = (PLAIN, WINDOW, SPLIT, AHEAD, BIAS, OF_KEYS, PADDED)
 MORE = (
+    problem("head sizes 24 and 136, padded", head_size=24, head_size_v=136, q_len=70, kv_len=100),
     SEGMENTS,
     problem("offsets, empty rows, float16", batch=2, q_len=40, kv_len=150, q_offset=(-20, 150),
             causal=True, dtype="float16", heads=(1, 1)),
@@ -359,11 +362,12 @@ def test_tiles_change_no_numbers_and_a_second_call_gives_the_same_bits(monkeypat
 @pytest.mark.parametrize(
     ("size", "segments", "beside", "message"),
     [
-        (256, None, "head_size 256", "head_dim is 256, must be at most 192"),
+        (256, None, "head size above 192", "head_dim is 256, must be at most 192"),
         (192, jnp.zeros((1, 8), jnp.int32),
-         "has_segment_ids, head_size 192, head_size_v 192", "head_dim_v is 192, must be at most"),
+         "has_segment_ids, head_size_v above 128", "head_dim_v is 192, must be at most"),
+        (200, None, "head size above 192", "head_dim is 256, must be at most 192"),
     ],
-    ids=["256", "192"],
+    ids=["256", "192", "200"],
 )  # fmt: skip
 def test_what_would_spill_is_refused(size, segments, beside, message):
     config = AttentionSelectorConfig(
