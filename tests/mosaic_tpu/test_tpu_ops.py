@@ -62,7 +62,7 @@ def test_dense():
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("head_size", [64, 80])
+@pytest.mark.parametrize("head_size", [pytest.param(64, marks=pytest.mark.sweep), 80])
 def test_paged(head_size):
     q, new = normal(TOKENS, 4, head_size), normal(2, TOKENS, 2, head_size)
     stored = normal(2, 6, PAGE_SIZE, 2, head_size)

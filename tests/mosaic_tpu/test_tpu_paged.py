@@ -58,8 +58,8 @@ def batch(q_lens, kv_lens, *, seed=0, **options):
 
 # On each push the extremes, one of each kind of cache, and what "everything" has on demand alone.
 ON_DEMAND = ("page-32", "page-64", "page-128", "page-256", "e4m3", "e4m3-unscaled", "e5m2", "int8",
-             "bfloat16-cache", "window", "two-sided-window", "chunked", "sinks", "soft-cap",
-             "alibi", "encoder-only")  # fmt: skip
+             "bfloat16", "bfloat16-cache", "window", "two-sided-window", "chunked", "sinks",
+             "soft-cap", "alibi", "encoder-only")  # fmt: skip
 
 
 ON_OLD_JAX_TOO = ("mixed", "cross", "everything")

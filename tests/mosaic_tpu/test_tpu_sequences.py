@@ -48,7 +48,7 @@ def paged_results():
     return results, expected("paged", arguments)
 
 
-@pytest.mark.once
+@pytest.mark.sweep
 @pytest.mark.usefixtures("two_at_a_time")
 def test_paged():
     results, answers = paged_results()
@@ -88,7 +88,7 @@ def test_sparse_mla():
     assert row.verdict == PASS, str(row)
 
 
-@pytest.mark.sweep
+@pytest.mark.once
 @pytest.mark.usefixtures("two_at_a_time")
 def test_indexer():
     shape = {"num_index_heads": 8, "dtype": "bfloat16"}
