@@ -50,14 +50,28 @@ class UnknownBackendError(ValueError, KeyError):
 def unknown_backend(
     name: str, known: Iterable[str], argument: str = "backend"
 ) -> UnknownBackendError:
-    """The one error for names that mean nothing: close matches, then the list."""
+    """The error for names that mean nothing: close matches, then the list."""
     known = list(known)
-    close = difflib.get_close_matches(str(name).upper(), [*known, *VLLM_NAMES], n=3, cutoff=0.6)
-    hint = f" (did you mean {' or '.join(close)}?)" if close else ""
     return UnknownBackendError(
-        f"{argument} is {name!r}{hint}, must be one of {', '.join(known)}; or auto; or one of "
-        f"vLLM's names: {', '.join(VLLM_NAMES)}"
+        f"{argument} is {name!r}{_hint(name, [*known, *VLLM_NAMES])}, must be one of "
+        f"{', '.join(known)}; or auto; or one of vLLM's names: {', '.join(VLLM_NAMES)}"
     )
+
+
+def unregistered(name: str, known: Iterable[str], argument: str = "backend") -> UnknownBackendError:
+    """The error for names that the registry does not have, vLLM's among them."""
+    known = list(known)
+    meant = VLLM_NAMES.get(str(name).upper(), ())
+    hint = "" if meant else _hint(name, known)
+    ending = f"; of vLLM's name use one that it may mean: {' or '.join(meant)}" if meant else ""
+    return UnknownBackendError(
+        f"{argument} is {name!r}{hint}, must be one of {', '.join(known)}{ending}"
+    )
+
+
+def _hint(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(str(name).upper(), names, n=3, cutoff=0.6)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
 def parse_backend_name(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from attnsel_jax.backend import AttentionBackend
-from attnsel_jax.backend_names import UnknownBackendError, unknown_backend
+from attnsel_jax.backend_names import UnknownBackendError, unregistered
 from attnsel_jax.plugins import (
     check_name,
     check_place,
@@ -59,7 +59,7 @@ class _Members(type):
     def __getitem__(cls, name: str) -> "AttentionBackendEnum":
         entries = _REGISTRY.entries()
         if name not in entries:
-            raise unknown_backend(name, entries)
+            raise unregistered(name, entries)
         return entries[name].member
 
     def __getattr__(cls, name: str) -> "AttentionBackendEnum":
@@ -123,7 +123,7 @@ class AttentionBackendEnum(metaclass=_Members):
     def _entry(self) -> _Entry:
         entries = _REGISTRY.entries()
         if self.name not in entries:
-            raise unknown_backend(self.name, entries)
+            raise unregistered(self.name, entries)
         return entries[self.name]
 
     def __eq__(self, other: Any) -> bool:
@@ -173,7 +173,7 @@ class _Registry:
         with self._lock:
             entries = dict(self.entries())
             if name not in entries:
-                raise unknown_backend(name, entries)
+                raise unregistered(name, entries)
             if name in BUILT_IN:
                 raise ValueError(f"name is {name}, must be a plug-in's: built-in backends stay")
             del entries[name]
@@ -282,7 +282,7 @@ def _inserted(
     if before is None:
         return {**entries, name: entry}
     if before not in entries:
-        raise unknown_backend(before, entries, argument="before")
+        raise unregistered(before, entries, argument="before")
     rows = list(entries.items())
     rows.insert(list(entries).index(before), (name, entry))
     return dict(rows)

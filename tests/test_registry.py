@@ -55,6 +55,18 @@ def test_looking_up_what_is_not_there():
         AttentionBackendEnum.XLAA  # noqa: B018
 
 
+def test_the_registry_has_none_of_vllms_names():
+    every = ", ".join(BUILT_IN)
+    with pytest.raises(KeyError) as caught:
+        AttentionBackendEnum["FLASH_ATTN"]
+    assert str(caught.value) == (
+        f"backend is 'FLASH_ATTN', must be one of {every}; of vLLM's name use one that it may "
+        f"mean: MOSAIC_GPU or MOSAIC_TPU"
+    )
+    with pytest.raises(ValueError, match=r"^before is 'auto', must be one of [A-Z_, ]*$"):
+        register_backend("MINE", backend("MINE"), before="auto")
+
+
 def test_equality_hash_and_pickle_go_by_name():
     xla, cudnn = AttentionBackendEnum["XLA"], AttentionBackendEnum["CUDNN"]
     assert xla != cudnn
