@@ -27,6 +27,7 @@ STORED_AS = {
     "int8": "int8",
     "fp8_ds_mla": "uint8",
 }
+_NAME_OF_STORED = {stored: name for name, stored in STORED_AS.items() if name != "fp8_ds_mla"}
 
 
 class AttentionType(enum.StrEnum):
@@ -186,8 +187,10 @@ class AttentionSelectorConfig:
 
     @property
     def cache_dtype(self) -> str:
-        """The cache's dtype with "auto" resolved: one of `CACHE_DTYPES`, never "auto"."""
-        return self.dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
+        """The cache's dtype with "auto" resolved, a float8 by its name in `CACHE_DTYPES`."""
+        if self.kv_cache_dtype == "auto":
+            return _NAME_OF_STORED.get(self.dtype, self.dtype)
+        return self.kv_cache_dtype
 
     def __str__(self) -> str:
         said = []
@@ -232,9 +235,8 @@ def kv_cache_dtype_name(dtype: Any) -> str:
         found = jnp.dtype(text or dtype).name
     except TypeError:
         found = None
-    for name, stored in STORED_AS.items():
-        if found == stored and name != "fp8_ds_mla":
-            return name
+    if found in _NAME_OF_STORED:
+        return _NAME_OF_STORED[found]
     raise ValueError(
         f"kv_cache_dtype is {dtype!r}, must be one of {', '.join(CACHE_DTYPES)}, the dtype of one "
         f"of these (such as jnp.float8_e4m3fn), or None for the dtype of the keys and values"

@@ -47,6 +47,7 @@ def test_a_cache_dtype_may_be_spelled_in_every_way(spelled, name):
 def test_auto_is_the_dtype_of_the_keys():
     assert AttentionSelectorConfig(64, "float16", "auto").cache_dtype == "float16"
     assert AttentionSelectorConfig(64, "float16", "fp8").cache_dtype == "fp8_e4m3"
+    assert AttentionSelectorConfig(64, "float8_e4m3fn", "auto").cache_dtype == "fp8_e4m3"
 
 
 @pytest.mark.parametrize("dtype", [None, "int32", jnp.int8, "bfloat17", 3, [], {}, "", object()])
