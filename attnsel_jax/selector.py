@@ -98,6 +98,7 @@ def get_attn_backend(
 
     Raises:
         NoAttentionBackendError: nothing serves it, or what was insisted on does not.
+        TypeError: a keyword that is none of these.
         ValueError: a value that no backend could accept, or an unknown backend name.
     """
     try:
@@ -107,11 +108,23 @@ def get_attn_backend(
             **further,
         )  # fmt: skip
     except TypeError as error:
+        _refuse_unknown(further)
         if "unhashable" not in str(error):
             raise
         question = (head_size, dtype, kv_cache_dtype, block_size, use_mla, has_sink, use_sparse)
         config = AttentionSelectorConfig(*question, attn_type, **further)  # says which, if it can
         return select(config, device, backend).required()
+
+
+def _refuse_unknown(further: FurtherQuestions) -> None:
+    """Refuses keywords that are no question."""
+    known = FurtherQuestions.__annotations__
+    for name in further:
+        if name not in known:
+            raise TypeError(
+                f"get_attn_backend got the keyword {name}={further[name]!r}, must be one of vLLM's "
+                f"arguments, device, backend, {', '.join(known)}"
+            )
 
 
 @functools.lru_cache(maxsize=4096, typed=True)

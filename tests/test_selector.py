@@ -94,6 +94,13 @@ def test_further_questions_are_the_questions_other_fields():
         get_attn_backend(*QUESTION, has_banana=True)
 
 
+def test_a_keyword_that_is_no_question_is_refused_by_the_function_that_was_called():
+    with pytest.raises(
+        TypeError, match=r"^get_attn_backend got the keyword use_mm_prefix=True, must be .*has_mask"
+    ):
+        get_attn_backend(64, "bfloat16", "auto", 16, use_mm_prefix=True)
+
+
 def test_it_answers_with_a_class():
     found = get_attn_backend(*QUESTION)
     assert issubclass(found, attnsel_jax.AttentionBackend)
