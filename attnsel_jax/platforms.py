@@ -57,7 +57,10 @@ class Device:
             of_family = [known for known, chip in CHIPS.items() if chip.platform in families]
             close = of_family or difflib.get_close_matches(key, CHIPS, n=2, cutoff=0.5)
             hint = f"; did you mean {' or '.join(close)}?" if close else ""
-            raise ValueError(f"device is {name!r}, must be one of {', '.join(CHIPS)}{hint}")
+            raise ValueError(
+                f"device is {name!r}, must be one of {', '.join(CHIPS)}{hint}; any other chip is, "
+                f"in Python, a Device such as Device('cuda', 'NVIDIA L4', DeviceCapability(8, 9))"
+            )
         return CHIPS[key]
 
     def __str__(self) -> str:

@@ -69,6 +69,16 @@ def test_an_unknown_chip_is_an_error_with_the_known_ones(name, message):
         Device.named(name)
 
 
+def test_a_chip_that_has_no_name_may_be_built_as_the_error_says():
+    with pytest.raises(ValueError, match=r"^device is 'l4'") as caught:
+        Device.named("l4")
+    built = str(caught.value).partition("such as ")[2]
+    l4 = eval(built, {"Device": Device, "DeviceCapability": DeviceCapability})
+    assert str(l4) == "cuda (NVIDIA L4, sm 8.9)"
+    reasons = select(AttentionSelectorConfig(64, "bfloat16"), l4).reasons["MOSAIC_GPU"]
+    assert [str(r) for r in reasons] == ["compute_capability is 8.9, must be one of 8.0, 9.0, 10.0"]
+
+
 @pytest.mark.parametrize(("kind", "generation"), TPU_KINDS.items())
 def test_every_tpu_kind_is_read_off_its_device(kind, generation):
     device = device_of(FakeDevice("tpu", kind))
