@@ -381,6 +381,22 @@ def test_python_m_prints_json_and_nothing_else():
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_one_line_and_a_closed_stdout_is_nothing():
+    command = f"{sys.executable} -m attnsel_jax --help"
+    full, closed = (
+        subprocess.run(
+            f"{command} {into}", shell=True, capture_output=True, text=True, cwd=ROOT, check=False
+        )
+        for into in ("> /dev/full", ">&-")
+    )
+    assert full.returncode == 1
+    assert full.stderr == (
+        "error: the output cannot be written: No space left on device; free some space there\n"
+    )
+    assert (closed.returncode, closed.stderr) == (0, "")
+
+
 def test_commands_import_and_start_only_what_they_need():
     script = """
 import sys

@@ -12,7 +12,7 @@ from attnsel_jax.cli.compile import compile_
 from attnsel_jax.cli.devices import devices
 from attnsel_jax.cli.matrix import matrix
 from attnsel_jax.cli.select import select
-from attnsel_jax.cli.terminal import EXIT_CODES, examples, one_line_warnings
+from attnsel_jax.cli.terminal import EXIT_CODES, examples, one_line_warnings, whole_output
 
 app = typer.Typer(
     name="attnsel",
@@ -73,4 +73,5 @@ app.command(
 def main() -> None:
     """Runs the command line."""
     one_line_warnings()
-    app(prog_name="attnsel")
+    with whole_output():
+        app(prog_name="attnsel")

@@ -1,6 +1,7 @@
 """How the command line speaks: exit codes, errors in one line, JSON alone on stdout, tables."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -125,6 +126,27 @@ def quiet_device_start() -> Iterator[None]:
             if not started:
                 held.seek(0)
                 os.write(2, held.read())
+
+
+@contextlib.contextmanager
+def whole_output() -> Iterator[None]:
+    """Ends with one line where the disk is full; a stdout that was closed takes everything.
+
+    A pipe that nobody reads any more ends the command without a word. What does not fit is often
+    noticed only when the rest is flushed, so that happens here too.
+    """
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (open until the end)
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EPIPE):
+            raise
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (else what is left is flushed again)
+        full = f"error: the output cannot be written: {error.strerror}; free some space there"
+        sys.exit(CHECK_FAILED if error.errno == errno.EPIPE else full)
 
 
 def one_line_warnings() -> None:
