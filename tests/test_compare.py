@@ -128,6 +128,21 @@ def test_a_fault_in_a_gradient_is_red(fault, options, expected, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("logits_in_caps", [8, 12])
+def test_gradients_of_a_saturated_soft_cap_have_a_budget(logits_in_caps, dtype):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 24, heads, 64), np.float32) for heads in (4, 2, 2))
+    q *= 5 * logits_in_caps
+    arguments = {"q": q.astype(dtype), "k": k.astype(dtype), "v": v.astype(dtype)}
+    kernels = {f: faulty_kernels.dense(f) for f in (None, "gradient of q 3 % too large")}
+    with jax.disable_jit():
+        found = compare_arrays(
+            "dense", arguments | {"soft_cap": 5.0, "causal": True}, kernels, gradients=True
+        )
+    assert [row.verdict for row in found] == ["pass", "fail"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_honest_kernels_are_green(dtype):
     problems = [dense_problem(feature, dtype, gradients=feature == "sinks") for feature in
                 DENSE_FEATURES]  # fmt: skip

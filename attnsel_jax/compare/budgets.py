@@ -14,7 +14,8 @@ arguments' dtype, and u32 that of float32, in which the contracts have logits, s
 - gradients round the weights, dS, the result, and the result once more where heads of a group are
   added: 4 roundings of u of sums over |dS|. The output inside rowsum(dO * O) was rounded too, each
   feature by itself: 4 u (7 standard deviations) of the root of the sum of their squares. That of a
-  bias of another dtype is rounded to it, too.
+  bias of another dtype is rounded to it, too. The slope of a soft cap, 1 - tanh^2, is a difference:
+  its error is CONSTANT roundings of 1, and all there is of it where the cap is saturated.
 
 Where the cache holds more bits than the queries' dtype does, a kernel may round keys and values to
 that dtype once, for the matrix unit: one more u each in logits and outputs.
@@ -90,6 +91,7 @@ def out_budget(
 def gradient_budget(
     magnitude: NDArray[np.float64],
     rounded: NDArray[np.float64],
+    slopes: NDArray[np.float64],
     largest_logit_size: float,
     head_dim: int,
     num_rows: int,
@@ -103,8 +105,8 @@ def gradient_budget(
     name = np.dtype(dtype).name
     weights = 2 * logit_budget(np.float64(largest_logit_size), head_dim, dtype)
     sums = U32 * (np.sqrt(num_keys) + np.sqrt(num_rows) + np.sqrt(head_dim) + CONSTANT)
-    roundings = GRADIENT_ROUNDINGS * UNIT[name]
-    return roundings * rounded + (weights + sums) * magnitude + floor(magnitude, name)
+    roundings = GRADIENT_ROUNDINGS * UNIT[name] * rounded + U32 * CONSTANT * slopes
+    return roundings + (weights + sums) * magnitude + floor(magnitude, name)
 
 
 def rounded_once_more(

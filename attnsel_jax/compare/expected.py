@@ -93,8 +93,8 @@ def _dense(
     rows = q.shape[1] * q.shape[2] // k.shape[2]
     for name in gradient_names(arguments):
         budget = budgets.gradient_budget(
-            gradients.magnitudes[name], gradients.rounded[name], attended.logit_size.max(),
-            q.shape[-1], rows, k.shape[1], q.dtype,
+            gradients.magnitudes[name], gradients.rounded[name], gradients.slopes[name],
+            attended.logit_size.max(), q.shape[-1], rows, k.shape[1], q.dtype,
         )  # fmt: skip
         values, dtype = gradients.values[name], arguments[name].dtype
         if dtype != q.dtype:

@@ -19,7 +19,7 @@ Arrays = dict[str, NDArray[np.float64]]
 
 
 class Gradients(NamedTuple):
-    """Gradients by argument, and the two sizes that their rounding errors are proportional to.
+    """Gradients by argument, and the three sizes that their rounding errors are proportional to.
 
     Attributes:
         values: the gradients.
@@ -27,11 +27,14 @@ class Gradients(NamedTuple):
             float32 sums scale with.
         rounded: the same sums over |dS|, and over P times the root of the sum of squares of dO * O:
             what rounding dS, and O in rowsum(dO * O), to the dtype scales with.
+        slopes: the magnitudes with 1 in place of the soft cap's slope cap' = 1 - tanh ** 2: what
+            rounding the slope scales with, however small it is; 0 without a soft cap.
     """
 
     values: Arrays
     magnitudes: Arrays
     rounded: Arrays
+    slopes: Arrays
 
 
 def dense_gradients(
@@ -99,6 +102,9 @@ def _add_head(
     ds = np.where(head.see, p * (dout @ v.T - delta + dlse), 0)
     ds_size = p * (np.abs(dout) @ np.abs(v).T + delta_size + np.abs(dlse))
     sizes = abs(scale), np.abs(q), np.abs(k), np.abs(dout), 1
+    if numbers["soft_cap"] is not None:
+        gradients.slopes["q"][b, :, n] += abs(scale) * ds_size @ np.abs(k)
+        gradients.slopes["k"][b, :, kv] += abs(scale) * ds_size.T @ np.abs(q)
     for into, s, row, (factor, x_q, x_k, x_dout, sign) in (
         (gradients.values, ds, dlse - delta, (scale, q, k, dout, -1)),
         (gradients.magnitudes, ds_size, np.abs(dlse) + delta_size, sizes),
