@@ -19,6 +19,7 @@ from attnsel_jax import (
     LatentCache,
     NoAttentionBackendError,
     allocate_kv_cache,
+    allocate_latent_cache,
     dot_product_attention,
     get_attn_backend,
     global_force_attn_backend_context_manager,
@@ -526,6 +527,17 @@ def test_a_scan_over_layers_of_one_cache_copies_none():
     whole, cache = compiled(cache, call["q"])
     close(whole, q)
     close(cache.pages, jnp.concatenate(written, axis=1))
+
+
+def test_caches_with_the_same_scale_are_donated_together_and_the_callers_scale_stays():
+    scale = jnp.float32(0.5)
+    stored = {"dtype": "float32", "kv_cache_dtype": "fp8"}
+    caches = [
+        allocate_kv_cache(2, 4, 2, 16, **stored, k_scale=scale, v_scale=scale),
+        allocate_latent_cache(2, 4, 32, 8, **stored, kv_scale=scale),
+    ]
+    jax.block_until_ready(jax.jit(lambda caches: caches, donate_argnums=0)(caches))
+    assert float(scale) == 0.5
 
 
 @pytest.mark.parametrize("door", ["paged", "mla", "sparse mla"])

@@ -89,6 +89,8 @@ def as_float32(name: str, values: ArrayLike | None) -> jax.Array | None:
 def as_scale(name: str, values: ArrayLike | None, heads: int | None = None) -> jax.Array | None:
     """A cache's scale as float32 [] (or [heads], where one a head may be given); None stays.
 
+    It is the cache's own, a copy: who donates the cache donates it, and keeps what was given.
+
     Raises:
         TypeError: it is no array.
         ValueError: no real numbers, another shape, or one on the host that is not above 0.
@@ -107,4 +109,4 @@ def as_scale(name: str, values: ArrayLike | None, heads: int | None = None) -> j
                 f"{name} is {wrong[0]}, must be a finite number above 0: what is stored is divided "
                 f"by it"
             )
-    return scale
+    return jnp.array(scale, copy=True)
