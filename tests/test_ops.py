@@ -416,6 +416,21 @@ def test_vmap(door):
         )
 
 
+def test_gradients_of_an_lse_that_vmap_has_no_need_to_batch():
+    call = dense()
+    values = jnp.stack([call["value"], 2 * call["value"], -call["value"]])
+
+    def loss(query, backend):
+        def one(value):
+            more = {"query": query, "value": value, "return_residual": True, "backend": backend}
+            return sum(map(jnp.sum, dot_product_attention(**call | more)))
+
+        return jnp.sum(jax.vmap(one)(values))
+
+    got, wanted = (jax.grad(loss)(call["query"], name) for name in ("XLA", "XLA_REFERENCE"))
+    close(got, wanted)
+
+
 @pytest.mark.parametrize("door", TRANSFORMED)
 def test_x64_changes_nothing(door):
     op, make = TRANSFORMED[door]

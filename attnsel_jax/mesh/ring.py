@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from attnsel_jax.mesh.merging import Partial, merged, nothing, share_of, with_sinks
 from attnsel_jax.mesh.positions import Piece, meet_at_all, met, pieces
 from attnsel_jax.mesh.zigzag import from_zigzag, to_zigzag
-from pallas_kernels.dense.derivative_rules import DENSE_RESIDUALS
+from pallas_kernels.dense.derivative_rules import DENSE_RESIDUALS, batched_with
 from pallas_kernels.jax_settings import under_default_rules
 
 Arrays = dict[str, jax.Array]
@@ -164,7 +164,8 @@ def _forward(ring: Ring, arrays: Arrays) -> Partial:
     parts = meet(ring.n - 1, *carry)
     whole = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
     whole = with_sinks(whole, arrays.get("sinks"), _exists(ring, arrays))
-    return whole._replace(out=whole.out.astype(q.dtype))
+    lse = batched_with(arrays["v"], whole.lse)
+    return whole._replace(out=whole.out.astype(q.dtype), lse=lse)
 
 
 def _met_too(ring: Ring, arrays: Arrays, step, pair: tuple[int, int], so_far: Partial) -> Partial:

@@ -36,6 +36,7 @@ from attnsel_jax.xla.dense_tiles import (
 )
 from pallas_kernels import contract_checks, empty_calls, masks, shape_checks
 from pallas_kernels.dense.derivative_rules import (
+    batched_with,
     corrected,
     differentiated_once,
     giving_correction,
@@ -170,8 +171,9 @@ def _offsets(q_offset: int | jax.Array | None, batch: int) -> jax.Array:
 @under_own_settings
 def _attend(static: Static, x: Floats, who: Masks) -> tuple[jax.Array | None, ...]:
     """Out, lse, and with a bias what the rows' probabilities are multiplied by, else None."""
-    *results, correction = _rows(static, x, who)
-    return *results, None if x.bias is None else correction
+    out, *of_rows = _rows(static, x, who)
+    lse, correction = (batched_with(x.v, array) for array in of_rows)
+    return out, lse, None if x.bias is None else correction
 
 
 def _rows(static: Static, x: Floats, who: Masks) -> tuple[jax.Array, ...]:

@@ -219,6 +219,27 @@ BOUNDED = {
 }  # fmt: skip
 
 
+@pytest.mark.once
+def test_gradients_of_a_rings_lse_that_vmap_has_no_need_to_batch():
+    arguments = dense_inputs(np.random.default_rng(0), **DENSE | {"q_len": 8})
+    q, k, v = (arguments[name] for name in "qkv")
+    values = np.stack([v, 2 * v])
+
+    def loss(q, **where):
+        def one(v):
+            out, lse = attnsel_jax.dot_product_attention(
+                q, k, v, is_causal=True, return_residual=True, backend="XLA_REFERENCE", **where
+            )
+            return out.sum() + lse.sum()
+
+        return jax.vmap(one)(values).sum()
+
+    wanted = jax.grad(loss)(q)
+    with jax.set_mesh(mesh(explicit=False, seq=2)):
+        got = jax.jit(jax.grad(lambda q: loss(q, mesh_axes=MeshAxes(context="seq"))))(q)
+    np.testing.assert_allclose(got, wanted, atol=1e-4)
+
+
 ON_EVERY_JAX = ("window", "chunks and a window", "alibi, window, sinks")
 
 
