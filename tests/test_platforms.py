@@ -75,8 +75,8 @@ def test_a_chip_that_has_no_name_may_be_built_as_the_error_says():
     built = str(caught.value).partition("such as ")[2]
     l4 = eval(built, {"Device": Device, "DeviceCapability": DeviceCapability})
     assert str(l4) == "cuda (NVIDIA L4, sm 8.9)"
-    reasons = select(AttentionSelectorConfig(64, "bfloat16"), l4).reasons["MOSAIC_GPU"]
-    assert [str(r) for r in reasons] == ["compute_capability is 8.9, must be one of 8.0, 9.0, 10.0"]
+    reasons = map(str, select(AttentionSelectorConfig(64, "bfloat16"), l4).reasons["MOSAIC_GPU"])
+    assert "compute_capability is 8.9, must be one of 8.0, 9.0, 10.0" in reasons
 
 
 @pytest.mark.parametrize(("kind", "generation"), TPU_KINDS.items())
