@@ -331,8 +331,8 @@ def test_the_nearest_backend_needs_the_fewest_changes_and_no_other_machine():
     )
     assert answer.backend is None
     assert answer.nearest() == "MOSAIC_TPU"  # platform and head size; CUDNN: dtype and sink too
-    on_gpu = select(AttentionSelectorConfig(72, "float32", op="dense"), "h200", "cudnn")
-    assert on_gpu.nearest() == "MOSAIC_GPU"  # another dtype, and not another machine
+    on_gpu = select(AttentionSelectorConfig(72, "float32", op="dense"), "l40s", "cudnn")
+    assert on_gpu.nearest() == "CUDNN"  # another dtype, and not another machine
     with pytest.raises(NoAttentionBackendError, match=r"these would serve it: XLA, XLA_REFERENCE"):
         answer.required()
 
