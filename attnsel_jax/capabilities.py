@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from attnsel_jax.config import AttentionSelectorConfig
-from attnsel_jax.constraints import ANYTHING, NEVER, Constraint, OneOf
+from attnsel_jax.constraints import ANYTHING, NEVER, Constraint, OneOf, written
 from attnsel_jax.jax_versions import jax_version
 from attnsel_jax.platforms import Device
 
@@ -35,13 +35,13 @@ class Rejection:
 
     def __str__(self) -> str:
         way_out = f": {self.way_out}" if self.way_out else ""
-        return f"{self.argument} is {self.asked}, must be {self.allowed}{way_out}"
+        return f"{self.argument} is {written(self.asked)}, must be {self.allowed}{way_out}"
 
     def to_json(self) -> dict[str, str]:
         """The reason as text fields."""
         return {
             "argument": self.argument,
-            "asked": str(self.asked),
+            "asked": written(self.asked),
             "allowed": str(self.allowed),
             "way_out": self.way_out,
         }

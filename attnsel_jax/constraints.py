@@ -76,7 +76,7 @@ class AtLeast:
         return value >= self.least
 
     def __str__(self) -> str:
-        return f"at least {self.least}"
+        return f"at least {written(self.least)}"
 
     def samples(self) -> Iterable[Any]:
         """The bound itself."""
@@ -96,6 +96,11 @@ class Anything:
     def samples(self) -> Iterable[Any]:
         """None: nothing finite is named."""
         return ()
+
+
+def written(value: Any) -> str:
+    """The value as text; numbers of a version, (0, 11), with dots."""
+    return ".".join(map(str, value)) if type(value) is tuple else str(value)
 
 
 def every_value(allowed: Constraint) -> list[Any] | None:

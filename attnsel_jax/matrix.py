@@ -280,8 +280,6 @@ def _dashed(answer: str) -> str:
 def _short(allowed: Constraint, field: str) -> str:
     """A constraint in a table's cell."""
     text = str(allowed).removeprefix("one of ")
-    if field == "jax_version":
-        text = text.replace("(", "").replace(")", "").replace(", ", ".")
     if field == "attn_type" and all(kind in allowed for kind in AttentionType):
         return "all"
     if text in ("anything", "a multiple of 1"):

@@ -241,7 +241,7 @@ def test_validation_lists_every_reason_as_argument_asked_allowed():
     assert isinstance(reasons, list)
     found = {(r.argument, r.asked, str(r.allowed)) for r in reasons}
     assert found == {
-        ("compute_capability", DeviceCapability(8, 0), "at least (9, 0)"),
+        ("compute_capability", DeviceCapability(8, 0), "at least 9.0"),
         ("dtype", "float32", "bfloat16"),
         ("kv_cache_dtype", "int8", "one of bfloat16, fp8_e4m3"),
         ("head_size", 96, "one of 64, 128"),

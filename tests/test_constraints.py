@@ -13,7 +13,7 @@ from attnsel_jax.constraints import ANYTHING, AtLeast, MultipleOf, OneOf, every_
         (OneOf(), (), (0, None), "nothing"),
         (MultipleOf(8), (8, 16, 800), (0, -8, 12), "a multiple of 8"),
         (MultipleOf(8, at_most=256), (8, 256), (0, 264), "a multiple of 8, at most 256"),
-        (AtLeast((9, 0)), ((9, 0), (10, 0)), ((8, 9),), "at least (9, 0)"),
+        (AtLeast((9, 0)), ((9, 0), (10, 0)), ((8, 9),), "at least 9.0"),
         (ANYTHING, (0, "x", None), (), "anything"),
     ],
 )

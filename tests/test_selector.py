@@ -337,6 +337,14 @@ def test_the_nearest_backend_needs_the_fewest_changes_and_no_other_machine():
         answer.required()
 
 
+def test_an_older_jax_is_refused_by_its_version_as_people_write_it(monkeypatch):
+    monkeypatch.setattr("attnsel_jax.capabilities.jax_version", lambda: (0, 10, 2))
+    answer = select(AttentionSelectorConfig(64, "bfloat16", block_size=64), "h200")
+    (reason,) = answer.reasons["MOSAIC_GPU"]
+    assert str(reason) == "jax_version is 0.10.2, must be at least 0.11"
+    assert reason.to_json()["asked"] == "0.10.2"
+
+
 def test_a_selection_prints_as_a_table_and_as_json():
     answer = select(AttentionSelectorConfig(*QUESTION), "h200")
     lines = str(answer).splitlines()
