@@ -9,7 +9,7 @@ from attnsel_jax.platforms import Device, DeviceCapability
 
 AMPERE, HOPPER, BLACKWELL = (DeviceCapability(major, 0) for major in (8, 9, 10))
 HEAD_SIZES = MultipleOf(8, at_most=256)  # of dense; others than the kernels' are padded to these
-AMPERE_SIZES = MultipleOf(8, at_most=128)  # interpreted and compiled; the kernels take larger ones
+AMPERE_GRADIENTS = MultipleOf(8, at_most=128)
 BLACKWELL_GRADIENTS = MultipleOf(8, at_most=192)  # at 256 dk and dv fill TMEM
 
 FLOAT8 = ("fp8_e4m3", "fp8_e5m2")
@@ -70,7 +70,8 @@ def _of_blackwell(config: AttentionSelectorConfig) -> Iterator[Rejection]:
 
 
 def _of_ampere(config: AttentionSelectorConfig) -> Iterator[Rejection]:
-    yield from _sizes_within(AMPERE_SIZES, config, "compute_capability 8.0")
+    if config.needs_grad:
+        yield from _sizes_within(AMPERE_GRADIENTS, config, "needs_grad, compute_capability 8.0")
 
 
 def _sizes_within(

@@ -244,7 +244,8 @@ def test_what_ampere_does_not_have_is_refused():
 
     assert reasons() == reasons(needs_grad=True, has_alibi=True, has_bias=True) == []
     assert reasons(head_size=80, needs_grad=True) == []
-    assert reasons(head_size=256) == reasons(head_size=192) == ["head_size"]
+    assert reasons(head_size=256) == reasons(head_size=192, head_size_v=128) == []
+    assert reasons(head_size=136, needs_grad=True) == ["head_size"]
     wide = jnp.ones((1, 8, 1, 192), "bfloat16")
     message = "head_dim is 192, must be one of 64, 80, 96, 128 where gradients"
     with gpu_interpreter("a100"), pytest.raises(ValueError, match=message):
