@@ -51,3 +51,10 @@ def split_qualname(qualname: str, argument: str = "qualname") -> tuple[str, str]
     if not all((*module_name.split("."), *name.split("."))):
         raise ValueError(f"{argument} is {qualname!r}, must be like package.module:name")
     return module_name, name
+
+
+def path_of(target: type | str) -> str:
+    """The dotted path "module:Class" of a class, or of another way to write it."""
+    if isinstance(target, str):
+        return target if ":" in target else ":".join(target.rsplit(".", 1))
+    return f"{target.__module__}:{target.__qualname__}"

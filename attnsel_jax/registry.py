@@ -21,6 +21,7 @@ from attnsel_jax.plugins import (
     left_out_with_a_warning,
     offered,
 )
+from attnsel_jax.qualnames import path_of
 from attnsel_jax.qualnames import resolve_obj_by_qualname as resolve_obj_by_qualname
 
 # CUDNN stands after XLA, so that it runs only by name, until a run on a GPU has shown it to work
@@ -54,7 +55,10 @@ class _Entry:
 
 
 class _Members(type):
-    """Makes `AttentionBackendEnum["XLA"]`, `.XLA`, iteration, `len` and `in` work on the class."""
+    """Makes `AttentionBackendEnum["XLA"]`, `("XLA")`, `.XLA`, iteration, `len` and `in` work."""
+
+    def __call__(cls, name: "str | AttentionBackendEnum") -> "AttentionBackendEnum":
+        return cls[_text(name)]
 
     def __getitem__(cls, name: str) -> "AttentionBackendEnum":
         entries = _REGISTRY.entries()
@@ -77,8 +81,7 @@ class _Members(type):
         return len(_REGISTRY.entries())
 
     def __contains__(cls, item: Any) -> bool:
-        name = item.name if isinstance(item, AttentionBackendEnum) else item
-        return name in _REGISTRY.entries()
+        return _text(item) in _REGISTRY.entries()
 
 
 class AttentionBackendEnum(metaclass=_Members):
@@ -87,15 +90,19 @@ class AttentionBackendEnum(metaclass=_Members):
     __slots__ = ("name",)
     name: str
 
-    def __init__(self, name: str):
-        object.__setattr__(self, "name", name)
+    @classmethod
+    def _of(cls, name: str) -> "AttentionBackendEnum":
+        """The member of a name, registered or not yet, or where a pickle is read no more."""
+        member = cls.__new__(cls)
+        object.__setattr__(member, "name", name)
+        return member
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"{self!r} is constant; use register_backend to override its class")
 
     def get_path(self, include_classname: bool = True) -> str:
         """Dotted path of its class, "module:Class"; without the class: its module."""
-        path = _path(self._entry().override or self._entry().target)
+        path = path_of(self._entry().override or self._entry().target)
         return path if include_classname else path.partition(":")[0]
 
     def get_class(self) -> type[AttentionBackend]:
@@ -136,7 +143,7 @@ class AttentionBackendEnum(metaclass=_Members):
         return f"AttentionBackendEnum.{self.name}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return AttentionBackendEnum, (self.name,)
+        return AttentionBackendEnum._of, (self.name,)
 
 
 class _Registry:
@@ -146,7 +153,7 @@ class _Registry:
         self.generation = 0
         self._lock = threading.RLock()
         self._entries = {
-            name: _Entry(AttentionBackendEnum(name), path) for name, path in BUILT_IN.items()
+            name: _Entry(AttentionBackendEnum._of(name), path) for name, path in BUILT_IN.items()
         }
         self._plugins_found = False
         self._finding_plugins = False
@@ -278,7 +285,7 @@ def _inserted(
     entries: dict[str, _Entry], name: str, target: BackendOrPath, before: str | None
 ) -> dict[str, _Entry]:
     """The table with one more entry, before another or last."""
-    entry = _Entry(AttentionBackendEnum(name), target, None, before, before is not None)
+    entry = _Entry(AttentionBackendEnum._of(name), target, None, before, before is not None)
     if before is None:
         return {**entries, name: entry}
     if before not in entries:
@@ -291,9 +298,3 @@ def _inserted(
 def _text(name: Any) -> Any:
     """A member's name; anything else as it is."""
     return name.name if isinstance(name, AttentionBackendEnum) else name
-
-
-def _path(target: BackendOrPath) -> str:
-    if isinstance(target, str):
-        return target if ":" in target else ":".join(target.rsplit(".", 1))
-    return f"{target.__module__}:{target.__qualname__}"

@@ -76,6 +76,13 @@ def test_equality_hash_and_pickle_go_by_name():
     assert hash(pickle.loads(pickle.dumps(xla))) == hash(xla)
 
 
+def test_a_member_is_looked_up_by_calling_the_class_and_unknown_names_are_refused():
+    xla = AttentionBackendEnum.XLA
+    assert AttentionBackendEnum("XLA") is AttentionBackendEnum(xla) is xla
+    with pytest.raises(ValueError, match=r"backend is 'NOPE', must be one of MOSAIC_GPU, "):
+        AttentionBackendEnum("NOPE")
+
+
 def test_members_are_constant():
     with pytest.raises(AttributeError, match=r"use register_backend to override its class"):
         AttentionBackendEnum["XLA"].name = "OTHER"
