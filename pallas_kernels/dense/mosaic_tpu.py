@@ -12,7 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import contract_checks, empty_calls, masks, tpu_chip
-from pallas_kernels.dense import mosaic_tpu_backward, mosaic_tpu_forward, mosaic_tpu_schedule
+from pallas_kernels.dense import (
+    mosaic_tpu_backward,
+    mosaic_tpu_forward,
+    mosaic_tpu_schedule,
+    mosaic_tpu_short,
+    mosaic_tpu_short_backward,
+    mosaic_tpu_short_forward,
+)
 from pallas_kernels.dense.derivative_rules import (
     corrected,
     differentiated_once,
@@ -172,9 +179,10 @@ def _size_class(x: Floats, who: Masks) -> tuple[tpu_chip.TpuChip, str, int, bool
 def _attend(static: Static, x: Floats, who: Masks) -> tuple[jax.Array | None, ...]:
     """Out, lse, and with a bias what the rows' probabilities are multiplied by, else None."""
     bias, bias_of = _bias_operand(x.bias, static)
+    short, plan = mosaic_tpu_short.planned(static, who, x, bias_of)
     operands = Operands(
         q=jnp.transpose(x.q, (0, 2, 3, 1)),
-        k=jnp.swapaxes(x.k, 1, 2),
+        k=_keys(x.k, plan),
         v=jnp.transpose(x.v, (0, 2, 3, 1)),
         bias=bias,
         slopes=x.alibi_slopes,
@@ -183,7 +191,11 @@ def _attend(static: Static, x: Floats, who: Masks) -> tuple[jax.Array | None, ..
         kv_segments=_row(who.kv_segment_ids),
         mask=_keys_first(who.mask),
     )
-    out, lse = mosaic_tpu_forward.forward(static, operands, bias_of, work_list(static, who))
+    if plan is None:
+        out, lse = mosaic_tpu_forward.forward(static, operands, bias_of, work_list(static, who))
+    else:
+        facts = mosaic_tpu_schedule.facts(static, who) if static.by_arrays else None
+        out, lse = mosaic_tpu_short_forward.forward(short, plan, operands, bias_of, facts)
     lse = jnp.moveaxis(lse, (2, 3), (0, 2))  # [1 or 2, batch, q_len, num_q_heads]
     return jnp.transpose(out, (0, 3, 1, 2)), lse[0], None if x.bias is None else lse[1]
 
@@ -239,36 +251,39 @@ def _gradients(
     static: Static, x: Floats, who: Masks, out: jax.Array, lse: jax.Array, dout, dlse
 ) -> Floats:
     """Gradients of everything in x, in the contract's layout."""
+    bias, bias_of = _bias_operand(x.bias, static)
+    short, plan = mosaic_tpu_short.planned(static, who, x, bias_of, backward=True)
     tiles = fitted(backward_tiles(*_size_class(x, who)), static.q_len, static.kv_len)
-    static = dataclasses.replace(static, tiles=tiles)
+    static = dataclasses.replace(static, tiles=tiles) if plan is None else short
     delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - dlse
     # Whether a row counts: it sees a key.
     exists = None if _every_row_sees(static, x, who) else lse != -jnp.inf
     delta, is_nan = _counted(exists, delta, 0.0), jnp.isnan(lse)
     log2_sum = jnp.where(is_nan, mosaic_tpu_backward.NAN, _counted(exists, lse * LOG2E, jnp.inf))
     log2_sum = _per_query(static, log2_sum, jnp.inf)
-    bias, bias_of = _bias_operand(x.bias, static)
     if bias_of in ("both", "queries"):
         bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (0, _missing(static))))
-    part = mosaic_tpu_backward.backward(
-        static,
-        mosaic_tpu_backward.Operands(
-            q=_queries(static, x.q, exists),
-            k=jnp.swapaxes(x.k, 1, 2),
-            v=jnp.swapaxes(x.v, 1, 2),
-            dout=_queries(static, dout.astype(x.q.dtype), exists),
-            lse=log2_sum,
-            delta=_per_query(static, jnp.where(is_nan, 0.0, delta), 0.0),
-            has_nan=_of_kv_heads(static, log2_sum == mosaic_tpu_backward.NAN),
-            bias=bias,
-            slopes=x.alibi_slopes,
-            q_segments=_row(who.q_segment_ids),
-            kv_segments=_row(who.kv_segment_ids),
-            mask=_keys_first(who.mask),
-        ),
-        bias_of,
-        work_list(static, who),
+    has_nan = log2_sum == mosaic_tpu_backward.NAN
+    operands = mosaic_tpu_backward.Operands(
+        q=_queries(static, x.q, exists),
+        k=_keys(x.k, plan),
+        v=_keys(x.v, plan),
+        dout=_queries(static, dout.astype(x.q.dtype), exists),
+        lse=log2_sum,
+        delta=_per_query(static, jnp.where(is_nan, 0.0, delta), 0.0),
+        has_nan=_of_kv_heads(static, has_nan) if plan is None else _of_steps(plan, has_nan),
+        bias=bias,
+        slopes=x.alibi_slopes,
+        q_segments=_row(who.q_segment_ids),
+        kv_segments=_row(who.kv_segment_ids),
+        mask=_keys_first(who.mask),
     )
+    if plan is None:
+        work = work_list(static, who)
+        part = mosaic_tpu_backward.backward(static, operands, bias_of, work)
+    else:
+        facts = mosaic_tpu_schedule.facts(static, who) if static.by_arrays else None
+        part = mosaic_tpu_short_backward.backward(static, plan, operands, bias_of, facts)
     q_len, kv_len = static.q_len, static.kv_len
     dbias = dslopes = dsinks = None
     if static.bias_gradient:
@@ -314,6 +329,11 @@ def _queries(static: Static, x: jax.Array, exists: jax.Array | None) -> jax.Arra
     return jnp.transpose(x, (0, 2, 3, 1))
 
 
+def _keys(x: jax.Array, plan: mosaic_tpu_short.Plan | None) -> jax.Array:
+    """[batch, num_kv_heads, kv_len, n], or of short sequences [batch, num_kv_heads, n, kv_len]."""
+    return jnp.swapaxes(x, 1, 2) if plan is None else jnp.transpose(x, (0, 2, 3, 1))
+
+
 def _per_query(static: Static, x: jax.Array, fill: float) -> jax.Array:
     """[batch, num_q_heads, 1, q_len in whole tiles]."""
     x = jnp.pad(x, ((0, 0), (0, _missing(static)), (0, 0)), constant_values=fill)
@@ -328,6 +348,15 @@ def _of_kv_heads(static: Static, is_nan: jax.Array) -> jax.Array:
     of_heads = is_nan.reshape(-1, static.group * is_nan.shape[3])
     of_heads = of_heads if of_heads.shape[0] <= MOST_FLAGS else of_heads.reshape(1, -1)
     return jnp.max(of_heads.astype(jnp.int32), axis=1)
+
+
+def _of_steps(plan: mosaic_tpu_short.Plan, is_nan: jax.Array) -> jax.Array:
+    """The same of the short sequences' grid steps."""
+    batch, heads, _, q_len = is_nan.shape
+    steps = batch // plan.batch, heads // plan.heads
+    of_steps = is_nan.reshape(steps[0], plan.batch, steps[1], plan.heads * q_len)
+    of_steps = jnp.swapaxes(jnp.max(of_steps.astype(jnp.int32), axis=(1, 3)), 0, 1).reshape(-1)
+    return of_steps if of_steps.size <= MOST_FLAGS else jnp.max(of_steps, keepdims=True)
 
 
 def _missing(static: Static) -> int:

@@ -283,7 +283,7 @@ class _GridStep(NamedTuple):
         first = self.walk.of_row(schedule.FIRST_OF_ALL, t.row) == t.column
         state = self.refs.m, self.refs.l, self.refs.acc
         m, l, acc = (before(x, t.row * size, size, first) for x in state)
-        m_next = jnp.maximum(m, _over_sublanes(self.refs.tile_max[slot][...], jnp.maximum))
+        m_next = jnp.maximum(m, over_sublanes(self.refs.tile_max[slot][...], jnp.maximum))
         shift = jnp.where(m_next == -jnp.inf, 0.0, m_next)  # -inf - -inf is NaN
         fade = jnp.exp2((m - shift) * self.to_log2)
         total, out = l * fade, None
@@ -295,7 +295,7 @@ class _GridStep(NamedTuple):
             part = self.pv(t, step, slot, weights)
             total = logits.added_from(total, unseen, sums)
             out = part if out is None else logits.added_from(out, unseen, part)
-        out += _by_query(acc, fade, jnp.multiply)
+        out += by_query(acc, fade, jnp.multiply)
         for x, value in zip(state, (m_next, total, out), strict=True):
             x[:, here] = value
 
@@ -306,24 +306,10 @@ class _GridStep(NamedTuple):
         def row(i, _):
             here = self.queries(i)
             high = refs.m[:, here] * (self.to_log2 / LOG2E)
-            total = _over_sublanes(refs.l[:, here], jnp.add)
-            top = high if self.sink is None else jnp.maximum(high, self.sink)
-            top = jnp.where(top == -jnp.inf, 0.0, top)
-            share = jnp.exp2((high - top) * LOG2E)
-            total *= share
-            if self.sink is not None:
-                total += jnp.exp2((self.sink - top) * LOG2E)
-            lane = lax.broadcasted_iota(jnp.int32, total.shape, 1)
+            lane = lax.broadcasted_iota(jnp.int32, high.shape, 1)
             index = lane + (self.walk.q_major * self.tiles.major_q + i * self.tiles.block_q)
-            seen = (total != 0) & (index < q_len)  # NaN stays NaN
-            out = _by_query(refs.acc[:, here], share / jnp.where(seen, total, 1.0), jnp.multiply)
-            out = _by_query(out, seen, lambda a, s: jnp.where(s, a, 0.0))
-            refs.out[:, here] = out.astype(refs.out.dtype)
-            lse = jnp.where(seen, top + jnp.log(total), -jnp.inf)
-            refs.lse[:1, here] = lse[:1]
-            if refs.lse.shape[0] > 1:
-                rounded = jnp.exp2((lse - top) * LOG2E) / total
-                refs.lse[1:, here] = jnp.where(jnp.abs(lse) < jnp.inf, rounded, 1.0)[:1]
+            results = closed(high, refs.l[:, here], refs.acc[:, here], self.sink, index < q_len)
+            written(refs.out.at[:, here], refs.lse.at[:, here], *results)
 
         lax.fori_loop(0, self.walk.static.rows, row, None)
 
@@ -346,14 +332,53 @@ def _kernel(static: Static, bias_of: str, work: Work, x: dict, refs: _Refs) -> N
     pl.when(kv_major == static.kv_majors - 1)(step.epilogue)
 
 
-def _over_sublanes(x: jax.Array, combine) -> jax.Array:
+def closed(
+    high: jax.Array, sums: jax.Array, acc: jax.Array, sink: jax.Array | None, exists: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Output, lse, and what exp(logit - lse) is multiplied by to be a probability.
+
+    The sink joins the sum; rows that see nothing, or do not exist, become 0 and -inf.
+
+    Args:
+        high: [8, n], the largest logit, the same in all sublanes.
+        sums: [8, n], of weights, spread over sublanes.
+        acc: [head_dim_v, n], unnormalised output.
+        sink: the head's, or None.
+        exists: [8, n].
+    """
+    total = over_sublanes(sums, jnp.add)
+    top = high if sink is None else jnp.maximum(high, sink)
+    top = jnp.where(top == -jnp.inf, 0.0, top)
+    share = jnp.exp2((high - top) * LOG2E)
+    total *= share
+    if sink is not None:
+        total += jnp.exp2((sink - top) * LOG2E)
+    seen = (total != 0) & exists  # NaN stays NaN
+    out = by_query(acc, share / jnp.where(seen, total, 1.0), jnp.multiply)
+    out = by_query(out, seen, lambda a, s: jnp.where(s, a, 0.0))
+    lse = jnp.where(seen, top + jnp.log(total), -jnp.inf)
+    rounded = jnp.exp2((lse - top) * LOG2E) / total
+    return out, lse, jnp.where(jnp.abs(lse) < jnp.inf, rounded, 1.0)
+
+
+def written(
+    out_ref: jax.Array, lse_ref: jax.Array, out: jax.Array, lse: jax.Array, rounded: jax.Array
+) -> None:
+    """Results go into their blocks; lse's has a second row with a bias."""
+    out_ref[...] = out.astype(out_ref.dtype)
+    lse_ref[:1] = lse[:1]
+    if lse_ref.shape[0] > 1:
+        lse_ref[1:] = rounded[:1]
+
+
+def over_sublanes(x: jax.Array, combine) -> jax.Array:
     """[8, n]: each sublane holds the combination of all."""
     for distance in (4, 2, 1):
         x = combine(x, pltpu.roll(x, distance, 0))
     return x
 
 
-def _by_query(x: jax.Array, per_query: jax.Array, combine) -> jax.Array:
+def by_query(x: jax.Array, per_query: jax.Array, combine) -> jax.Array:
     """Combines [rows, n] with [8, n], a value for each query in all sublanes."""
     if x.shape[0] % SUBLANES:
         return combine(x, per_query[:1])

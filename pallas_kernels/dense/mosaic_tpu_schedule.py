@@ -142,7 +142,7 @@ class Static:
         if self.by_arrays:
             return False
         sizes = (np.full(1, size, np.int32) for size in (self.q_offset, self.q_len, self.kv_len))
-        at = _edges(np, self, *sizes)
+        at = edges(np, self, *sizes)
         return not np.any(at.some & ((at.lo < at.start) | (at.hi >= at.stop)))
 
     @property
@@ -204,12 +204,9 @@ class Work(NamedTuple):
 def work_list(static: Static, who: Masks) -> Work:
     """The tiles to compute; NumPy arrays, constants of the program, where all is known by now."""
     xp = np if all(x is None for x in who) else jnp
-    batched = any(x is not None and x.shape[0] > 1 for x in who)
-    batch = static.batch if batched else 1
-    offset = _by_row(xp, who.q_offset, static.q_offset, batch)
-    q_len = _by_row(xp, who.q_lens, static.q_len, batch)
-    kv_len = _by_row(xp, who.kv_lens, static.kv_len, batch)
-    some, every = _meetings(xp, static, who, offset, q_len, kv_len)
+    lengths = facts(static, who)
+    batch, (offset, q_len, kv_len) = lengths.shape[1], lengths
+    some, every = meetings(xp, static, who, offset, q_len, kv_len)
     shape = (batch, static.q_majors, static.rows, static.kv_majors, static.columns)
     some, every = (xp.moveaxis(x.reshape(shape), 3, 1) for x in (some, every))
     start, stop = _first(xp, some), _last(xp, some) + 1  # [batch, kv_majors, q_majors, rows]
@@ -234,11 +231,24 @@ def work_list(static: Static, who: Masks) -> Work:
     bounds = [xp.broadcast_to(x[..., None], any_work.shape) for x in bounds]
     left_out = xp.moveaxis((stop <= start).any(-1), 1, 2)
     majors = xp.stack([*of_kinds, *bounds, left_out])
-    facts = xp.stack([offset, q_len, kv_len])
-    lists = rows, columns, majors, facts
+    lists = rows, columns, majors, lengths
     work = Work(*(x.reshape(len(x), -1).astype(xp.int32) for x in lists))
     _refuse_what_does_not_fit(work, static, batch)
     return work
+
+
+def facts(static: Static, who: Masks) -> jax.Array:
+    """`Work.facts`."""
+    xp = np if all(x is None for x in who) else jnp
+    batched = any(x is not None and x.shape[0] > 1 for x in who)
+    batch = static.batch if batched else 1
+    return xp.stack(
+        [
+            _by_row(xp, who.q_offset, static.q_offset, batch),
+            _by_row(xp, who.q_lens, static.q_len, batch),
+            _by_row(xp, who.kv_lens, static.kv_len, batch),
+        ]
+    )
 
 
 def _refuse_what_does_not_fit(work: Work, static: Static, batch: int) -> None:
@@ -286,11 +296,11 @@ def _by_row(xp: Any, given: jax.Array | None, otherwise: int, batch: int) -> jax
     return xp.broadcast_to(value, (batch,))
 
 
-def _meetings(
+def meetings(
     xp: Any, static: Static, who: Masks, offset, q_len, kv_len
 ) -> tuple[jax.Array, jax.Array]:
     """Two masks [batch, rows of tiles, tiles]: may one see one there; does each see each."""
-    at = _edges(xp, static, offset, q_len, kv_len)
+    at = edges(xp, static, offset, q_len, kv_len)
     some, every = at.some, at.hi < kv_len[:, None, None]
     # What the first and the last query see of the tile's first and last key bounds all the rest.
     for q_pos in (at.first, at.last):
@@ -311,7 +321,7 @@ def _meetings(
     return some, every
 
 
-class _Edges(NamedTuple):
+class Edges(NamedTuple):
     """Of rows of tiles [batch, rows, 1], and of tiles.
 
     Attributes:
@@ -330,7 +340,7 @@ class _Edges(NamedTuple):
     some: jax.Array
 
 
-def _edges(xp: Any, static: Static, offset, q_len, kv_len) -> _Edges:
+def edges(xp: Any, static: Static, offset, q_len, kv_len) -> Edges:
     """From [batch] each."""
     block_q, block_kv = static.tiles.block_q, static.tiles.block_kv
     row = xp.arange(static.q_majors * static.rows, dtype=xp.int32) * block_q
@@ -343,7 +353,7 @@ def _edges(xp: Any, static: Static, offset, q_len, kv_len) -> _Edges:
     lo = xp.arange(static.kv_majors * static.columns, dtype=xp.int32) * block_kv
     hi = lo + block_kv - 1
     some = (lo < stop) & (hi >= start) & (start < stop) & (last >= first)
-    return _Edges(first, last, start, stop, lo, hi, some)
+    return Edges(first, last, start, stop, lo, hi, some)
 
 
 def _in_tiles(mask: jax.Array, static: Static) -> tuple[jax.Array, jax.Array]:
