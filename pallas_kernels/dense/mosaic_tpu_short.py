@@ -42,6 +42,7 @@ MOST_AHEAD = 7
 BLOCK_Q, STEP_KV = 512, 256
 AREA = BLOCK_Q * BLOCK_Q  # logits of a large unit
 STEP_AREAS = 20  # of them in a grid step
+LEAST_STEPS = 4  # of the grid where a call allows: one's copies go on beside another's work
 RUN_AREAS = 11  # and in a run of code, of bfloat16 and without more than products in the logits
 MOST_AREAS = 32  # the same where a group's heads have to be there
 RUN_UNITS = 32  # units in a run, at most
@@ -188,8 +189,7 @@ def _planned(
     unit = static.group if by_groups else 1
     if room < unit * bytes_of_head or unit * area * weight > MOST_AREAS:
         return None
-    # Some grid steps there should be, whose copies go on beside another's work.
-    most = min(STEP_AREAS, batch * num_heads * area / 4) / area
+    most = min(STEP_AREAS, batch * num_heads * area / LEAST_STEPS) / area
     most = max(min(most, room / bytes_of_head), unit)
     heads = _divisor(num_heads, most, unit)
     if static.group % heads:  # not a part of one group: whole ones

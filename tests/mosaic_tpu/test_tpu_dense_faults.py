@@ -146,7 +146,7 @@ FAULTS = (
     ("a tile lost", changed(schedule, "_last", last_tile_lost), "causal", "out"),
     ("free tiles left over are lost", changed(schedule, "_surplus",
      lambda real, xp, free, together: 0 * free), "causal", "out"),
-    ("no mask", changed(schedule, "_meetings", never_masked), "causal", "out"),
+    ("no mask", changed(schedule, "meetings", never_masked), "causal", "out"),
     ("NaN of unseen keys", changed(logits, "used", everything_used), "lengths", "out"),
     ("segments not asked", changed(logits, "seen", lambda real, static, extras, at: real(
         static, extras._replace(q_segments=None), at)), "segments", "out"),
