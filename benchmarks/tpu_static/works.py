@@ -27,6 +27,17 @@ def _dense(name: str, heads: tuple[int, int, int]) -> tuple[Work, Work]:
     )
 
 
+def _short(name: str, heads: tuple[int, int, int], lens: tuple[int, ...]) -> tuple[Work, Work]:
+    """Many short sequences, every query seeing every key; the same with gradients."""
+    forward, backward = _dense(name, heads)
+    description = f"{len(lens)} x {lens[0]} tokens, full, {heads[0]} heads of {heads[2]}"
+    fields = {"q_lens": lens, "kv_lens": lens, "causal": False}
+    return (
+        dataclasses.replace(forward, description=description, **fields),
+        dataclasses.replace(backward, **fields),
+    )
+
+
 def _prefill(page_size: int, heads: tuple[int, int, int]) -> Work:
     q, kv, size = heads
     lens = (2048,) * 4
@@ -106,6 +117,7 @@ _ALL = (
     *_dense("dense_causal", (8, 8, 128)),
     *_dense("dense_causal_d64", (16, 16, 64)),
     *_dense("dense_causal_gqa", (32, 8, 128)),
+    *_short("dense_short_d64", (16, 16, 64), (512,) * 32),
     *(_prefill(page, _D128) for page in _PAGES),
     *(_decode(page, _D128) for page in _PAGES),
     *(_share(of(64, _D128)) for of in (_prefill, _decode)),

@@ -141,7 +141,7 @@ def planned(
     of_tokens = (1 + backward) * (tiles.major_q + kv_len) * dims * size
     of_rows = (3 if backward else 1) * tiles.major_q * 4 * SUBLANES
     of_logit = x.bias.dtype.itemsize if bias_of == "both" else 0
-    of_logit += 4 if backward and x.bias is not None else 0
+    of_logit += 4 * (backward and static.bias_gradient) + (who.mask is not None)
     extras = x.bias is not None or x.alibi_slopes is not None or static.soft_cap is not None
     weight = (1 + backward) * (1 + extras + static.by_arrays) * (3 if size == 4 else 1)
     return static, _planned(
@@ -286,25 +286,25 @@ class Blocks(NamedTuple):
 
         return pl.BlockSpec(block, index)
 
-    def extras(self, bias: jax.Array | None, bias_of: str) -> dict[str, pl.BlockSpec]:
-        """Of what logits depend on beside q and k."""
+    def extras(self, x: Any, bias_of: str) -> dict[str, pl.BlockSpec]:
+        """Of what else there is in the operands."""
         plan, tiles = self.plan, self.static.tiles
-        smem = pl.BlockSpec(memory_space=pltpu.SMEM)
-        specs = dict.fromkeys(("slopes", "sinks", "has_nan"), smem)
+        specs = dict.fromkeys(("slopes", "sinks", "has_nan"), pl.BlockSpec(memory_space=pltpu.SMEM))
         for name, size in (("q_segments", tiles.major_q), ("kv_segments", tiles.major_kv)):
             specs[name] = pl.BlockSpec((plan.batch, 1, size), lambda h, b, *_: (b, 0, 0))
-        if bias is not None:
-            of_rows, of_heads = bias.shape[0] > 1, bias.shape[1] > 1
-            shape = {
-                "both": (tiles.major_kv, tiles.major_q),
-                "queries": (1, tiles.major_q),
-                "keys": (1, tiles.major_kv),
-            }[bias_of]
-            block = (plan.batch if of_rows else 1, plan.heads if of_heads else 1, *shape)
-            specs["bias"] = pl.BlockSpec(
-                block, lambda h, b, *_: (b if of_rows else 0, h if of_heads else 0, 0, 0)
-            )
+        for name, of in (("bias", bias_of), ("mask", "both")):
+            array = getattr(x, name)
+            if array is not None:
+                specs[name] = self._of_logits(array, logits.bias_block(tiles, of)[2:])
         return specs
+
+    def _of_logits(self, x: jax.Array, sizes: tuple[int, ...]) -> pl.BlockSpec:
+        """Of a bias or a mask, where one row of the batch or head may stand for all."""
+        of_step = (self.plan.batch, self.plan.heads)
+        block = [n if x.shape[axis] > 1 else 1 for axis, n in enumerate(of_step)]
+        return pl.BlockSpec(
+            (*block, *sizes), lambda h, b, *_: (*logits.row_and_head(x, b, h), 0, 0)
+        )
 
 
 class Heads(NamedTuple):
@@ -355,15 +355,18 @@ class Heads(NamedTuple):
 
     def extras(self, u: Unit) -> Extras:
         """What else its logits depend on."""
-        x, bias = self.x, self.x.get("bias")
-        if bias is not None:
-            bias = bias.at[u.b if bias.shape[0] > 1 else 0, u.h if bias.shape[1] > 1 else 0]
+        x = self.x
+        bias, mask = (
+            x[name].at[logits.row_and_head(x[name], u.b, u.h)] if name in x else None
+            for name in ("bias", "mask")
+        )
         return Extras(
             bias=bias,
             bias_of=self.bias_of,
             slope=x["slopes"][self.index_of_head(u)] if "slopes" in x else None,
             q_segments=x["q_segments"].at[u.b] if "q_segments" in x else None,
             kv_segments=x["kv_segments"].at[u.b] if "kv_segments" in x else None,
+            mask=mask,
         )
 
     def hidden(self, u: Unit, step: Step, s: jax.Array) -> jax.Array:
@@ -378,7 +381,8 @@ class Heads(NamedTuple):
     def used(self, u: Unit, step: Step) -> logits.Used:
         """Which keys of a step some query of the unit sees."""
         at, extras = self.where(u, step), self.extras(u)
-        mask = None if extras.q_segments is None else logits.seen(self.static, extras, at)
+        by_tile = extras.q_segments is not None or extras.mask is not None
+        mask = logits.seen(self.static, extras, at) if by_tile else None
         return logits.used(self.static, extras, at, mask)
 
     def units(self, first: jax.Array | int, count: int) -> list[Unit]:

@@ -39,7 +39,7 @@ def backward(
     """
     batch, num_q_heads, head_dim, _ = x.q.shape
     blocks, tiles, head_dim_v = Blocks(static, plan), static.tiles, x.v.shape[2]
-    specs = blocks.extras(x.bias, bias_of) | {
+    specs = blocks.extras(x, bias_of) | {
         "q": blocks.queries(head_dim),
         "k": blocks.keys(head_dim),
         "v": blocks.keys(head_dim_v),
@@ -106,7 +106,7 @@ def _results(x: Operands, blocks: Blocks) -> Gradients:
         q=of_queries(x.q.shape[2], x.q.dtype),
         k=of_keys(x.k),
         v=of_keys(x.v),
-        logits=None if x.bias is None else (of_logits, logits_shape),
+        logits=(of_logits, logits_shape) if blocks.static.bias_gradient else None,
         slopes=None if x.slopes is None else of_queries(SUBLANES, jnp.float32),
     )
 

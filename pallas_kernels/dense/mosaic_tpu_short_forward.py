@@ -37,7 +37,7 @@ def forward(
     batch, num_q_heads, head_dim, q_len = x.q.shape
     head_dim_v, rows_of_lse = x.v.shape[2], 1 if x.bias is None else 2
     blocks, tiles = Blocks(static, plan), static.tiles
-    specs = blocks.extras(x.bias, bias_of) | {
+    specs = blocks.extras(x, bias_of) | {
         "q": blocks.queries(head_dim),
         "k": blocks.keys(head_dim),
         "v": blocks.keys(head_dim_v),

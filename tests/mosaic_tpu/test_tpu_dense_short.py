@@ -43,11 +43,13 @@ SHORT = (
             gradients=True),
     problem("groups, causal, two rows of the batch to a step", q_len=120, kv_len=130, heads=(2, 1),
             batch=2, causal=True, sinks=True, dtype="bfloat16", gradients=True),
-    problem("everything", batch=2, sinks=True, alibi=True, soft_cap=8.0, q_len=37, q_lens=(37, 21),
-            kv_lens=(37, 30), bias=(True, True, True, True), segments=2, sliding_window=20,
-            attention_chunk_size=24, causal=True, gradients=True),
+    problem("everything", batch=2, sinks=True, masked=True, alibi=True, soft_cap=8.0, q_len=37,
+            q_lens=(37, 21), kv_lens=(37, 30), bias=(True, True, True, True), segments=2,
+            sliding_window=20, attention_chunk_size=24, causal=True, gradients=True),
 )  # fmt: skip
 LONGER = (
+    problem("a mask, batch by batch", q_len=130, kv_len=197, heads=(4, 2), batch=2, masked=True,
+            sinks=True, gradients=True),
     problem("five heads, one row each, runs of two", q_len=77, kv_len=77, heads=(5, 5),
             gradients=True),
     problem("keys that no query sees, offsets", q_len=100, kv_len=350, heads=(3, 1), batch=2,
@@ -260,4 +262,5 @@ def test_everything_at_once_compiles_for_every_tpu(chip, dtype, length, bias):
         more["bias"] = shape(*bias[:2], *(length if size else 1 for size in bias[2:]), of=dtype)
     compiles(chip, dtype=dtype, q_len=length, kv_len=length, causal=True, sinks=shape(4),
              soft_cap=20.0, sliding_window=200, q_segment_ids=ids, kv_segment_ids=ids, q_lens=one,
-             kv_lens=one, alibi_slopes=shape(4), **more)  # fmt: skip
+             kv_lens=one, alibi_slopes=shape(4), mask=shape(4, 1, length, length, of="bool"),
+             **more)  # fmt: skip

@@ -25,9 +25,10 @@ def choices(work: Work, generation: str) -> list[dict[str, Any]]:
 
 
 def program(work: Work, *, block: int) -> Program:
-    """The call with one block size for everything."""
+    """The call with one block size for everything, or all of a shorter sequence."""
     from jax.experimental.pallas.ops.tpu import flash_attention as library
 
+    block = min(block, *work.q_lens, *work.kv_lens)
     sizes = library.BlockSizes(
         block_q=block, block_k_major=block, block_k=block, block_b=1,
         block_q_major_dkv=block, block_k_major_dkv=block, block_k_dkv=block, block_q_dkv=block,
@@ -35,7 +36,9 @@ def program(work: Work, *, block: int) -> Program:
     )  # fmt: skip
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return library.flash_attention(q, k, v, causal=True, sm_scale=work.scale, block_sizes=sizes)
+        return library.flash_attention(
+            q, k, v, causal=work.causal, sm_scale=work.scale, block_sizes=sizes
+        )
 
     return dense_program(work, attend)
 

@@ -25,18 +25,19 @@ def choices(work: Work, generation: str) -> list[dict[str, Any]]:
 def program(
     work: Work, *, block_q: int, block_kv: int, block_kv_compute: int, fused: bool = False
 ) -> Program:
-    """The call, mapped over the batch."""
+    """The call, mapped over the batch; blocks are no longer than a sequence."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+    block_q, block_kv = min(block_q, *work.q_lens), min(block_kv, *work.kv_lens)
     unfused = {} if fused else {"block_q_dq": block_q, "block_kv_dq": block_kv}
     sizes = library.BlockSizes(
         block_q=block_q, block_kv=block_kv, block_kv_compute=block_kv_compute,
         block_q_dkv=block_q, block_kv_dkv=block_kv, block_kv_dkv_compute=block_kv_compute,
         use_fused_bwd_kernel=fused, **unfused,
     )  # fmt: skip
-    causal = masks.CausalMask((max(work.q_lens), max(work.kv_lens)))
-    mask = masks.MultiHeadMask([causal] * work.num_heads)
+    kind = masks.CausalMask if work.causal else masks.FullMask
+    mask = masks.MultiHeadMask([kind((max(work.q_lens), max(work.kv_lens)))] * work.num_heads)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         kernel = library.make_splash_mha_single_device(mask, block_sizes=sizes)
