@@ -62,17 +62,18 @@ def attend_tiles(
     tiles: Tiles,
     num_tiles: jax.Array,
     num_blocks: jax.Array,
-    first: Callable[[], None],
+    first: Callable[[], None] | None,
 ) -> None:
     """Attends with every listed tile, and writes its output and lse.
 
-    `first` is done before any page is read, while the first tiles' queries come.
+    `first`, if any, is done before any page is read, while the first tiles' queries come.
     """
 
     def scoped(*scratch):
         this = _Pass(sizes, arrays, tiles, num_tiles, num_blocks, Scratch(*scratch))
         this.call_for_queries()
-        first()
+        if first is not None:
+            first()
         pl.when(num_tiles > 0)(this.run)
 
     pl.run_scoped(scoped, *scratch_shapes(sizes))
@@ -228,24 +229,21 @@ class _Pass:
     def _each_query(self, tile, act) -> None:
         """Starts or awaits the copies of a tile's queries."""
         slot = jax.lax.rem(tile, self.sizes.queries)
+        tokens, rows = self._tokens(tile)
+        for source, target in (
+            (self.arrays.ql_nope, self.scratch.ql_nope),
+            (self.arrays.q_pe, self.scratch.q_pe),
+        ):
+            sem = self.scratch.q_arrived.at[slot]
+            act(pltpu.make_async_copy(source.at[tokens], target.at[slot, rows], sem))
 
-        def one(i):
-            token = self.tiles.token[tile] + i
-            for source, target in (
-                (self.arrays.ql_nope, self.scratch.ql_nope),
-                (self.arrays.q_pe, self.scratch.q_pe),
-            ):
-                sem = self.scratch.q_arrived.at[slot]
-                act(pltpu.make_async_copy(source.at[token], target.at[slot, i], sem))
-
-        self._each_token(tile, one)
-
-    def _each_token(self, tile, act) -> None:
-        """Acts on 0, 1, ... of a tile's tokens."""
+    def _tokens(self, tile):
+        """Where a tile's tokens are in the arrays, and in its slot of a ring."""
+        token = self.tiles.token[tile]
         if self.sizes.block_q == 1:
-            act(0)
-        else:
-            jax.lax.fori_loop(0, self.tiles.count[tile], lambda i, _: act(i), None)
+            return token, 0
+        count = self.tiles.count[tile]
+        return pl.ds(token, count), pl.ds(0, count)
 
     def _start_block(self, at: Cursor, i: jax.Array, sem: jax.Array | int) -> Cursor:
         """Notes where block i is, and starts the copies of its pages; returns the next.
@@ -304,17 +302,13 @@ class _Pass:
     def _each_output(self, tile, act) -> None:
         """Starts or awaits the copies of a tile's output and lse."""
         slot = tile % OUTPUTS
-
-        def one(i):
-            token = self.tiles.token[tile] + i
-            for source, target in (
-                (self.scratch.out, self.arrays.out),
-                (self.scratch.lse, self.arrays.lse),
-            ):
-                sem = self.scratch.out_left.at[slot]
-                act(pltpu.make_async_copy(source.at[slot, i], target.at[token], sem))
-
-        self._each_token(tile, one)
+        tokens, rows = self._tokens(tile)
+        for source, target in (
+            (self.scratch.out, self.arrays.out),
+            (self.scratch.lse, self.arrays.lse),
+        ):
+            sem = self.scratch.out_left.at[slot]
+            act(pltpu.make_async_copy(source.at[slot, rows], target.at[tokens], sem))
 
     def _wait_output(self, tile) -> None:
         self._each_output(tile, lambda copy: copy.wait())
