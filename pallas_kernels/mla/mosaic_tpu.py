@@ -6,9 +6,10 @@ the latents of a page's first half, then of its second half, then rotary keys, t
 (`attnsel_jax.cache_layouts` has it to the number). So a page lies in HBM as in registers: its copy
 has no stride, and every operand of the matrix unit begins at a register.
 
-Phases, in one `pallas_call`: this step's rows into their pages (`mosaic_tpu_writes`); tiles of one
-query, for sequences with one new token; tiles of many queries, for the others; zeros for padding
-tokens. `mosaic_tpu_attend` has the pipeline.
+Phases, in one `pallas_call`: this step's rows into their pages (`mosaic_tpu_writes`); where few
+tokens come for each sequence, tiles of as many; tiles of one query, for sequences with one new
+token; tiles of many queries, for the others; zeros for padding tokens. `mosaic_tpu_attend` has the
+pipeline.
 """
 
 import functools
@@ -26,7 +27,7 @@ from pallas_kernels.mla.mosaic_tpu_attend import attend_tiles
 from pallas_kernels.mla.mosaic_tpu_batch import Batch, blank_padding, list_tiles
 from pallas_kernels.mla.mosaic_tpu_scratch import Arrays, Sizes, Tiles
 from pallas_kernels.mla.mosaic_tpu_tiles import Tiles as TileSizes
-from pallas_kernels.mla.mosaic_tpu_tiles import tiles_for
+from pallas_kernels.mla.mosaic_tpu_tiles import few_tokens, tiles_for
 from pallas_kernels.mla.mosaic_tpu_writes import Writes, stored_rows, write_rows
 from pallas_kernels.shape_checks import check_positive
 from pallas_kernels.stored_values import quantise
@@ -37,6 +38,7 @@ from pallas_kernels.tpu_sequences import Needs, some_sequences_at_a_time
 class _Passes(NamedTuple):
     """Static sizes of the passes; `many` is None where every tile is of one query."""
 
+    few: Sizes | None  # a tile is all new tokens of a sequence; None where there is no such pass
     one: Sizes
     many: Sizes | None
     most_keys: int  # positions that a row of the page table can name
@@ -151,34 +153,39 @@ def _kernel(*refs, passes: _Passes, writes: bool):
         if writes:
             write_rows(Writes(slot_mapping, rows, pages))
 
-    for sizes, belongs, first in (
-        (passes.one, lambda q_len: (q_len == 1) | (passes.many is None), write),
-        (passes.many, lambda q_len: q_len > 1, lambda: None),
-    ):
+    most = 1 if passes.few is None else passes.few.block_q
+    kinds = (
+        (passes.few, lambda q_len: (q_len > 1) & (q_len <= most)),
+        (passes.one, lambda q_len: (q_len == 1) | (passes.many is None)),
+        (passes.many, lambda q_len: q_len > most),
+    )
+    first = write
+    for sizes, belongs in kinds:
         if sizes is not None:
             listed = list_tiles(
                 tiles, batch, belongs, block_q=sizes.block_q, block_kv=sizes.block_kv,
                 most_keys=passes.most_keys,
             )  # fmt: skip
             attend_tiles(sizes, arrays, tiles, *listed, first)
+            first = None
     blank_padding(arrays, batch)
 
 
 def _passes(ql_nope, q_pe, pages, table: tuple[int, int], scale: float, soft_cap) -> _Passes:
-    """The tile sizes of both passes."""
+    """The tile sizes of the passes."""
     num_tokens, num_heads, rank = ql_nope.shape
     page_size = 2 * pages.shape[2]
     max_num_seqs, columns = table
     dtype = "float32" if ql_nope.dtype == jnp.float32 else pages.dtype.name
-    decode, prefill = (
-        tiles_for(tpu_chip.current().generation, dtype, is_decode=is_decode)
-        for is_decode in (True, False)
+    decode, few, prefill = (
+        tiles_for(tpu_chip.current().generation, dtype, kind)
+        for kind in ("decode", "few", "prefill")
     )
-    longest = max(decode.block_kv, prefill.block_kv, page_size) // page_size
+    longest = max(decode.block_kv, few.block_kv, prefill.block_kv, page_size) // page_size
 
-    def sizes(chosen: TileSizes, is_decode: bool) -> Sizes:
+    def sizes(chosen: TileSizes, block_q: int) -> Sizes:
         return Sizes(
-            block_q=1 if is_decode else max(2, chosen.rows // num_heads),
+            block_q=block_q,
             block_kv=max(chosen.block_kv, page_size),
             blocks=chosen.blocks,
             lead=min(chosen.lead, chosen.blocks),
@@ -191,8 +198,16 @@ def _passes(ql_nope, q_pe, pages, table: tuple[int, int], scale: float, soft_cap
             rolls_ropes=tpu_chip.current().mxu == 256,
         )  # fmt: skip
 
-    many = None if num_tokens <= max_num_seqs else sizes(prefill, False)
-    return _Passes(sizes(decode, True), many, columns * page_size)
+    def of_few() -> Sizes | None:
+        tokens = few_tokens(num_tokens, max_num_seqs, num_heads, few.rows)
+        if tokens == 1:
+            return None
+        return sizes(decode if tokens * num_heads <= decode.rows else few, tokens)
+
+    many = None
+    if num_tokens > max_num_seqs:
+        many = sizes(prefill, max(2, prefill.rows // num_heads))
+    return _Passes(of_few(), sizes(decode, 1), many, columns * page_size)
 
 
 def _heads_padded(x: jax.Array) -> jax.Array:

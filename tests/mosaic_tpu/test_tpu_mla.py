@@ -1,5 +1,7 @@
 """MLA on TPU, interpreted with race detection and NaN in uninitialised memory, and compiled."""
 
+import copy
+import dataclasses
 import re
 
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from attnsel_jax.problems.mla_inputs import mla_inputs
 from pallas_kernels.mla import mosaic_tpu
 from pallas_kernels.mla import mosaic_tpu_attend as attending
 from pallas_kernels.mla.mosaic_tpu import mla_attention
-from pallas_kernels.mla.mosaic_tpu_tiles import Tiles, tiles_for
+from pallas_kernels.mla.mosaic_tpu_tiles import Tiles, few_tokens, tiles_for
 
 CASES = {
     "float32": {},
@@ -57,8 +59,15 @@ MORE = {
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
-    """Tiles of a size that a small problem has several of."""
-    monkeypatch.setattr(mosaic_tpu, "tiles_for", lambda *_, **__: Tiles(64, 128, 3, 2))
+    """Tiles of a size that a small problem has several of; few tokens have none of their own."""
+    monkeypatch.setattr(
+        mosaic_tpu, "tiles_for", lambda *key: Tiles(0 if key[-1] == "few" else 64, 128, 3, 2)
+    )
+
+
+@pytest.fixture
+def _few_are_tiles(monkeypatch):
+    monkeypatch.setattr(mosaic_tpu, "tiles_for", lambda *_: Tiles(64, 128, 2, 1))
 
 
 @pytest.mark.parametrize(
@@ -76,26 +85,79 @@ def test_it_agrees_with_the_oracle(options):
 # More tiles of both kinds than are under way at once; blocks with pages past a sequence's end.
 BOTH_KINDS = {"q_lens": (1, 13, 1, 1, 9, 1, 1), "kv_lens": (300, 71, 1, 193, 9, 5, 130),
               "dtype": "bfloat16"}  # fmt: skip
+# Three tokens at most are a tile of their own; beside them some have one token, none, or many.
+FEW = {"q_lens": (2, 3, 1, 0, 2, 9, 3, 1), "kv_lens": (300, 71, 193, 7, 129, 9, 3, 1),
+       "pad_tokens": 4, "dtype": "bfloat16"}  # fmt: skip
+FEW_MORE = {
+    "all-have-two": {"q_lens": (2,) * 6, "kv_lens": (2, 64, 193, 320, 9, 70), "pad_seqs": 0,
+                     "pad_tokens": 0, "num_heads": 20},
+    "float32": FEW | {"dtype": "float32"},
+    "e5m2": FEW | {"cache_dtype": "float8_e5m2", "scaled": True},
+    "soft-cap-nothing-written": FEW | {"soft_cap": 5.0, "writes": False},
+    "page-128": FEW | {"page_size": 128, "cache_dtype": "float32"},
+}  # fmt: skip
 TABLED = [
     ("v6e", "bfloat16"), ("v4", "bfloat16"), ("v5e", "bfloat16"), ("v5p", "bfloat16"),
     ("7x", "bfloat16"), ("v4", "float8_e4m3fn"), ("v5e", "float8_e4m3fn"), ("v6e", "float8_e4m3fn"),
 ]  # fmt: skip
 
 
-def tabled_but_small(*key, is_decode):
+def tabled_but_small(*key):
     """What the table chooses, of a size that a small problem has several of."""
-    chosen = tiles_for(*key, is_decode=is_decode)
+    chosen = tiles_for(*key)
+    rows = 16 if key[-1] == "decode" else 64  # few tokens have sizes of their own
     return chosen._replace(
-        rows=64, block_kv=128, blocks=min(chosen.blocks, 3), lead=min(chosen.lead, 2)
+        rows=rows, block_kv=128, blocks=min(chosen.blocks, 3), lead=min(chosen.lead, 2)
     )
 
 
 @pytest.mark.sweep
+@pytest.mark.parametrize("options", [BOTH_KINDS, FEW], ids=["both-kinds", "few"])
 @pytest.mark.parametrize(("generation", "cache_dtype"), TABLED)
-def test_it_agrees_with_what_the_table_chooses(monkeypatch, generation, cache_dtype):
+def test_it_agrees_with_what_the_table_chooses(monkeypatch, generation, cache_dtype, options):
     monkeypatch.setattr(mosaic_tpu, "tiles_for", tabled_but_small)
-    row = row_of(mla_attention, generation=generation, cache_dtype=cache_dtype, **BOTH_KINDS)
+    row = row_of(mla_attention, generation=generation, cache_dtype=cache_dtype, **options)
     assert row.verdict == PASS, str(row)
+
+
+@pytest.mark.once
+@pytest.mark.usefixtures("_few_are_tiles")
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(FEW, id="bfloat16"),
+        *(pytest.param(o, id=n, marks=pytest.mark.sweep) for n, o in FEW_MORE.items()),
+    ],
+)
+def test_few_new_tokens_agree_with_the_oracle_beside_one_and_many(options):
+    row = row_of(mla_attention, **options)
+    assert row.verdict == PASS, str(row)
+
+
+SEEN = attending._Pass._seen
+
+
+def _all_rows_as_the_first(self, logits, at):
+    of_one = copy.copy(self)
+    of_one.sizes = dataclasses.replace(self.sizes, block_q=1)
+    return SEEN(of_one, logits, at)
+
+
+@pytest.mark.once
+@pytest.mark.usefixtures("_few_are_tiles")
+def test_a_mask_that_takes_all_tokens_of_a_tile_for_its_first_is_seen(monkeypatch):
+    monkeypatch.setattr(attending._Pass, "_seen", _all_rows_as_the_first)
+    row = row_of(mla_attention, **FEW_MORE["all-have-two"])
+    assert row.verdict == FAIL, str(row)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_heads", "tokens"),
+    [(64, 128, 1), (65, 128, 2), (128, 128, 2), (192, 128, 3), (193, 128, 1), (256, 96, 4),
+     (512, 16, 8), (513, 16, 1)],
+)  # fmt: skip
+def test_as_many_tokens_are_a_tile_as_come_if_they_are_few(num_tokens, num_heads, tokens):
+    assert few_tokens(num_tokens, 64, num_heads, 384) == tokens
 
 
 @pytest.mark.sweep
@@ -111,7 +173,7 @@ def test_it_agrees_with_what_the_table_chooses(monkeypatch, generation, cache_dt
     ids=str,
 )
 def test_it_agrees_with_other_choices_for_both_kinds(monkeypatch, tiles):
-    monkeypatch.setattr(mosaic_tpu, "tiles_for", lambda *_, **__: tiles)
+    monkeypatch.setattr(mosaic_tpu, "tiles_for", lambda *_: tiles)
     row = row_of(mla_attention, generation="v6e", **CASES["e4m3"])
     assert row.verdict == PASS, str(row)
 
@@ -248,6 +310,22 @@ def test_a_cache_that_cannot_be_striped_says_why(shape, rope_dim, message):
         LatentCache(jnp.zeros(shape, jnp.float32)).converted("striped", rope_dim)
 
 
+@pytest.mark.sweep
+@pytest.mark.once
+@pytest.mark.usefixtures("_few_are_tiles")
+def test_of_few_tokens_those_that_see_nothing_give_nothing_even_if_they_are_nan():
+    arguments = arguments_of(q_lens=(2, 3, 2), kv_lens=(70, 9, 4), pad_tokens=0, pad_seqs=0)
+    arguments |= {"kv_lens": jnp.asarray([0, 2, 4], jnp.int32)}
+    blind = np.asarray([0, 1, 2])
+    arguments |= {"ql_nope": arguments["ql_nope"].at[blind].set(jnp.nan)}
+    with tpu_interpreter():
+        out, lse, _ = mla_attention(**arguments)
+    np.testing.assert_array_equal(out[blind], 0)
+    np.testing.assert_array_equal(lse[blind], -np.inf)
+    assert np.isfinite(out[3:]).all()
+    assert np.isfinite(lse[3:]).all()
+
+
 @pytest.mark.once
 def test_a_query_that_sees_nothing_gives_nothing_even_if_it_is_nan():
     arguments = arguments_of(q_lens=(1, 3, 1), kv_lens=(70, 9, 4), pad_tokens=0)
@@ -321,3 +399,14 @@ def test_a_sample_compiles(chip):
 @pytest.mark.parametrize("dtype", TPU_LATENT.dtype.values)
 def test_everything_declared_compiles(chip, cache_dtype, page_size, dtype):
     compiles(chip, num_heads=128, page_size=page_size, dtype=dtype, cache_dtype=cache_dtype)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("chip", TPU_LATENT.generation.values)
+@pytest.mark.parametrize("cache_dtype", ["float32", "bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize(("num_heads", "tokens"), [(128, 2), (128, 3), (16, 8)])
+def test_few_new_tokens_compile(monkeypatch, chip, cache_dtype, num_heads, tokens):
+    monkeypatch.setattr(mosaic_tpu, "tiles_for", tiles_for)
+    batch = {"q_lens": (tokens,) * 4, "kv_lens": (70, 300, tokens, 64), "pad_seqs": 0}
+    batch |= {"pad_tokens": 0, "dtype": "bfloat16", "cache_dtype": cache_dtype}
+    compiles(chip, num_heads=num_heads, **batch)
