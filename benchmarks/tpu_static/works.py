@@ -101,8 +101,12 @@ _D128, _D64 = (32, 8, 128), (64, 8, 64)  # query heads, kv heads, head size
 _PAGES = (16, 64, 256)
 _LATENT = (
     _latent("mla_decode", "64 sequences of 1024 to 3072", (1,) * 64, _spread(64, 1024, 3072), None),
+    _latent(
+        "mla_speculative", "64 sequences of 1024 to 3072, two new tokens each",
+        (2,) * 64, _spread(64, 1024, 3072), None,
+    ),
     _latent("mla_prefill", "2 sequences of 1024 new tokens", (1024,) * 2, (1024,) * 2, None),
-)
+)  # fmt: skip
 _SPARSE = (
     _latent(
         "sparse_mla_decode", "32 sequences of 4096 to 8192, 2048 positions each",
@@ -133,7 +137,7 @@ _ALL = (
         )
     ),
     *_LATENT,
-    *(_cached(work, "float8_e4m3fn") for work in _LATENT),
+    *(_cached(work, "float8_e4m3fn") for work in _LATENT if work.name != "mla_speculative"),
     *_SPARSE,
     *(_cached(work, "fp8_ds_mla") for work in _SPARSE),
     _indexer("indexer_decode", "32 sequences of 8192, 64 index heads", (1,) * 32, (8192,) * 32),
