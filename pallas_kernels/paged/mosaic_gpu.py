@@ -45,7 +45,9 @@ KERNELS = {
     (9, 0): (decode, prefill),
     (10, 0): (mosaic_gpu_blackwell.decode, mosaic_gpu_blackwell.prefill),
 }
-SCALE_ROWS = [(9, 0)]  # whose kernels bring queries to float16 themselves
+# Whose kernels bring queries to float16 themselves, and up to which head size: at 256 there is no
+# room for them twice.
+SCALE_ROWS = {(9, 0): 192}
 
 
 @under_own_settings
@@ -137,7 +139,7 @@ def _geometry(q, kv_pages, page_table, masks, soft_cap, has_slopes) -> Geometry:
     is_narrow = kv_pages.dtype.itemsize == 1
     dtype = jnp.dtype(jnp.float16) if is_narrow else kv_pages.dtype
     added = has_slopes or soft_cap is not None
-    scales = dtype != q.dtype and gpu_chip.current().capability in SCALE_ROWS
+    scales = dtype != q.dtype and head_dim <= SCALE_ROWS.get(gpu_chip.current().capability, 0)
     tiles = tiles_for_chip(
         head_dim, kv_pages.dtype.itemsize, added=added, bounded=masks.bound_first_keys,
         scaled=scales,

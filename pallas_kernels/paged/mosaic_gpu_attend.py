@@ -25,6 +25,9 @@ ROW = TILE.reduce(1)
 LOADED = plgpu.Layout.WGMMA_UPCAST_2X  # of float8: a thread has 4 columns, a word of 8 bits each
 LOWEST = -1e30  # a running maximum before the first key: finite, so that differences are no NaN
 LOG2E = math.log2(math.e)
+# Head size from which on rows of a tile are counted by a vector, two registers of a thread: of an
+# index for each element the compiler keeps nine, for it does not see that they are two numbers.
+SPARING = 256
 # Bits of a float32: its exponent; 2.0 ** -126 and 2.0 ** 126, whose sum is that of any number's
 # exponent and its reciprocal's.
 EXPONENT, SMALLEST, LARGEST = 0x7F800000, 0x00800000, 0x7E800000
@@ -397,16 +400,17 @@ def _patch(v: Any, part: int, first_key: Any, valid: tuple[Any, Any]) -> None:
         columns = pl.ds(pl.multiple_of(i * width, width), width)
         place = v.at[pl.ds(part * ROWS, ROWS), columns]
         values = plgpu.load(place, layout=TILE)
-        place[...] = jnp.where(_exists(values.shape, first_key + part * ROWS, valid), values, 0)
+        if v.shape[-1] < SPARING:
+            row = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=TILE)
+        else:
+            row = over_columns(row_index(), width)
+        place[...] = jnp.where(_exists(row, first_key + part * ROWS, valid), values, 0)
 
     lax.fori_loop(0, v.shape[-1] // width, put, None)
 
 
-def _exists(
-    shape: tuple[int, int], first_key: Any, valid: tuple[Any, Any], layout: Any = TILE
-) -> jax.Array:
-    keys = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
-    return (keys >= valid[0] - first_key) & (keys < valid[1] - first_key)
+def _exists(row: jax.Array, first_key: Any, valid: tuple[Any, Any]) -> jax.Array:
+    return (row >= valid[0] - first_key) & (row < valid[1] - first_key)
 
 
 def widen(narrow: Any, wide: Any, valid: Any, first_key: Any, geometry: Geometry) -> None:
@@ -417,6 +421,7 @@ def widen(narrow: Any, wide: Any, valid: Any, first_key: Any, geometry: Geometry
         columns = pl.ds(0, keys), pl.ds(begin, width)
         values = plgpu.load(narrow.at[columns], layout=LOADED).astype(geometry.dtype)
         if valid is not None:
-            values = jnp.where(_exists(values.shape, first_key, valid, LOADED), values, 0)
+            row = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=LOADED)
+            values = jnp.where(_exists(row, first_key, valid), values, 0)
         wide.at[columns][...] = values
     plgpu.commit_smem()

@@ -29,9 +29,9 @@ from pallas_kernels.paged.mosaic_gpu_attend import (
 )
 from pallas_kernels.paged.mosaic_gpu_geometry import (
     CHUNK,
-    COMPUTE_REGISTERS,
     ROWS,
     Geometry,
+    compute_registers,
     producer_registers,
     swizzled,
 )
@@ -89,7 +89,9 @@ def decode(
         "q_full": plgpu.Barrier(num_barriers=warpgroups),
     }
     q_smem = plgpu.SMEM(tile, geometry.dtype, transforms=transforms)
-    out_smem = plgpu.SMEM(tile[1:], F32)
+    # Declared where Mosaic's search for a layout without bank conflicts may not end.
+    lies = swizzled(F32, geometry.head_dim) if geometry.head_dim == 256 else ()
+    out_smem = plgpu.SMEM(tile[1:], F32, transforms=lies)
     if warpgroups == 1:  # nobody reads queries any more when the result is there
         scratch["q_and_out"] = plgpu.RefUnion(q_smem, out_smem)
     else:
@@ -114,7 +116,8 @@ def decode(
 
         @pl.when(warpgroup < warpgroups)
         def _():
-            plgpu.set_max_registers(COMPUTE_REGISTERS[warpgroups], action="increase")
+            compute = compute_registers(geometry.head_dim, warpgroups)
+            plgpu.set_max_registers(compute, action="increase")
             tools = _tools(scratch, warpgroup, geometry)
 
             def attend(i, count):
@@ -288,9 +291,11 @@ def leave(
 
     def store(chunk, _):
         here = pl.ds(chunk * CHUNK, CHUNK)
-        there = pl.ds(item.partial_row + chunk * CHUNK, CHUNK)
+        row = item.partial_row + chunk * CHUNK
+        if geometry.head_dim == 256:  # whose tiles of 8 rows are declared
+            row = pl.multiple_of(row, CHUNK)
         columns = pl.ds(0, geometry.head_dim)
-        plgpu.copy_smem_to_gmem(out_smem.at[here], out.at[there, columns])
+        plgpu.copy_smem_to_gmem(out_smem.at[here], out.at[pl.ds(row, CHUNK), columns])
 
     lax.fori_loop(0, lax.div(item.num_rows + (CHUNK - 1), jnp.int32(CHUNK)), store, None)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -12,15 +12,19 @@ from pallas_kernels.paged.mosaic_gpu_tiles import Tiles
 
 ROWS = 64  # of a wgmma, and so of a warpgroup
 LANES = 128  # threads of a warpgroup: a plain vector has a multiple of them
-COMPUTE_REGISTERS = {1: 248, 2: 232}  # of a thread, by warpgroups that compute
 SWIZZLES = (128, 64, 32)  # bytes
 CHUNK = 8  # rows of partial results that are stored at once
 TMA_BYTES = 128  # what a copy in shared memory begins at a multiple of
 
 
+def compute_registers(head_dim: int, warpgroups: int) -> int:
+    """Of a thread that computes, where so many warpgroups do."""
+    return {1: 248, 2: 240 if head_dim == 256 else 232}[warpgroups]
+
+
 def producer_registers(head_dim: int) -> int:
-    """Of a thread that brings tiles; with 24 some calls spill, at head size 192 those with 40."""
-    return 24 if head_dim == 192 else 40
+    """Of a thread that brings tiles; with 24 some calls spill, from head size 192 those with 40."""
+    return 24 if head_dim >= 192 else 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +144,15 @@ class Geometry:
     def out_width(self) -> int:
         """Columns of a result in memory: a copy of rows may begin at any of them."""
         return round_up(self.head_dim, TMA_BYTES // self.out_dtype.itemsize)
+
+    @property
+    def staged_columns(self) -> int:
+        """Columns of a result that lie in shared memory at once, to leave it.
+
+        A warp stores 8 rows at a time, each shifted by bits of its address. Rows of 512 bytes meet
+        in two of eight groups of banks, which Mosaic refuses: its search for a layout does not end.
+        """
+        return self.out_width if self.head_dim < 256 else 128
 
     @property
     def pairs_heads(self) -> bool:

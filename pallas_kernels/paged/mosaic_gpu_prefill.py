@@ -2,7 +2,7 @@
 
 The two warpgroups have two heads that share a kv head, or, where a group is odd, the two halves of
 128 queries. Blocks stay, and take work items in turn. A tile's rows past its sequence are computed
-and not stored.
+and not stored. At head size 256 results leave by halves of their columns.
 """
 
 from typing import Any, NamedTuple
@@ -27,9 +27,9 @@ from pallas_kernels.paged.mosaic_gpu_attend import (
 )
 from pallas_kernels.paged.mosaic_gpu_geometry import (
     CHUNK,
-    COMPUTE_REGISTERS,
     ROWS,
     Geometry,
+    compute_registers,
     producer_registers,
     swizzled,
 )
@@ -99,14 +99,14 @@ def prefill(
         out [num_tokens, num_q_heads, head_dim or more], nothing of use for tokens that are decoded;
         lse float32 [num_q_heads, tiles, 64 or 128], natural.
     """
-    keys, stages, warpgroups, _, overlapped = geometry.tiles.prefill
+    keys, stages, warpgroups, _, overlapped, slots = geometry.tiles.prefill
     tile = (warpgroups, ROWS, geometry.head_dim)
     transforms = swizzled(geometry.dtype, geometry.head_dim)
     scratch = {
         "ring": ring_scratch(geometry, keys, stages, readers=warpgroups),
-        "q_smem": plgpu.SMEM((2, *tile), q.dtype, transforms=transforms),  # and the next's
+        "q_smem": plgpu.SMEM((slots, *tile), q.dtype, transforms=transforms),
         "q_full": plgpu.Barrier(num_barriers=warpgroups),
-        "out_smem": plgpu.SMEM((*tile[:2], geometry.out_width), geometry.out_dtype),
+        "out_smem": plgpu.SMEM((*tile[:2], geometry.staged_columns), geometry.out_dtype),
         "lse_smem": plgpu.SMEM(tile[:2], F32),
     }
     if geometry.scales_rows:
@@ -137,32 +137,42 @@ def prefill(
             rows, left = (of(total, jnp.int32(geometry.num_blocks)) for of in (lax.div, lax.rem))
             return rows + (column_of(rows) < left).astype(jnp.int32)
 
+        def slot_of(i):
+            return lax.rem(i, jnp.int32(slots))
+
         def item_of(i):
             index = i * geometry.num_blocks + column_of(i)
             return item_at(index, warpgroup, work, geometry)
 
         @pl.when(warpgroup < warpgroups)
         def _():
-            plgpu.set_max_registers(COMPUTE_REGISTERS[warpgroups], action="increase")
+            compute = compute_registers(geometry.head_dim, warpgroups)
+            plgpu.set_max_registers(compute, action="increase")
             tools = _tools(scratch, warpgroup, geometry)
 
             def fetch(i):
                 item = item_of(i)
                 queries = q.at[pl.ds(item.token, ROWS), item.head]
-                there = scratch["q_smem"].at[lax.rem(i, jnp.int32(2)), warpgroup]
+                there = scratch["q_smem"].at[slot_of(i), warpgroup]
                 plgpu.copy_gmem_to_smem(queries, there, scratch["q_full"].at[warpgroup])
+
+            def fetch_next(i):
+                pl.when(i + 1 < items)(lambda: fetch(i + 1))
 
             def attend_item(i, count):
                 plgpu.barrier_wait(scratch["q_full"].at[warpgroup])
-                pl.when(i + 1 < items)(lambda: fetch(i + 1))
+                if slots > 1:
+                    fetch_next(i)
                 item = item_of(i)
                 rows = rows_of(item, per_head, geometry)
-                here = tools._replace(q=scratch["q_smem"].at[lax.rem(i, jnp.int32(2))])
+                here = tools._replace(q=scratch["q_smem"].at[slot_of(i)])
                 if geometry.scales_rows:
                     raw, here = here.q.at[warpgroup], tools._replace(q=scratch["scaled"])
                     rows = scaled_queries(raw, here.q.at[warpgroup], rows, geometry)
                 attend = attend_overlapped if overlapped else attend_span
                 state, count = attend(item.span, rows, count, here, geometry)
+                if slots == 1:  # the queries are done with
+                    fetch_next(i)
                 # Asked for again: kept over the loop, it would be spilled.
                 finish(state, item_of(i), per_head, out, lse, scratch, warpgroup, geometry)
                 return count
@@ -281,18 +291,29 @@ def finish(
     if more := geometry.out_width - geometry.head_dim:
         zeros = plgpu.layout_cast(jnp.zeros((ROWS, more), results.dtype), TILE)
         results = jnp.concatenate([results, zeros], axis=1)
-    out_smem[...] = results
-    plgpu.commit_smem()
-    place = pl.ds(0 if geometry.pairs_heads else warpgroup * ROWS, ROWS)
-    plgpu.copy_smem_to_gmem(lse_smem, lse.at[item.head, item.tile, place])
-    # The rows that exist, a power of two at a time.
+    width = geometry.staged_columns
+    for column in range(0, geometry.out_width, width):
+        if column == 0:
+            out_smem[...] = results[:, :width] if width < geometry.out_width else results
+            plgpu.commit_smem()
+            place = pl.ds(0 if geometry.pairs_heads else warpgroup * ROWS, ROWS)
+            plgpu.copy_smem_to_gmem(lse_smem, lse.at[item.head, item.tile, place])
+        else:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            out_smem[...] = results[:, column : column + width]
+            plgpu.commit_smem()
+        _store_rows(out_smem, out.at[:, item.head, pl.ds(column, width)], item)
+
+
+def _store_rows(out_smem: Any, out: Any, item: Item) -> None:
+    """The rows that exist, a power of two at a time."""
     size = ROWS
     while size:
         begin = item.skipped + (item.num_rows & jnp.int32(-2 * size))
 
         @pl.when((item.num_rows & size) != 0)
         def _(size=size, begin=begin):
-            there = out.at[pl.ds(item.token + begin, size), item.head]
+            there = out.at[pl.ds(item.token + begin, size)]
             plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(begin, size)], there)
 
         size //= 2

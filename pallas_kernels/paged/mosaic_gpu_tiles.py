@@ -16,6 +16,8 @@ class Phase(NamedTuple):
             mma.sync multiplies, whether queries are read in the loop, not kept in registers.
         overlapped: of prompts: whether a tile's products run beside the softmax of the one before;
             takes the registers of its weights.
+        slots: of prompts on Hopper: for queries in shared memory, 2 where the next item's come
+            beside this one's work, 1 where they come beside its results.
     """
 
     keys: int
@@ -23,6 +25,7 @@ class Phase(NamedTuple):
     warpgroups: int = 2
     tied: bool = False
     overlapped: bool = False
+    slots: int = 2
 
 
 class Tiles(NamedTuple):
@@ -43,7 +46,9 @@ class Tiles(NamedTuple):
 # By chip, bytes of a cached number, and head sizes up to the key. Decoding waits for bytes: 1 us of
 # latency x 4.8 TB/s / 132 cores want 36 KiB of keys and values in flight (2 x keys x head size x
 # bytes x stages), the more the longer memory takes under load: there are 120 to 144 KiB with
-# caches of 16 bits and 96 KiB with those of 8, whose converted tiles take the rest.
+# caches of 16 bits and 96 KiB with those of 8, whose converted tiles take the rest. Prompts at 256:
+# tiles 128 KiB, queries of two warpgroups 64, half of their results 32, of 227; a second slot for
+# queries has no room.
 HOPPER = {
     2: {
         64: Tiles(Phase(64, 8), Phase(128, 3)),
@@ -51,7 +56,7 @@ HOPPER = {
         96: Tiles(Phase(64, 4), Phase(64, 4)),  # prompts with 128 keys, pages of 16: 4 + 8 bytes
         128: Tiles(Phase(64, 4), Phase(128, 2, overlapped=True)),
         192: Tiles(Phase(64, 3, 1, tied=True), Phase(64, 3, 1, tied=True)),
-        256: Tiles(Phase(64, 2, 1, tied=True), Phase(64, 2, 1, tied=True)),
+        256: Tiles(Phase(64, 2, 1, tied=True), Phase(64, 2, tied=True, slots=1)),
     },
     1: {
         64: Tiles(Phase(64, 12), Phase(64, 4)),
