@@ -157,9 +157,9 @@ def compiled(monkeypatch, chip, **options):
     return compiled_cleanly(chip, MosaicGpuBackend.kernels["paged"], arguments_of(**options))
 
 
-def arguments_of(cache_pages=None, **options):
-    """Of a batch of three sequences, and so many pages."""
-    arguments = batch((1, 40, 3), (70, 75, 9), pad_tokens=0, **options)
+def arguments_of(cache_pages=None, q_lens=(1, 40, 3), kv_lens=(70, 75, 9), **options):
+    """Of a batch of sequences, and so many pages."""
+    arguments = batch(q_lens, kv_lens, pad_tokens=0, **options)
     _, num_pages, page_size, num_heads, head_dim = arguments["kv_pages"].shape
     shape = LAYOUTS["by_head"].shape(cache_pages or num_pages, page_size, num_heads, head_dim)
     pages = jax.ShapeDtypeStruct(shape, arguments["kv_pages"].dtype)

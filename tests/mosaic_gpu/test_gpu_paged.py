@@ -61,6 +61,12 @@ def test_every_quick_problem(name):
         sweep((2, 1), {"cache_dtype": "float8_e5m2", "scales": "tensor", "dtype": "float16"}),
         sweep((2, 1), {"cache_dtype": "float16", "head_size": 80, "page_size": 256}),
         sweep((1, 1), {"head_size": 256}),
+        sweep((4, 2), {"head_size": 256, **EVERYTHING}),
+        sweep((3, 3), {"head_size": 256, "dtype": "float16", "page_size": 32, **EVERYTHING}),
+        sweep((2, 1), {"head_size": 256, "cache_dtype": "float16", **EVERYTHING}),
+        sweep((2, 1), {"head_size": 256, **MASKS["both ends"]}),
+        sweep((2, 1), {"head_size": 256, "page_size": 128, **MASKS["two-sided"]}),
+        sweep((4, 1), {"head_size": 256, "soft_cap": 50.0, "sliding_window": 64}),
         sweep((2, 1), {"head_size": 96, **MASKS["both ends"]}),
         sweep((1, 1), {"head_size": 128, "cache_dtype": "float8_e4m3fn", "sliding_window": 20}),
         sweep((2, 1), {"cache_dtype": "float16", "head_size": 64}),
@@ -70,12 +76,28 @@ def test_every_quick_problem(name):
     ],
     ids=[
         *("everything", "window", "two-sided", "chunked", "e4m3", "e5m2", "float16", "256"),
+        *("everything at 256", "everything, an odd group at 256", "everything, float16 at 256"),
+        *("both ends at 256", "two-sided at 256", "Gemma 2"),
         *("both ends at 96", "window, e4m3 at 128", "float16 at 64", "float16 at 128"),
         *("everything, float16 at 128", "everything, float16 at 192"),
     ],
 )
 def test_mixed_batches(heads, options):
     check(batch(*LONG, heads=heads, **options))
+
+
+def test_head_size_256():
+    """Results of prompts leave by halves of their columns; one slot for queries is filled again."""
+    few = {"sliding_window": 37, "soft_cap": 8.0, "page_size": 32}
+    check(batch((1, 70), (70, 75), heads=(2, 1), head_size=256, **few))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("q_lens", [(130, 1, 65), (100, 90)], ids=str)
+def test_long_prompts_at_256(q_lens):
+    """Where each core has several items."""
+    kv_lens = tuple(n + more for n, more in zip(q_lens, (70, 299, 0), strict=False))
+    check(batch(q_lens, kv_lens, heads=(2, 2), head_size=256))
 
 
 @pytest.mark.sweep
@@ -209,8 +231,9 @@ def test_the_backend_refuses_with_reasons():
     assert reasons() == []
     assert reasons(dtype="float32") == ["dtype", "kv_cache_dtype"]
     assert reasons(dtype="float16", kv_cache_dtype="bfloat16") == ["kv_cache_dtype"]
-    assert reasons(head_size=256) == ["head_size"]
-    assert reasons(head_size=192, kv_cache_dtype="fp8_e4m3") == ["head_size"]
+    assert reasons(head_size=256) == reasons(head_size=256, kv_cache_dtype="float16") == []
+    for size in (192, 256):
+        assert reasons(head_size=size, kv_cache_dtype="fp8_e4m3") == ["head_size"]
 
 
 # Decoding, merging and prompts; XLA writes the cache, plans in four, puts queries in rows, and
@@ -275,7 +298,8 @@ def test_what_masks_nothing_compiles(monkeypatch, features, page_size, cache_dty
 
 @pytest.mark.parametrize("head_size", DECLARED.head_size.values)
 def test_registers_of_a_block_s_roles_fit_what_it_is_launched_with(head_size):
-    for consumers, registers in mosaic_gpu_geometry.COMPUTE_REGISTERS.items():
+    for consumers in (1, 2):
+        registers = mosaic_gpu_geometry.compute_registers(head_size, consumers)
         launched = 65536 // (128 * (consumers + 1)) // 8 * 8 * (consumers + 1)
         asked = consumers * registers + mosaic_gpu_geometry.producer_registers(head_size)
         assert asked <= launched
@@ -285,6 +309,20 @@ def test_registers_of_a_block_s_roles_fit_what_it_is_launched_with(head_size):
 def test_rows_of_prompts_begin_where_tma_takes_them(monkeypatch, head_size):
     """Of 160 and 192 bytes, and stored from any on: TMA wants multiples of 128."""
     gpu_paged.compiled(monkeypatch, "h200", head_size=head_size)
+
+
+def test_layouts_at_256_are_found(monkeypatch):
+    """Where Mosaic finds none without bank conflicts it does not end."""
+    gpu_paged.compiled(monkeypatch, "h200", head_size=256)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("features", [{}, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize("head_size", [192, 256])
+@pytest.mark.parametrize("heads", [(3, 3), (64, 8)], ids=str)
+def test_other_groups_compile_at_large_head_sizes(monkeypatch, heads, head_size, features):
+    options = {"heads": heads, "head_size": head_size, **features}
+    gpu_paged.compiled(monkeypatch, "h200", q_lens=(1, 70, 3), kv_lens=(70, 75, 9), **options)
 
 
 def test_prompts_of_bfloat16_over_a_float16_cache_fit_shared_memory(monkeypatch):
