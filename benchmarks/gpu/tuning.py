@@ -172,16 +172,17 @@ def _paged(work: Work, phase: str) -> Target:
     domain = {"keys": (64, 128), "stages": (2, 3, 4, 6, 8), "warpgroups": (1, 2),
               "tied": (False, True)}  # fmt: skip
     if phase == "prefill" and itemsize == 2:
-        domain["overlapped"] = (False, True)
+        domain |= {"overlapped": (False, True), "slots": (1, 2)}
+    halves = 2 if phase == "prefill" and work.head_size == 256 else 1  # in which results leave
 
     def tiles(s: Sizes) -> int:
         return 2 * itemsize * s["stages"] * s["keys"] * work.head_size
 
     def smem(s: Sizes) -> int:
-        slots = 2 if phase == "prefill" else 1  # the next queries are fetched ahead
+        slots = s.get("slots", 2) if phase == "prefill" else 1
         queries = 2 * slots * s["warpgroups"] * ROWS * work.head_size
         wide = 4 * s["warpgroups"] * s["keys"] * work.head_size if itemsize == 1 else 0
-        return tiles(s) + queries + wide + 4 * ROWS * work.head_size
+        return tiles(s) + queries + wide + 4 * ROWS * work.head_size // halves
 
     path = ("HOPPER", itemsize, largest, phase)
     return Target(PAGED, path, f"paged_{phase}", domain, smem, tiles)

@@ -86,6 +86,15 @@ def test_what_is_decoded_has_enough_bytes_in_flight_in_the_table():
             assert in_flight >= tuning.IN_FLIGHT, (itemsize, size, in_flight)
 
 
+def test_candidates_at_head_size_256_hold_what_the_table_has():
+    work = tuning.work_of("paged", 256, backward=False, cache_dtype="bfloat16")
+    of_table = paged_tiles.HOPPER[2][256]
+    for phase in ("decode", "prefill"):
+        tried = list(tuning.target_of(work, phase=phase).candidates(H200))
+        entry = getattr(of_table, phase)._asdict()
+        assert any(all(entry[name] == value for name, value in s.items()) for s in tried), phase
+
+
 def test_time_comes_before_all_but_faults():
     some = {"waves": 1}
     slow, quick, broken, spills = (
