@@ -47,7 +47,7 @@ class MosaicGpuBackend(AttentionBackend):
 
     @classmethod
     def supports_combination(cls, config, device):
-        """Sizes of v; float8 up to 128; some gradients beside a bias; what single chips lack."""
+        """Head sizes over caches; some gradients beside a bias; what single chips lack."""
         if config.op == "paged":
             yield from of_paged(config, device)
         else:
