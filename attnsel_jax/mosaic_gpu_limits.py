@@ -24,17 +24,21 @@ PAGED_SIZES_OF = {
 
 
 def of_dense(config: AttentionSelectorConfig) -> Iterator[Rejection]:
-    """What would spill beside the gradient of what is added to logits."""
+    """What would spill on Hopper beside the gradient of what is added to logits.
+
+    A mask is added, too. Other chips are held to the same.
+    """
     size, size_v = config.head_size, config.head_size_v or config.head_size
     added = config.has_bias or config.has_mask or config.has_alibi
     if not (config.needs_grad and added):
         return
+    beside = "needs_grad and a bias, mask or ALiBi"
     if max(size, size_v) > 192:
         for name in ("has_soft_cap", "has_segment_ids"):
             if getattr(config, name):
-                yield Rejection(name, True, "False with needs_grad, bias, head size above 192")
+                yield Rejection(name, True, f"False with {beside}, head size above 192")
     elif size_v > 128 and config.has_soft_cap and config.has_segment_ids:
-        beside = "needs_grad, bias, has_segment_ids, head_size_v above 128"
+        beside += ", has_segment_ids, head_size_v above 128"
         yield Rejection("has_soft_cap", True, f"False with {beside}")
 
 

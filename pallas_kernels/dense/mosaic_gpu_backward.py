@@ -136,13 +136,13 @@ def check_backward(static: Static) -> None:
     if static.head_dim > 192 and added and (static.segments or static.soft_cap is not None):
         raise ValueError(
             f"head_dim is {static.head_dim}, must be at most 192 where gradients are taken with a "
-            f"bias or alibi_slopes beside a soft_cap or segment ids: use XLA"
+            f"bias, mask or alibi_slopes beside a soft_cap or segment ids: use XLA"
         )
     # dk and dv, which hold the cap's slopes while they read segments, spill 20 to 40 bytes.
     if static.head_dim_v > 128 and added and static.segments and static.soft_cap is not None:
         raise ValueError(
             f"head_dim_v is {static.head_dim_v}, must be at most 128 where gradients are taken "
-            f"with a bias or alibi_slopes beside both a soft_cap and segment ids: use XLA"
+            f"with a bias, mask or alibi_slopes beside both a soft_cap and segment ids: use XLA"
         )
 
 

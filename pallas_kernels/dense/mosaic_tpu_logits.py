@@ -231,6 +231,7 @@ def used(static: Static, extras: Extras, at: Where, mask: jax.Array | None) -> U
     first = offset + at.q_index
     last = offset + jnp.minimum(at.q_index + at.shape[1], q_len) - 1
     start, stop = masks.seen_bounds(first, last, kv_len, **static.positions)
+    stop = jnp.where(first <= last, stop, start)  # else no query exists here
     if extras.q_segments is None and extras.mask is None:
         return Used(at, start, stop, None)
     ones = jnp.where(mask & exists(at), 1.0, 0.0)

@@ -375,7 +375,8 @@ def test_what_would_spill_is_refused(size, segments, beside, message):
         has_segment_ids=segments is not None,
     )  # fmt: skip
     (reason,) = MosaicGpuBackend.validate_configuration(config, Device.named("h200"))
-    assert str(reason) == f"has_soft_cap is True, must be False with needs_grad, bias, {beside}"
+    added = "needs_grad and a bias, mask or ALiBi"
+    assert str(reason) == f"has_soft_cap is True, must be False with {added}, {beside}"
     q = jnp.ones((1, 8, 1, size), jnp.bfloat16)
     added = {"alibi_slopes": jnp.zeros(1), "soft_cap": 3.0,
              "q_segment_ids": segments, "kv_segment_ids": segments}  # fmt: skip

@@ -41,8 +41,9 @@ def cut(monkeypatch, **sizes):
 SHORT = (
     problem("three heads of 197 tokens, runs of one", q_len=197, kv_len=197, heads=(3, 3),
             gradients=True),
-    problem("groups, causal, two rows of the batch to a step", q_len=120, kv_len=130, heads=(2, 1),
-            batch=2, causal=True, sinks=True, dtype="bfloat16", gradients=True),
+    problem("groups, causal, two rows of the batch to a step, one of no queries", q_len=120,
+            kv_len=130, heads=(2, 1), batch=2, q_lens=(120, 0), q_offset=(0, 50), causal=True,
+            sinks=True, dtype="bfloat16", gradients=True),
     problem("everything", batch=2, sinks=True, masked=True, alibi=True, soft_cap=8.0, q_len=37,
             q_lens=(37, 21), kv_lens=(37, 30), bias=(True, True, True, True), segments=2,
             sliding_window=20, attention_chunk_size=24, causal=True, gradients=True),
