@@ -1,7 +1,7 @@
 """Dense attention on TPU, by Pallas kernels of Mosaic: what the contract says, keys first.
 
-The kernels want queries and values transposed, [.., head_dim, length], those of short sequences keys
-too: XLA then lays out the projections that make them so, and nothing is copied. See
+The kernels want queries and values transposed, [.., head_dim, length], those of short sequences
+keys too: XLA then lays out the projections that make them so, and nothing is copied. See
 `mosaic_tpu_forward` for the pipeline, and `mosaic_tpu_short` for that of short sequences.
 """
 
