@@ -282,7 +282,7 @@ class Blocks(NamedTuple):
         heads, group = self.plan.heads, self.static.group
 
         def index(h, b, *_):
-            return b, h if heads >= group else h * heads // group, 0, 0
+            return b, h if heads >= group else parted(h * heads, group)[0], 0, 0
 
         return pl.BlockSpec(block, index)
 
@@ -391,8 +391,8 @@ class Heads(NamedTuple):
         for i in range(count):
             member, row = divmod(i, len(plan.rows))
             head = first + member
-            b, h = (0, head) if plan.batch == 1 else (head // plan.heads, head % plan.heads)
-            kv = h if group == 1 else h // group
+            b, h = (0, head) if plan.batch == 1 else parted(head, plan.heads)
+            kv = h if group == 1 else parted(h, group)[0]
             units.append(Unit(b, h, kv, row, member % group, i % plan.slots))
         return units
 
@@ -422,6 +422,16 @@ class Heads(NamedTuple):
             run(0, repeated=False)
         else:
             lax.fori_loop(0, -(-heads // plan.run), lambda i, _: run(i), None)
+
+
+def parted(n: jax.Array | int, size: int) -> tuple[jax.Array | int, jax.Array | int]:
+    """Which of the groups of a size a number is in, and where: n // size, n % size.
+
+    Of numbers that are not below 0. Mosaic cannot lower `//` where JAX has 64-bit numbers.
+    """
+    if isinstance(n, int):
+        return divmod(n, size)
+    return lax.div(n, jnp.asarray(size, n.dtype)), lax.rem(n, jnp.asarray(size, n.dtype))
 
 
 def between(steps: tuple[Step, ...], others: tuple[Step, ...]) -> list[tuple[Step, ...]]:

@@ -19,7 +19,7 @@ from pallas_kernels.dense import mosaic_tpu_logits as logits
 from pallas_kernels.dense.mosaic_tpu_backward import NAN, Gradients, Operands
 from pallas_kernels.dense.mosaic_tpu_logits import LOG2E
 from pallas_kernels.dense.mosaic_tpu_schedule import Static
-from pallas_kernels.dense.mosaic_tpu_short import Blocks, Heads, Plan, Step, Unit, between
+from pallas_kernels.dense.mosaic_tpu_short import Blocks, Heads, Plan, Step, Unit, between, parted
 
 SUBLANES = tpu_chip.SUBLANES
 
@@ -250,13 +250,13 @@ class _GridStep(NamedTuple):
         heads = x["q"].shape[1]
 
         def of_head(n, _):
-            head = n // heads, n % heads
+            head = parted(n, heads)
             is_nan = x["lse"].at[head][...] == NAN
             for ref in (x["q"].at[head], x["dout"].at[head]):
                 ref[...] = jnp.where(is_nan, 0.0, ref[...].astype(jnp.float32)).astype(ref.dtype)
 
         def of_kv_head(n, _):
-            ref = x["k"].at[n // kv_heads, n % kv_heads]
+            ref = x["k"].at[parted(n, kv_heads)]
             k = ref[...].astype(jnp.float32)
             ref[...] = jnp.where(jnp.isnan(k), 0.0, k).astype(ref.dtype)
 
