@@ -22,7 +22,7 @@ def refuses(work: Work) -> str | None:
 def choices(work: Work, generation: str) -> list[dict[str, Any]]:
     """Its default, blocks of 128, takes ten times as long; several short sequences to a step."""
     if len(work.q_lens) > 8 and max(work.q_lens) <= 512:
-        return [{"block": 1024, "block_b": rows} for rows in (1, 2, 4, 8)]
+        return [{"block": 1024, "block_b": rows} for rows in (1, 2, 4, 8, 16, 32)]
     return [{"block": 1024}, {"block": 512}] if work.backward else [{"block": 1024}]
 
 
