@@ -85,7 +85,8 @@ def batched_with(v: jax.Array, of_rows: jax.Array) -> jax.Array:
     """The same numbers, which `jax.vmap` batches where it batches v, as it does out.
 
     lse does not depend on v. Where a `jax.custom_vjp` has a result that is not batched beside one
-    that is, JAX adds its cotangent once for each element (0.12 refuses). XLA drops the choice.
+    that is, JAX adds its cotangent once for each element (0.12 refuses). XLA drops the choice, in
+    which v, NaN or not, is never taken.
     """
     return jnp.where(False, jnp.sum(v[:1, :1, :1, :1]).astype(of_rows.dtype), of_rows)
 

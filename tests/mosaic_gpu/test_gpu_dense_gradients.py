@@ -370,13 +370,14 @@ def test_tiles_change_no_numbers_and_a_second_call_gives_the_same_bits(monkeypat
     ids=["256", "192", "200"],
 )  # fmt: skip
 def test_what_would_spill_is_refused(size, segments, beside, message):
-    config = AttentionSelectorConfig(
-        size, "bfloat16", op="dense", needs_grad=True, has_alibi=True, has_soft_cap=True,
-        has_segment_ids=segments is not None,
-    )  # fmt: skip
-    (reason,) = MosaicGpuBackend.validate_configuration(config, Device.named("h200"))
     added = "needs_grad and a bias, mask or ALiBi"
-    assert str(reason) == f"has_soft_cap is True, must be False with {added}, {beside}"
+    for feature in ("has_alibi", "has_bias", "has_mask"):
+        config = AttentionSelectorConfig(
+            size, "bfloat16", op="dense", needs_grad=True, has_soft_cap=True,
+            has_segment_ids=segments is not None, **{feature: True},
+        )  # fmt: skip
+        (reason,) = MosaicGpuBackend.validate_configuration(config, Device.named("h200"))
+        assert str(reason) == f"has_soft_cap is True, must be False with {added}, {beside}"
     q = jnp.ones((1, 8, 1, size), jnp.bfloat16)
     added = {"alibi_slopes": jnp.zeros(1), "soft_cap": 3.0,
              "q_segment_ids": segments, "kv_segment_ids": segments}  # fmt: skip
